@@ -1,0 +1,766 @@
+"""Skeleton data without numpy: readers, one flat form for every data set, batches, augmentation, built-in stick figures.
+
+    data = load("ntu60.npz")                         # or a PYSKL pickle, a .pt dict, or None for the stick figures
+    for batch in Loader(data.train, data.skeleton, data.channels, batch_size=128, frames=64, training=True).epoch(0):
+        batch.x                                      # (N, M, T, V, C), or C + 1 with the joint score last
+
+Formats (README, "Real data"): CTR-GCN's npz, PYSKL's pickle, and a .pt dict {"x_train": [tensors (T, M, V, C)], "y_train":
+[ints], "x_test": ..., "y_test": ...}. Nothing in a file is ever run: pickles go through an allow-list, .pt files through
+torch's weights_only. Shape legend: see skeletonmae.py; F is all frames of a data set, one sequence after the other.
+"""
+import ast
+import json
+import math
+import mmap
+import os
+import pickle
+import struct
+import warnings
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+import torch
+from torch import Tensor
+
+from skeletonmae import SKELETONS, skeleton as make_skeleton
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message is one line: what was expected, what came, how to mend it."""
+
+
+# ---------------------------------------------------------------------------------------------- one form for all
+
+@dataclass
+class Sequences:
+    """N sequences of one split as one flat tensor of frames and an index into it."""
+    frames: Tensor    # (F, M, V, C), or C + 1 with the joint score last; float, in the units of the file; absent persons are 0
+    start: Tensor     # (N,) int64, first frame of each sequence
+    length: Tensor    # (N,) int64, frames of each sequence, at least 1
+    label: Tensor     # (N,) int64, 0 to K - 1
+    present: Tensor   # (N, M) bool, stays on the CPU: who is there at all
+    names: list       # (N,) for messages
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def subset(self, index) -> "Sequences":
+        index = torch.as_tensor(index, dtype=torch.long)
+        return replace(self, start=self.start[index], length=self.length[index], label=self.label[index],
+                       present=self.present[index], names=[self.names[i] for i in index.tolist()])
+
+    def to(self, device) -> "Sequences":
+        return replace(self, frames=self.frames.to(device), start=self.start.to(device), length=self.length.to(device),
+                       label=self.label.to(device))
+
+
+@dataclass
+class Dataset:
+    train: Sequences
+    test: Sequences
+    layout: str             # name of the skeleton layout
+    skeleton: dict
+    channels: int           # C, 2 or 3, the score not counted
+    score: bool             # frames carry a joint score as one further channel
+    classes: list           # label values as they stand in the file, K of them
+    split: str              # how training and test sequences were told apart
+
+    @property
+    def persons(self) -> int:
+        return self.train.frames.shape[1]
+
+    def __str__(self) -> str:
+        lengths = torch.cat([self.train.length, self.test.length])
+        return (f"{len(self.train)} training and {len(self.test)} test sequences ({self.split}), {len(self.classes)} classes, "
+                f"{self.persons} person{'s' * (self.persons > 1)}, layout {self.layout} ({len(self.skeleton['joints'])} joints), "
+                f"{self.channels}D{' with joint scores' * self.score}, {int(lengths.min())} to {int(lengths.max())} frames")
+
+
+def scan(x: Tensor, names: list, what: str) -> tuple:
+    """Length and presence of padded sequences x (N, T, M, V, C): trailing all-zero frames are cut, a person without any
+    non-zero coordinate is absent. In chunks, so that a memory-mapped array is never copied. Returns (length, present)."""
+    lengths, presents = [], []
+    for first in range(0, len(x), 128):
+        peak = torch.linalg.vector_norm(x[first:first + 128].flatten(3).float(), math.inf, dim=-1)  # (n, T, M)
+        if not peak.isfinite().all():
+            bad = int((~peak.isfinite()).flatten(1).any(1).int().argmax())
+            raise DataError(f"{what}: sequence {names[first + bad]} holds NaN or infinite coordinates; expected finite numbers, repair or drop it")
+        there = peak > 0
+        steps = torch.arange(1, x.shape[1] + 1)
+        lengths.append((there.any(2) * steps).amax(1).clamp(min=1))
+        presents.append(there.any(1))
+    present = torch.cat(presents)
+    present[:, 0] |= ~present.any(1)  # a sequence without anyone still holds one (empty) first person
+    return torch.cat(lengths), present
+
+
+def flatten(sequences: list, labels: Tensor, names: list, what: str) -> Sequences:
+    """A list of (T, M, V, C) tensors, T and M may differ, in the one flat form."""
+    persons = max(s.shape[1] for s in sequences)
+    frames = torch.zeros(sum(len(s) for s in sequences), persons, *sequences[0].shape[2:])
+    start, lengths, present = [], [], []
+    first = 0
+    for sequence, name in zip(sequences, names):
+        length, there = scan(sequence[None], [name], what)
+        length = int(length)
+        frames[first:first + length, :sequence.shape[1]] = sequence[:length]
+        present.append(torch.cat([there[0], torch.zeros(persons - sequence.shape[1], dtype=torch.bool)]))
+        start.append(first)
+        lengths.append(length)
+        first += length
+    return Sequences(frames[:first], torch.tensor(start), torch.tensor(lengths), labels, torch.stack(present), names)
+
+
+# ---------------------------------------------------------------------------------------------- .npy and .npz by hand
+
+DTYPES = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "i1": torch.int8, "i2": torch.int16, "i4": torch.int32,
+          "i8": torch.int64, "u1": torch.uint8, "b1": torch.bool}
+
+
+def array(buffer, code: str, shape: tuple, fortran: bool = False, offset: int = 0) -> Tensor:
+    """The tensor that numpy wrote as `shape` values of dtype `code` ("<f4", ">i8", "|b1") at `offset`; no copy where the bytes
+    already lie as torch wants them. Raises DataError."""
+    order, kind = (code[0], code[1:]) if code[:1] in "<>|=" else ("<", code)
+    if kind not in DTYPES:
+        raise DataError(f"dtype {code!r} is not supported; expected one of {', '.join(DTYPES)}, save the array as one of them")
+    dtype, count = DTYPES[kind], math.prod(shape)
+    if not all(isinstance(n, int) and n >= 0 for n in shape) or len(buffer) - offset < count * dtype.itemsize:
+        raise DataError(f"an array of shape {shape} and dtype {code!r} needs {count * dtype.itemsize} bytes, "
+                        f"{len(buffer) - offset} are there; the file is truncated, copy it again")
+    if count == 0:
+        return torch.zeros(shape, dtype=dtype)
+    if order == ">" and dtype.itemsize > 1:
+        swapped = torch.frombuffer(buffer, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
+        flat = swapped.view(count, dtype.itemsize).flip(1).flatten().view(dtype)
+    else:
+        flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
+    return flat.view(shape[::-1]).permute(*reversed(range(len(shape)))) if fortran else flat.view(shape)
+
+
+def read_npy_header(head: bytes, what: str) -> tuple:
+    """(dtype code, shape, fortran order, offset of the data) of a .npy file that begins with `head`."""
+    try:
+        if head[:6] != b"\x93NUMPY":
+            raise ValueError
+        wide = head[6] > 1  # version 1 has a header length of two bytes, later ones of four
+        size, first = struct.unpack_from("<I" if wide else "<H", head, 8)[0], 12 if wide else 10
+        if size > 65536 or len(head) < first + size:
+            raise ValueError
+        fields = ast.literal_eval(head[first:first + size].decode("latin1"))
+        code, shape, fortran = fields["descr"], fields["shape"], fields["fortran_order"]
+        if not (isinstance(code, str) and isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)):
+            raise ValueError
+    except (ValueError, SyntaxError, KeyError, TypeError, IndexError, struct.error, RecursionError, MemoryError):
+        raise DataError(f"{what} is no .npy array; expected its header, save the file again") from None
+    if "O" in code:
+        raise DataError(f"{what} holds Python objects (dtype object), which are never loaded; expected numbers, save a numeric array")
+    return code, shape, bool(fortran), first + size
+
+
+def read_npz(path: str, wanted: tuple) -> dict:
+    """The wanted arrays of an npz as tensors. An entry stored without compression is memory-mapped in place (private,
+    copy-on-write) and never copied; a deflated one is inflated once. Entries not wanted are not read."""
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            entries = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            for name in wanted:
+                if name not in entries:
+                    raise DataError(f"{path} has no {name}; expected x_train, y_train, x_test, y_test, found {', '.join(sorted(entries)) or 'nothing'}")
+                info, what = entries[name], f"{name} in {path}"
+                if info.compress_type == zipfile.ZIP_STORED:
+                    local = mapped[info.header_offset:info.header_offset + 30]  # local header: the name and extra lengths end it
+                    first = info.header_offset + 30 + sum(struct.unpack("<26x2H", local))
+                    body = memoryview(mapped)[first:first + info.file_size]
+                elif info.file_size > 1040 * info.compress_size + 1024:
+                    raise DataError(f"{what} claims {info.file_size} bytes from {info.compress_size}: deflate cannot do that; the file is damaged")
+                else:
+                    body = memoryview(bytearray(info.file_size))
+                    with archive.open(info) as stream:
+                        filled = 0
+                        while filled < len(body) and (got := stream.readinto(body[filled:])):
+                            filled += got
+                    body = body[:filled]
+                code, shape, fortran, offset = read_npy_header(bytes(body[:66000]), what)
+                try:
+                    arrays[name] = array(body, code, shape, fortran, offset)
+                except DataError as error:
+                    raise DataError(f"{what}: {error}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError, RuntimeError, MemoryError, OverflowError,
+            ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is not a readable npz ({error}); expected a zip of .npy arrays, copy or save it again") from None
+    return arrays
+
+
+# ---------------------------------------------------------------------------------------------- pickles without numpy
+
+class _DType:
+    """Stands in for numpy.dtype. A BUILD may set its byte order after it was memoised, so arrays read it late."""
+    __slots__ = ("code",)
+
+    def __init__(self, code, *_):
+        if not isinstance(code, str):
+            raise DataError("a dtype in the pickle is no string; expected f4 or the like")
+        self.code = code
+
+    def __setstate__(self, state):
+        if state[1] in ("<", ">", "|", "="):
+            self.code = state[1] + self.code.lstrip("<>|=")
+
+
+class _Array:
+    """Stands in for numpy.ndarray: _reconstruct makes it empty, BUILD gives it shape, dtype and bytes."""
+    __slots__ = ("tensor",)
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, data = state
+        self.tensor = _tensor(data, dtype, shape, fortran)
+
+
+class _Call:
+    """A stand-in function, closed to BUILD."""
+    __slots__ = ("function",)
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    def __setstate__(self, state):
+        raise DataError("the pickle tries to change a function; it is hostile or damaged")
+
+
+def _tensor(data, dtype, shape, fortran) -> Tensor:
+    if not isinstance(data, (bytes, bytearray)) or not isinstance(dtype, _DType):
+        raise DataError(f"an array of dtype {getattr(dtype, 'code', 'object')} is not stored as plain numbers, which alone are loaded; save a numeric array")
+    return array(bytearray(data), dtype.code, tuple(shape), bool(fortran))
+
+
+def _frombuffer(data, dtype, shape, order):
+    made = _Array()
+    made.tensor = _tensor(data, dtype, shape, order == "F")
+    return made
+
+
+def _encode(text, encoding="latin1"):
+    if encoding != "latin1" or not isinstance(text, str):
+        raise DataError("the pickle asks for an encoding other than latin1; protocol 2 arrays need none")
+    return text.encode("latin1")
+
+
+_PICKLE_GLOBALS = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _DType, ("_codecs", "encode"): _Call(_encode)}
+for _core in ("numpy.core", "numpy._core"):
+    _PICKLE_GLOBALS |= {(f"{_core}.multiarray", "_reconstruct"): _Call(lambda *_: _Array()),
+                        (f"{_core}.multiarray", "scalar"): _Call(lambda dtype, data: _tensor(data, dtype, (), False).item()),
+                        (f"{_core}.numeric", "_frombuffer"): _Call(_frombuffer)}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) not in _PICKLE_GLOBALS:
+            raise DataError(f"the pickle asks for {module}.{name}, which is not loaded; expected arrays, numbers, strings, lists and dicts alone")
+        return _PICKLE_GLOBALS[module, name]
+
+
+def read_pickle(path: str):
+    """The object in a pickle, arrays as _Array; runs no foreign code. Raises DataError, naming what was refused."""
+    try:
+        with open(path, "rb") as file:
+            return _Unpickler(file).load()
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise almost anything from the opcodes it was cut or flipped into
+        raise DataError(f"{path} is no readable pickle ({type(error).__name__}: {error}); expected PYSKL's format, copy it again") from None
+
+
+def _as_tensor(value, what: str) -> Tensor:
+    if not isinstance(value, _Array) or not hasattr(value, "tensor"):
+        raise DataError(f"{what} is {type(value).__name__.strip('_')}; expected an array of numbers")
+    return value.tensor
+
+
+def from_pyskl(path: str, split: str | None, test_fraction: float, seed: int) -> tuple:
+    """PYSKL's pickle, {"split": {name: [frame_dir]}, "annotations": [...]} or the bare list of annotations.
+
+    An annotation holds `keypoint` (M, T, V, C), `label`, optionally `keypoint_score` (M, T, V) and `frame_dir`. Of more than
+    two persons the two with the highest mean score are kept, without scores the two that move most.
+    """
+    content = read_pickle(path)
+    annotations, splits = (content.get("annotations"), content.get("split")) if isinstance(content, dict) else (content, None)
+    if not isinstance(annotations, list) or not annotations or not all(isinstance(a, dict) for a in annotations):
+        raise DataError(f"{path} holds {type(content).__name__}; expected PYSKL's dict with a list `annotations`, or that list alone")
+    scored = any("keypoint_score" in a for a in annotations)
+    names, sequences, labels = [], [], []
+    for i, annotation in enumerate(annotations):
+        name = str(annotation.get("frame_dir", i))
+        what = f"{path}: annotation {name!r:.80}"
+        keypoint = _as_tensor(annotation.get("keypoint"), f"{what}: keypoint").float()
+        if keypoint.dim() != 4 or keypoint.shape[3] not in (2, 3) or 0 in keypoint.shape:
+            raise DataError(f"{what}: keypoint has shape {tuple(keypoint.shape)}; expected (M, T, V, C) with C 2 or 3")
+        if sequences and keypoint.shape[2:] != (sequences[0].shape[2], sequences[0].shape[3] - scored):
+            raise DataError(f"{what}: keypoint has {tuple(keypoint.shape[2:])} joints and coordinates, those before it another number")
+        label = annotation.get("label")
+        if type(label) is not int or label < 0:
+            raise DataError(f"{what}: label is {label!r:.40}; expected an integer from 0 on")
+        if scored:
+            score = annotation.get("keypoint_score")
+            score = _as_tensor(score, f"{what}: keypoint_score").float() if score is not None else keypoint.new_ones(keypoint.shape[:3])
+            if score.shape != keypoint.shape[:3]:
+                raise DataError(f"{what}: keypoint_score has shape {tuple(score.shape)}; expected {tuple(keypoint.shape[:3])}")
+            keypoint = torch.cat([keypoint, score[..., None]], -1)
+        if len(keypoint) > 2:
+            rank = keypoint[..., -1].mean((1, 2)) if scored else keypoint.diff(dim=1).abs().mean((1, 2, 3))
+            keypoint = keypoint[rank.topk(2).indices.sort().values]
+        if scored:  # no score at all: the person is not there, whatever its coordinates say
+            keypoint = keypoint * (keypoint[..., -1:] > 0).flatten(1).any(1)[:, None, None, None]
+        sequences.append(keypoint.transpose(0, 1))
+        labels.append(label)
+        names.append(name)
+    data = flatten(sequences, torch.tensor(labels), names, path)
+    if scored:
+        fill_missing(data)
+    if splits is None:
+        if split:
+            raise DataError(f"{path} has no splits, so --split {split} cannot be found; leave it out and set --test-fraction")
+        if not 0 < test_fraction < 1:
+            raise DataError(f"test fraction {test_fraction}; expected more than 0 and less than 1")
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        cut = min(max(round(test_fraction * len(data)), 1), len(data) - 1)
+        return data.subset(order[cut:]), data.subset(order[:cut]), f"a random {test_fraction:g} for testing, seed {seed}", scored
+    if not isinstance(splits, dict):
+        raise DataError(f"{path}: split is {type(splits).__name__}; expected a dict of name -> list of frame_dir")
+    train_name, test_name = find_split([str(k) for k in splits], split, path)
+    position = {name: i for i, name in enumerate(names)}
+    halves = []
+    for half in (train_name, test_name):
+        index = [position[str(name)] for name in splits[half] if str(name) in position] if isinstance(splits[half], (list, tuple)) else []
+        if not index:
+            raise DataError(f"{path}: split {half} is empty or names no annotation; expected a list of frame_dir")
+        halves.append(data.subset(index))
+    return *halves, f"{train_name} / {test_name}", scored
+
+
+def find_split(present: list, wanted: str | None, path: str) -> tuple:
+    """The pair (training split, test split). wanted: None for the obvious pair, "xsub" for xsub_train and xsub_val or
+    xsub_test, or "a,b" for two names as they stand in the file."""
+    pairs = [(name, name[:-5] + tail) for name in present if name.endswith("train") for tail in ("val", "test") if name[:-5] + tail in present]
+    if wanted is None:
+        for obvious in (("xsub_train", "xsub_val"), ("train", "val"), ("train", "test")):
+            if obvious in pairs:
+                return obvious
+        if len(pairs) == 1:
+            return pairs[0]
+    elif "," in wanted:
+        pair = tuple(part.strip() for part in wanted.split(",", 1))
+        if all(name in present for name in pair):
+            return pair
+    else:
+        for pair in pairs:
+            if wanted in (pair[0], pair[1], pair[0][:-6]):
+                return pair
+    raise DataError(f"{path}: {'no obvious split' if wanted is None else f'no split {wanted}'}; present are {', '.join(sorted(present))}: "
+                    "name a pair with --split, as in --split xsub or --split a_train,a_test")
+
+
+def fill_missing(data: Sequences):
+    """Joints that nobody saw, in place. A joint of score 0 that holds a placeholder, (0, 0) or (1, 1), takes its position from
+    the nearest earlier frame of its sequence that has one, else from the nearest later one, else stays; other joints of
+    score 0 carry a usable guess and are kept. All keep score 0, so pre-training never counts them in its loss."""
+    position, score = data.frames[..., :-1], data.frames[..., -1]  # views, (F, M, V, C) and (F, M, V)
+    there = (score > 0) | ((position != 0).any(-1) & (position != 1).any(-1))
+    F, steps = len(position), torch.arange(len(position))[:, None, None]
+    sequence_start = torch.repeat_interleave(data.start, data.length)[:, None, None]
+    sequence_end = sequence_start + torch.repeat_interleave(data.length, data.length)[:, None, None]
+    earlier = torch.where(there, steps, -1).cummax(0).values
+    later = torch.where(there, steps, F).flip(0).cummin(0).values.flip(0)
+    source = torch.where(earlier >= sequence_start, earlier, torch.where(later < sequence_end, later, steps))
+    position.copy_(position.gather(0, source[..., None].expand_as(position)))
+
+
+# ---------------------------------------------------------------------------------------------- the other readers
+
+def read_labels(y: Tensor, count: int, what: str) -> Tensor:
+    """Integer labels (N,) from integers (N,) or a one-hot (N, K) of numbers or booleans."""
+    if len(y) != count:
+        raise DataError(f"{what} has {len(y)} labels for {count} sequences; expected as many of each")
+    if y.dim() == 2:
+        if not ((y != 0).sum(1) == 1).all():
+            raise DataError(f"{what} is no one-hot: a row has other than one non-zero entry; expected exactly one a row")
+        return (y != 0).int().argmax(1)
+    if y.dim() != 1 or y.is_floating_point() and (y != y.round()).any():
+        raise DataError(f"{what} has shape {tuple(y.shape)} and dtype {y.dtype}; expected integers (N,) or one-hot (N, K)")
+    if y.min() < 0:
+        raise DataError(f"{what} holds the label {int(y.min())}; expected integers from 0 on")
+    return y.long()
+
+
+NATIVE_3D = ("ntu25", "kinect20", "sbu15")  # layouts whose data come in 3D; the others come in 2D
+
+
+def divide_columns(columns: int, layout: str | None, own: dict | None, path: str) -> tuple:
+    """(M, V, C) of an npz row of M V C columns: of the known layouts in their native number of coordinates the one that fits,
+    3D first, for CTR-GCN's files are 3D; with --layout, that layout."""
+    known = {layout: own} if own else SKELETONS
+    fits = [(M, len(s["joints"]), C) for C in (3, 2) for M in (1, 2) for name, s in known.items()
+            if M * len(s["joints"]) * C == columns and (own or (C == 3) == (name in NATIVE_3D))]
+    if not fits:
+        sizes = ", ".join(f"{len(s['joints'])} ({name})" for name, s in known.items())
+        raise DataError(f"{path}: {columns} columns do not divide into persons (1 or 2) x joints x coordinates (2 or 3); "
+                        f"known joint numbers are {sizes}; name another with --layout")
+    return fits[0]
+
+
+def from_npz(path: str, layout: str | None, own: dict | None) -> tuple:
+    """CTR-GCN's npz: x_* (N, T, M V C) zero-padded at the end, y_* one-hot or integer. Other arrays are ignored."""
+    arrays, halves = read_npz(path, ("x_train", "y_train", "x_test", "y_test")), []
+    for half in ("train", "test"):
+        x, y = arrays[f"x_{half}"], arrays[f"y_{half}"]
+        what = f"x_{half} in {path}"
+        if x.dim() != 3 or not x.is_floating_point() or 0 in x.shape:
+            raise DataError(f"{what} has shape {tuple(x.shape)} and dtype {x.dtype}; expected floats (N, T, M*V*C), none of them 0")
+        N, T, columns = x.shape
+        label = read_labels(y, N, f"y_{half} in {path}")
+        x = x.reshape(N, T, *divide_columns(columns, layout, own, path))
+        names = [f"{half}[{i}]" for i in range(N)]
+        length, present = scan(x, names, what)
+        halves.append(Sequences(x.flatten(0, 1), torch.arange(N) * T, length, label, present, names))
+    if halves[0].frames.shape[1:] != halves[1].frames.shape[1:]:
+        raise DataError(f"{path}: x_train and x_test have different numbers of columns; expected the same")
+    return *halves, "x_train / x_test", False
+
+
+def from_pt(path: str) -> tuple:
+    """A dict saved by torch: x_train, x_test lists of tensors (T, M, V, C) (or one tensor (N, T, M, V, C)), y_train, y_test labels."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path} is no .pt file of plain tensors ({str(error).splitlines()[0]:.100}); save a dict of tensors with torch.save") from None
+    halves = []
+    for half in ("train", "test"):
+        x, y = (content.get(f"{key}_{half}") for key in "xy") if isinstance(content, dict) else (None, None)
+        if x is None or y is None or len(x) == 0:
+            raise DataError(f"{path} has no {'x' if x is None or not len(x) else 'y'}_{half}; expected a dict of x_train, y_train, x_test, y_test")
+        first = x[0]
+        for i, sequence in enumerate(x):
+            if not isinstance(sequence, Tensor) or sequence.dim() != 4 or 0 in sequence.shape or sequence.shape[2:] != first.shape[2:] \
+                    or sequence.shape[1] > 2 or sequence.shape[3] not in (2, 3):
+                shape = tuple(sequence.shape) if isinstance(sequence, Tensor) else type(sequence).__name__
+                raise DataError(f"{path}: x_{half}[{i}] is {shape}; expected a tensor (T, M, V, C), M 1 or 2, C 2 or 3, V and C the same in all")
+        label = read_labels(torch.as_tensor(y), len(x), f"y_{half} in {path}")
+        halves.append(flatten([s.float() for s in x], label, [f"{half}[{i}]" for i in range(len(x))], path))
+    persons = max(h.frames.shape[1] for h in halves)
+    halves = [replace(h, frames=torch.nn.functional.pad(h.frames, (0, 0, 0, 0, 0, persons - h.frames.shape[1])),
+                      present=torch.nn.functional.pad(h.present, (0, persons - h.present.shape[1]))) for h in halves]
+    return *halves, "x_train / x_test", False
+
+
+def find_layout(V: int, C: int, path: str) -> str:
+    fits = [name for name, s in SKELETONS.items() if len(s["joints"]) == V]
+    native = [name for name in fits if (C == 3) == (name in NATIVE_3D)]
+    if len(native or fits) != 1:
+        raise DataError(f"{path}: {V} joints in {C}D fit {' and '.join(fits) or 'no known layout'}; name one with --layout "
+                        f"({', '.join(SKELETONS)}, or a JSON file)")
+    return (native or fits)[0]
+
+
+def load_skeleton(layout: str) -> dict:
+    """A layout by name, or from a JSON file with the arguments of skeletonmae.skeleton."""
+    if layout in SKELETONS:
+        return SKELETONS[layout]
+    if not layout.endswith(".json"):
+        raise DataError(f"unknown layout {layout}; expected {', '.join(SKELETONS)}, or a JSON file")
+    try:
+        with open(layout) as file:
+            return make_skeleton(**json.load(file))
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+        raise DataError(f"{layout} is no skeleton layout ({error}); expected joints, edges, parts, centre, and optionally pairs") from None
+
+
+def load(path: str | None = None, split: str | None = None, layout: str | None = None, test_fraction: float = 0.2, seed: int = 0,
+         synthetic_size: int = 1600) -> Dataset:
+    """Reads a data set by what the file is, checks all of it, and finds its layout. Without a path: the built-in stick figures.
+
+    Raises DataError for what is in the file, OSError for the file itself.
+    """
+    own = load_skeleton(layout) if layout else None
+    if path is None:
+        train, test, note, score = stick_figures(synthetic_size)
+        layout = "coco17"
+    else:
+        with open(path, "rb") as file:
+            magic = file.read(1)
+        if path.endswith((".pt", ".pth")):
+            train, test, note, score = from_pt(path)
+        elif path.endswith(".npz"):
+            train, test, note, score = from_npz(path, layout, own)
+        elif path.endswith((".pkl", ".pickle")) or magic == b"\x80":
+            train, test, note, score = from_pyskl(path, split, test_fraction, seed)
+        else:
+            raise DataError(f"{path} ends in neither .npz, .pkl nor .pt; expected CTR-GCN's npz, PYSKL's pickle or a .pt dict")
+    V, C = train.frames.shape[2], train.frames.shape[3] - score
+    layout = layout or find_layout(V, C, str(path))
+    skeleton = own or SKELETONS[layout]
+    if len(skeleton["joints"]) != V:
+        raise DataError(f"{path} has {V} joints, layout {layout} has {len(skeleton['joints'])}; expected the same, choose another --layout")
+    labels = torch.cat([train.label, test.label])
+    first = int(labels.min())  # labels that do not start at 0 are shifted
+    train.label, test.label = train.label - first, test.label - first
+    return Dataset(train, test, layout, skeleton, C, score, list(range(first, int(labels.max()) + 1)), note)
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+def sample_frames(length: Tensor, frames: int, training: bool, crop: float = 1.0, generator=None) -> Tensor:
+    """Which T frames of each sequence are taken, (N, T) from 0: one of each of T equal segments, a random one in training, the
+    middle one in testing; shorter sequences repeat frames. crop < 1: in training the segments divide a random window of at
+    least that share of the sequence."""
+    N, device = len(length), length.device
+    length = length[:, None].double()
+    first, share, within = torch.zeros_like(length), torch.ones_like(length), 0.5
+    if training:
+        within = torch.rand(N, frames, dtype=torch.float64, generator=generator, device=device)
+        if crop < 1:
+            share = crop + (1 - crop) * torch.rand(N, 1, dtype=torch.float64, generator=generator, device=device)
+            first = (1 - share) * torch.rand(N, 1, dtype=torch.float64, generator=generator, device=device)
+    steps = torch.arange(frames, dtype=torch.float64, device=device)
+    return torch.minimum(((first + share * (steps + within) / frames) * length).long(), length.long() - 1)
+
+
+def normalise(x: Tensor, skeleton: dict, channels: int) -> tuple:
+    """Centres and scales raw sequences x (N, M, T, V, C [+ score]), 2D and 3D alike.
+
+    The origin is the centre joint, averaged over frames and persons: one origin for both persons, or their distance would
+    vanish. The unit is the root mean square distance of the seen joints (score above 0) from it: the size of the body and
+    of its path. Persons and frames that are all zero stay zero. Returns (x, origin (N, 1, 1, 1, C), unit (N, 1, 1, 1, 1)).
+    """
+    joints = x[..., :channels]
+    there = (joints != 0).flatten(3).any(3)[..., None, None]                      # (N, M, T, 1, 1)
+    centre = joints[..., skeleton["centre"], :].mean(3, keepdim=True)             # (N, M, T, 1, C)
+    total = there.sum((1, 2), keepdim=True).clamp(min=1)
+    origin = (centre * there).sum((1, 2), keepdim=True) / total
+    joints = (joints - origin) * there
+    seen = there if x.shape[-1] == channels else there & (x[..., channels:] > 0)  # (N, M, T, 1 or V, 1)
+    seen = seen.expand(*joints.shape[:-1], 1)
+    square = (joints.square() * seen).sum((1, 2, 3, 4), keepdim=True) / seen.sum((1, 2, 3, 4), keepdim=True).clamp(min=1)
+    unit = square.sqrt().clamp(min=1e-6)
+    return torch.cat([joints / unit, x[..., channels:]], -1), origin, unit
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of normalised sequences, one draw for all frames of a sequence. 0 turns a change off."""
+    rotation: float = 0.0   # degrees to either side about the vertical axis, half of it about the horizontal one; 3D only
+    scaling: float = 0.0    # each axis is scaled by 1 - scaling to 1 + scaling
+    shift: float = 0.0      # the whole sequence moves by up to this, in units of the normalised body
+    flip: float = 0.0       # probability of a mirror image, left and right joints swapped
+    noise: float = 0.0      # standard deviation of Gaussian noise on every coordinate
+    crop: float = 1.0       # see sample_frames
+
+    def __call__(self, x: Tensor, skeleton: dict, channels: int, generator=None) -> Tensor:
+        """x: (N, M, T, V, C [+ score]) -> the same shape; what is all zero stays zero."""
+        def uniform(*shape, reach=1.0):
+            return (2 * torch.rand(N, *shape, generator=generator, device=x.device) - 1) * reach
+
+        N, C = len(x), channels
+        joints, rest = x[..., :C], x[..., C:]
+        there = (joints != 0).flatten(3).any(3)[..., None, None]
+        if self.rotation and C == 3:
+            y, r = uniform(reach=math.radians(self.rotation)), uniform(reach=math.radians(self.rotation) / 2)
+            zero, one = torch.zeros_like(y), torch.ones_like(y)
+            about_y = torch.stack([y.cos(), zero, y.sin(), zero, one, zero, -y.sin(), zero, y.cos()], -1).view(N, 3, 3)
+            about_x = torch.stack([one, zero, zero, zero, r.cos(), -r.sin(), zero, r.sin(), r.cos()], -1).view(N, 3, 3)
+            joints = (joints.flatten(1, 3) @ (about_x @ about_y).mT).view(joints.shape)
+        if self.flip and skeleton["pairs"]:
+            order = list(range(len(skeleton["joints"])))
+            for left, right in skeleton["pairs"]:
+                order[left], order[right] = right, left
+            mirror = torch.rand(N, 1, 1, 1, 1, generator=generator, device=x.device) < self.flip
+            sign = torch.tensor([-1.0] + [1.0] * (C - 1), device=x.device)
+            joints = torch.where(mirror, joints[..., order, :] * sign, joints)
+            rest = torch.where(mirror, rest[..., order, :], rest)
+        if self.scaling:
+            joints = joints * (1 + uniform(1, 1, 1, C, reach=self.scaling))
+        if self.shift:
+            joints = joints + uniform(1, 1, 1, C, reach=self.shift)
+        if self.noise:
+            joints = joints + self.noise * torch.randn(joints.shape, generator=generator, device=x.device)
+        return torch.cat([joints * there, rest], -1)
+
+
+@dataclass
+class Batch:
+    x: Tensor        # (N, M, T, V, C), or C + 1 with the joint score last, normalised
+    label: Tensor    # (N,)
+    present: Tensor  # (N, M) bool, on the CPU
+    unit: Tensor     # (N, 1, 1, 1, 1): x times unit is in the units of the file
+    index: Tensor    # (N,) which sequences these are, on the CPU
+
+
+class Loader:
+    """Epochs of batches. What a batch holds depends on (seed, epoch, step) alone, not on workers or on what was drawn before.
+
+    repeat: passes over the data per epoch, each in an order of its own. No sequence is dropped: a last batch too small to
+    share among the processes, or of one sequence, joins its neighbour. rank, world: this process takes every world-th
+    sequence of each batch. workers: loader processes; 0 builds batches here, one gather and a few vector operations each.
+    """
+
+    def __init__(self, data: Sequences, skeleton: dict, channels: int, batch_size: int, frames: int, training: bool, seed: int = 0,
+                 augmentation: Augmentation = Augmentation(), repeat: int = 1, workers: int = 0, rank: int = 0, world: int = 1):
+        self.data, self.skeleton, self.channels, self.frames, self.training = data, skeleton, channels, frames, training
+        self.batch_size, self.seed, self.augmentation, self.repeat = batch_size, seed, augmentation, repeat
+        self.workers, self.rank, self.world = workers, rank, world
+        passes = [torch.arange(0, len(data))] * repeat
+        self.steps = len(self._batches(torch.cat(passes)))
+
+    def _batches(self, order: Tensor) -> list:
+        batches = list(order.split(self.batch_size))
+        if len(batches) > 1 and len(batches[-1]) < max(2, self.world):
+            last = batches.pop()
+            batches[-1] = torch.cat([batches[-1], last])
+        return batches
+
+    def epoch(self, epoch: int = 0):
+        """The batches of one epoch, in order of (seed, epoch) in training and of the file in testing."""
+        order = torch.arange(len(self.data))
+        if self.training:
+            generator = torch.Generator().manual_seed(self._seed(epoch))
+            order = torch.cat([torch.randperm(len(self.data), generator=generator) for _ in range(self.repeat)])
+        batches = [(index[self.rank::self.world], self._seed(epoch, step)) for step, index in enumerate(self._batches(order), 1)]
+        if not self.workers:
+            return map(self.batch, batches)
+        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers, collate_fn=self.batch)
+
+    def _seed(self, epoch: int, step: int = 0) -> int:
+        return ((self.seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_003 + self.rank
+
+    def batch(self, index_and_seed) -> Batch:
+        """One vectorised gather on the device that holds the frames, then normalisation and augmentation."""
+        index, seed = index_and_seed
+        data, device = self.data, self.data.frames.device
+        generator = torch.Generator(device).manual_seed(seed % 2**63) if self.training else None
+        here = index.to(device, non_blocking=True)
+        steps = sample_frames(data.length[here], self.frames, self.training, self.augmentation.crop, generator)
+        x = data.frames.index_select(0, (data.start[here][:, None] + steps).flatten()).float()
+        x = x.unflatten(0, steps.shape).transpose(1, 2)                                   # (N, M, T, V, C)
+        x, _, unit = normalise(x, self.skeleton, self.channels)
+        if self.training:
+            x = self.augmentation(x, self.skeleton, self.channels, generator)
+        return Batch(x, data.label[here], data.present[index], unit, index)
+
+
+# ---------------------------------------------------------------------------------------------- built-in stick figures
+
+# What the angles of a stick figure do in each action: joint angle -> (amplitude in radians or body units, cycles per period,
+# phase in periods). All swing about the same resting pose, so that no single pose gives the action away. "l" and "r" are
+# exchanged at random. After "|" comes the second person, who stands face to face.
+ANGLES = ("swing_l swing_r raise_l raise_r elbow_l elbow_r leg_l leg_r knee_l knee_r lean sway up forward".split())
+ACTIONS = {
+    "walk": "leg_l .5 1 0, leg_r .5 1 .5, swing_l .5 1 .5, swing_r .5 1 0, knee_l .3 1 .3, knee_r .3 1 .8",
+    "pace": "leg_l .5 1 0, leg_r .5 1 .5, swing_l .5 1 0, swing_r .5 1 .5, knee_l .3 1 .3, knee_r .3 1 .8",
+    "jumping jack": "raise_l .8 1 0, raise_r .8 1 0, up .12 1 .1",
+    "windmill": "raise_l .8 1 0, raise_r .8 1 .5",
+    "squat": "knee_l .6 1 0, knee_r .6 1 0, leg_l .4 1 0, leg_r .4 1 0, up .2 1 .5",
+    "wave": "elbow_r .6 2 0, raise_r .3 2 .25",
+    "wave slowly": "elbow_r .6 .7 0, raise_r .3 .7 .25",
+    "box": "swing_l .6 1.5 0, swing_r .6 1.5 .5, elbow_l .6 1.5 .5, elbow_r .6 1.5 0",
+    "push up high": "swing_l .6 1 0, swing_r .6 1 0, elbow_l .6 1 .5, elbow_r .6 1 .5",
+    "kick": "leg_r .8 1 0, knee_r .5 1 .25",
+    "bow": "lean .6 .7 0",
+    "sway": "sway .4 1 0",
+    "shake hands": "swing_r .35 2 0, elbow_r .2 2 0 | swing_r .35 2 .5, elbow_r .2 2 .5",
+    "push": "swing_l .7 1 0, swing_r .7 1 0, elbow_l .5 1 .5 | lean .4 1 .65, forward .3 1 .65",
+    "dance in step": "sway .4 1 0, leg_l .3 1 0 | sway .4 1 0, leg_l .3 1 0",
+    "approach": "forward .5 .6 0, leg_l .3 1.8 0, leg_r .3 1.8 .5 | forward .5 .6 0, leg_l .3 1.8 .5, leg_r .3 1.8 0",
+}
+
+
+def stick_figures(size: int) -> tuple:
+    """`size` sequences of ACTIONS, 2D coco17 poses of 40 to 80 frames in pixels, a fifth of them for testing; always the same.
+
+    Forward kinematics in the body's frame (x to its left, y up, z ahead), then a random view. Body proportions, resting pose,
+    tempo, phase, amplitude, view and pixel noise vary from one sequence to the next.
+    """
+    if size < 2 * len(ACTIONS):
+        raise DataError(f"a built-in set of {size} sequences; expected at least {2 * len(ACTIONS)}, two for each action")
+    table = torch.zeros(len(ACTIONS), 2, len(ANGLES), 3)  # (K, M, angles, amplitude / cycles / phase)
+    pairs = torch.zeros(len(ACTIONS), dtype=torch.bool)
+    for k, action in enumerate(ACTIONS.values()):
+        for person, terms in enumerate(action.split("|")):
+            pairs[k] |= person == 1
+            for term in terms.split(","):
+                angle, *numbers = term.split()
+                table[k, person, ANGLES.index(angle)] = torch.tensor([float(n) for n in numbers])
+    generator, parts = torch.Generator().manual_seed(0), []
+    labels = torch.arange(size) % len(ACTIONS)
+    for chunk in labels.split(2048):
+        parts.append(_draw(table[chunk], pairs[chunk], generator))
+    frames, length = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    present = torch.stack([torch.ones(size, dtype=torch.bool), pairs[labels]], 1)
+    data = Sequences(frames, length.cumsum(0) - length, length, labels, present, [f"stick[{i}]" for i in range(size)])
+    order = torch.randperm(size, generator=generator)
+    cut = size // 5
+    return data.subset(order[cut:]), data.subset(order[:cut]), "built-in stick figures, a fifth for testing", False
+
+
+def _draw(table: Tensor, pairs: Tensor, generator) -> tuple:
+    """Frames (F, 2, 17, 2) and lengths (n,) of n sequences whose angles follow table (n, 2, angles, 3)."""
+    def normal(*shape, spread=1.0):
+        return spread * torch.randn(n, *shape, generator=generator)
+
+    n, T = len(table), 80
+    mirrored = table[:, :, [ANGLES.index(a[:-2] + {"_l": "_r", "_r": "_l"}[a[-2:]]) if a[-2] == "_" else i for i, a in enumerate(ANGLES)]]
+    table = torch.where(torch.rand(n, 1, 1, 1, generator=generator) < 0.5, table, mirrored)
+    amplitude, cycles, phase = (table * torch.cat([1 + normal(1, 1, 1, spread=0.15), torch.ones(n, 1, 1, 2)], -1)).unbind(-1)
+    period = 30 * torch.exp(normal(1, 1, 1, spread=0.12))                          # frames, (n, 1, 1, 1)
+    time = torch.arange(T).view(T, 1) / period + torch.rand(n, 1, 1, 1, generator=generator)
+    rest = torch.tensor([.5 if a.startswith("knee") else 1. if a.startswith("elbow") else .7 if a.startswith("raise") else 0. for a in ANGLES])
+    angle = rest + normal(2, 1, len(ANGLES), spread=0.12) + amplitude[:, :, None] * torch.sin(2 * math.pi * (cycles[:, :, None] * time + phase[:, :, None]))
+    a = dict(zip(ANGLES, angle.unbind(-1)))                                        # each (n, 2, T)
+    size = 1 + normal(2, 1, 10, spread=0.07)
+    bone = dict(zip("trunk neck upper_arm forearm thigh shin shoulder hip eye ear".split(),
+                    (size * torch.tensor([.5, .22, .3, .27, .42, .4, .19, .11, .05, .08])).unbind(-1)))  # each (n, 2, 1)
+    zero = torch.zeros(n, 2, T)
+
+    def limb(side, bend, length, lift=zero):
+        """A bone that hangs down, swung forward by `bend` and raised sideways by `lift`."""
+        return torch.stack([side * lift.sin(), -lift.cos() * bend.cos(), lift.cos() * bend.sin()], -1) * length[..., None]
+
+    def along(x, y, z):
+        return torch.stack(torch.broadcast_tensors(x, y, z), -1)
+
+    hips = along(zero, a["up"], a["forward"])                                      # (n, 2, T, 3)
+    trunk = along(a["sway"].sin(), a["lean"].cos() * a["sway"].cos(), a["lean"].sin())
+    neck = hips + trunk * bone["trunk"][..., None]
+    head = neck + trunk * bone["neck"][..., None]
+    joints = {"nose": head + along(zero, zero, zero + .1)}
+    for side, tail in ((1, "_l"), (-1, "_r")):
+        name = {"_l": "left_", "_r": "right_"}[tail]
+        joints[name + "eye"] = head + along(zero + side * bone["eye"], zero + .05, zero + .07)
+        joints[name + "ear"] = head + along(zero + side * bone["ear"], zero + .02, zero)
+        joints[name + "shoulder"] = neck + along(zero + side * bone["shoulder"], zero, zero)
+        joints[name + "elbow"] = joints[name + "shoulder"] + limb(side, a["swing" + tail], bone["upper_arm"], a["raise" + tail])
+        joints[name + "wrist"] = joints[name + "elbow"] + limb(side, a["swing" + tail] + a["elbow" + tail], bone["forearm"], a["raise" + tail])
+        joints[name + "hip"] = hips + along(zero + side * bone["hip"], zero, zero)
+        joints[name + "knee"] = joints[name + "hip"] + limb(side, a["leg" + tail], bone["thigh"])
+        joints[name + "ankle"] = joints[name + "knee"] + limb(side, a["leg" + tail] - a["knee" + tail], bone["shin"])
+    body = torch.stack([joints[name] for name in SKELETONS["coco17"]["joints"]], 3)  # (n, 2, T, 17, 3)
+    body[..., 2] -= torch.tensor([0.5, 0.5]).view(2, 1, 1) * (1 + normal(1, 1, 1, spread=0.1)) * pairs.view(n, 1, 1, 1)  # half a step back each
+    turn = (2 * torch.rand(n, 1, generator=generator) - 1) * 1.0 + math.pi * torch.arange(2)     # the second person faces the first
+    turn = turn[:, :, None, None]
+    x = body[..., 0] * turn.cos() + body[..., 2] * turn.sin()
+    depth = 4 + normal(1, 1, 1, spread=0.3) - body[..., 0] * turn.sin() + body[..., 2] * turn.cos()
+    pixels = torch.stack([320 + normal(1, 1, 1, spread=40.) + 500 * x / depth, 240 - 500 * body[..., 1] / depth], -1)
+    pixels = pixels + torch.randn(pixels.shape, generator=generator) * 1.5
+    pixels[~pairs, 1] = 0
+    length = torch.randint(40, T + 1, (n,), generator=generator)
+    return pixels.transpose(1, 2)[torch.arange(T) < length[:, None]], length

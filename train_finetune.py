@@ -1,0 +1,240 @@
+"""Fine-tunes the pre-trained encoder in the paper's classifier (SSL), or trains that classifier from random weights.
+
+    python train_finetune.py                                           # built-in stick figures, from random weights
+    python train_finetune.py --ckpt                                    # from the newest pre-training, on the data it saw
+    python train_finetune.py --ckpt runs/pretrain/pretrain.pt --data ntu60.npz   # supplement A: SGD 0.1, batch 128, 110 epochs
+    python train_finetune.py --ckpt --label-fraction 0.1               # a tenth of the labels
+    python train_finetune.py --ckpt --linear-probe                     # frozen encoder and one linear layer
+    python train_finetune.py --ckpt runs/finetune/finetune.pt --eval-only
+
+Leaves in --out (runs/finetune): finetune.pt, log.csv, and test_outputs.pt with logits, features before the classifier and
+labels of the test set. Results are those of the last epoch; the test set chooses nothing.
+"""
+import glob
+import os
+from dataclasses import asdict, dataclass
+
+from data import Loader, load  # before torch: it silences torch's one remark about numpy
+from skeletonmae import LinearProbe, SkeletonClassifier, SkeletonMAE
+from train_pretrain import (CommonSettings, Failure, Progress, augmentation, check_finite, option, parse, read_checkpoint,
+                            resume_settings, run, save, set_up, to_device, write_atomically)
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Settings(CommonSettings):
+    """Fine-tuning; the defaults are supplement A."""
+    ckpt: str = option("", "pre-trained checkpoint; without a value the newest runs/*/pretrain.pt; left out: random weights", bare="newest")
+    out: str = option("runs/finetune", "folder for checkpoint, log and test outputs")
+    epochs: int = option(110, "supplement A: 110", low=1)
+    batch_size: int = option(128, "supplement A: 128", low=2)
+    lr: float = option(0.1, "SGD's learning rate, supplement A: 0.1", low=0)
+    momentum: float = option(0.9, "supplement A: 0.9", low=0, high=1)
+    nesterov: bool = option(False, "Nesterov's momentum")
+    weight_decay: float = option(0.005, "supplement A: 0.005", low=0)
+    warmup: int = option(5, "epochs of linear warm-up, supplement A: 5", low=0)
+    milestones: tuple = option((90, 100), "epochs at which the learning rate is divided by 10, supplement A: 90,100")
+    clip: float = option(0.0, "largest gradient norm; 0: none", low=0)
+    label_smoothing: float = option(0.1, "supplement A: 0.1", low=0, high=1)
+    encoder_lr_scale: float = option(1.0, "the pre-trained weights' share of the learning rate", low=0)
+    label_fraction: float = option(1.0, "share of the training labels to use, stratified, at least one a class", low=0, high=1)
+    label_seed: int = option(0, "which labels --label-fraction keeps", low=0)
+    linear_probe: bool = option(False, "freeze the encoder, train one linear layer on its pooled features")
+    eval_only: bool = option(False, "measure a fine-tuned --ckpt on the test set, train nothing")
+    eval_every: int = option(10, "epochs between measurements on the test set", low=1)
+    width: int = option(64, "D, joint embedding", low=4)
+    hidden: int = option(128, "H, encoder width", low=4)
+    layers: int = option(3, "L_D, encoder layers", low=1)
+    strl_layers: int = option(3, "M_l, STRL layers", low=1)
+    blocks: int = option(2, "attention blocks in each STRL layer", low=0)
+    stride: int = option(2, "temporal stride between STRL layers", low=1)
+    dropout: float = option(0.2, "input feature dropout of the encoder", low=0, high=0.99)
+    attention_dropout: float = option(0.1, "supplement A: 0.1", low=0, high=0.99)
+    head_dropout: float = option(0.0, "dropout before the classifier", low=0, high=0.99)
+    motion: bool = option(False, "motion as further input channels")
+    bone: bool = option(False, "bones as further input channels")
+    score: bool = option(False, "joint score as a further input channel, where the data have one")
+
+
+PRETRAINED = ("width", "hidden", "layers", "motion", "bone", "score")  # what a pre-trained checkpoint decides
+
+
+def learning_rate(epoch: int, base: float, warmup: int, milestones: tuple) -> float:
+    """The rate of zero-based epoch e: base (e + 1) / warmup while e < warmup, then base, divided by 10 at each milestone (S A)."""
+    if epoch < warmup:
+        return base * (epoch + 1) / warmup
+    return base * 0.1 ** sum(epoch >= milestone for milestone in milestones)
+
+
+def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Indices of a stratified share of the sequences: of every class round(fraction x its size), at least one."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    kept = [members[:max(1, round(fraction * len(members)))] for members in (order[labels[order] == c] for c in labels.unique())]
+    return torch.cat(kept).sort().values
+
+
+def newest_pretraining() -> str:
+    found = sorted(glob.glob("runs/*/pretrain.pt"), key=os.path.getmtime)
+    if not found:
+        raise Failure("--ckpt without a value takes the newest runs/*/pretrain.pt, and there is none; run train_pretrain.py first or name a file")
+    return found[-1]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Loader, device, amp: bool) -> dict:
+    """Logits (N, K), features before the classifier and labels of every sequence, in the loader's order, on the CPU."""
+    model.eval()
+    logits, features, labels = [], [], []
+    for batch in loader.epoch():
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            feature = model.features(batch.x.to(device), batch.present)
+            logits.append(model.head(feature).float())
+        features.append(feature.float())
+        labels.append(batch.label)
+    return {"logits": torch.cat(logits).cpu(), "features": torch.cat(features).cpu(), "labels": torch.cat(labels).cpu()}
+
+
+def metrics(outputs: dict) -> dict:
+    """Top-1, top-5 and mean class accuracy (over the classes that the test set holds), in percent."""
+    logits, labels = outputs["logits"], outputs["labels"]
+    ranked = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+    per_class = [ranked[labels == c, 0].float().mean() for c in labels.unique()]
+    return {"top1": 100 * float(ranked[:, 0].float().mean()), "top5": 100 * float(ranked.any(1).float().mean()),
+            "mean_class": 100 * float(torch.stack(per_class).mean())}
+
+
+def main(argv=None):
+    settings, given = parse(Settings, __doc__, argv)
+    path, resumed, source = os.path.join(settings.out, "finetune.pt"), None, None
+    if settings.resume:
+        resumed = read_checkpoint(path, ("finetune",))
+        settings = resume_settings(Settings, given, settings, resumed, path)
+    if settings.ckpt == "newest":
+        settings.ckpt = newest_pretraining()
+    if settings.ckpt and not resumed:
+        source = read_checkpoint(settings.ckpt, ("finetune",) if settings.eval_only else ("pretrain", "finetune"))
+        taken = ("data", "split", "layout", "test_fraction", "synthetic_size") * ("data" not in given) + PRETRAINED
+        if source["kind"] == "finetune":
+            taken += ("strl_layers", "blocks", "stride", "frames", "linear_probe")
+        for name in taken:  # a checkpoint decides its data and its shape, unless told otherwise
+            if name in given and name in PRETRAINED and getattr(settings, name) != source["settings"][name]:
+                raise Failure(f"--{name} {getattr(settings, name)} differs from {source['settings'][name]} of {settings.ckpt}; leave it out")
+            if name not in given:
+                setattr(settings, name, source["settings"][name])
+    elif settings.eval_only:
+        raise Failure("--eval-only needs --ckpt with a fine-tuned checkpoint, as in --ckpt runs/finetune/finetune.pt")
+    device, amp, rank, world = set_up(settings)
+    quiet = rank > 0
+    say = (lambda *_: None) if quiet else print
+
+    data = load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.seed, settings.synthetic_size)
+    say(f"{settings.data or 'stick figures'}: {data}")
+    other = resumed or source
+    if other and (other["layout"], other["channels"]) != (data.layout, data.channels):
+        raise Failure(f"{settings.ckpt or path} was trained on layout {other['layout']} in {other['channels']}D, the data are {data.layout} in {data.channels}D; expected the same")
+    if other and other["kind"] == "finetune" and other["classes"] != data.classes:
+        raise Failure(f"{settings.ckpt or path} knows {len(other['classes'])} classes, the data have {len(data.classes)}; expected the same")
+    if settings.label_fraction < 1:
+        data.train = data.train.subset(label_subset(data.train.label, settings.label_fraction, settings.label_seed))
+        say(f"{len(data.train)} labelled sequences, {settings.label_fraction:g} of each class, label seed {settings.label_seed}")
+    score = settings.score and data.score
+    common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
+    train = Loader(to_device(data.train, device), *common, True, settings.seed, augmentation(settings, data.channels), settings.repeat, settings.workers, rank, world)
+    test = Loader(to_device(data.test, device), *common, False)
+
+    torch.manual_seed(settings.seed)
+    encoder_shape = {name: getattr(settings, name) for name in ("width", "hidden", "layers", "dropout", "motion", "bone")}
+    try:
+        if settings.linear_probe:
+            encoder = SkeletonMAE(data.skeleton, data.channels, score=score, **encoder_shape)
+            if source and source["kind"] == "pretrain":
+                encoder.load_state_dict(source["model"])
+            model = LinearProbe(encoder, len(data.classes)).to(device)
+        else:
+            model = SkeletonClassifier(data.skeleton, data.channels, len(data.classes), data.persons, settings.frames, score=score,
+                                       strl_layers=settings.strl_layers, blocks=settings.blocks, stride=settings.stride,
+                                       attention_dropout=settings.attention_dropout, head_dropout=settings.head_dropout, **encoder_shape).to(device)
+            if source and source["kind"] == "pretrain":
+                loaded = model.load_pretrained(source["model"])
+                say(f"{settings.ckpt}: {len(loaded)} tensors of embedding and encoders loaded, {len(model.state_dict()) - len(loaded)} start at random")
+        if other and other["kind"] == "finetune":
+            model.load_state_dict(other["model"])
+    except (RuntimeError, ValueError) as error:
+        raise Failure(f"{settings.ckpt or path} does not fit: {' '.join(str(error).split())[:200]}") from None
+
+    def report(outputs: dict, what: str):
+        result = metrics(outputs)
+        say(f"{what}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, mean class accuracy {result['mean_class']:.2f} % "
+            f"on {len(outputs['labels'])} test sequences, one model, no test-time augmentation")
+        outputs |= {"classes": data.classes, "names": data.test.names, "train_counts": torch.bincount(data.train.label, minlength=len(data.classes)), "metrics": result}
+        write_atomically(os.path.join(settings.out, "test_outputs.pt"), lambda file: torch.save(outputs, file))
+
+    if settings.eval_only:
+        return report(evaluate(model, test, device, amp), settings.ckpt)
+
+    pretrained = [p for n, p in model.named_parameters() if p.requires_grad and (n.startswith("embedding.") or ".encoder." in n)]
+    rest = [p for n, p in model.named_parameters() if p.requires_grad and not (n.startswith("embedding.") or ".encoder." in n)]
+    optimizer = torch.optim.SGD([{"params": rest, "scale": 1.0}, {"params": pretrained, "scale": settings.encoder_lr_scale}], lr=settings.lr,
+                                momentum=settings.momentum, weight_decay=settings.weight_decay, nesterov=settings.nesterov and settings.momentum > 0)
+    start = "linear probe, " * settings.linear_probe + (f"from {settings.ckpt}" if settings.ckpt else "from random weights")
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}, {start}; {train.steps} steps an epoch")
+    if train.steps * settings.epochs < 2000:
+        say(f"hint: {train.steps * settings.epochs} steps in all is little training; for a small set try --batch-size 32 --repeat "
+            f"{max(1, -(-2000 * 32 // (len(data.train) * settings.epochs)))} --lr 0.05 --weight-decay 5e-4 --nesterov --clip 5")
+    if settings.milestones and settings.milestones[0] >= settings.epochs:
+        say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones {settings.epochs * 9 // 11},{settings.epochs * 10 // 11}")
+    first_epoch, log = 0, []
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        first_epoch, log = resumed["epoch"] + 1, resumed["log"]
+    step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    if settings.compile:
+        step_model = torch.compile(step_model, dynamic=True)
+
+    progress, outputs = Progress(settings.epochs, train.steps, first_epoch, quiet), None
+    for epoch in range(first_epoch, settings.epochs):
+        torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)  # dropout depends on the epoch alone: resuming is exact
+        lr = learning_rate(epoch, settings.lr, settings.warmup, settings.milestones)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        model.train()
+        progress.start_epoch()
+        losses, indices = [], []
+        for batch in train.epoch(epoch):
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                logits = step_model(batch.x.to(device), batch.present)
+            loss = F.cross_entropy(logits, batch.label.to(device), label_smoothing=settings.label_smoothing)
+            losses.append(loss.detach())
+            indices.append(batch.index)
+            if device.type == "cpu":  # on a GPU, looking at a loss would stop the queue: there once an epoch
+                check_finite(losses, indices, data.train.names, epoch, path, first=len(losses) - 1)
+            loss.backward()
+            if settings.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.step(epoch, len(batch.x) * world, losses, lr)
+        check_finite(losses, indices, data.train.names, epoch, path)
+        mean_loss = float(torch.stack(losses).mean())
+        row, note = {"epoch": epoch + 1, "loss": mean_loss, "lr": lr}, ""
+        if rank == 0 and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
+            outputs = evaluate(model, test, device, amp)
+            row |= metrics(outputs)
+            note = f"  top-1 {row['top1']:.2f} %"
+        log = log + [row]
+        if rank == 0:
+            save({"kind": "finetune", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log, "settings": asdict(settings),
+                  "skeleton": data.skeleton, "layout": data.layout, "channels": data.channels, "score": score, "persons": data.persons, "classes": data.classes}, path)
+        progress.end_epoch(epoch, mean_loss, lr, note)
+    if rank == 0:
+        report(outputs or evaluate(model, test, device, amp), f"last epoch ({settings.epochs}), {start}")
+        say(f"saved {path}")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)

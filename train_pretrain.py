@@ -1,0 +1,410 @@
+"""Pre-trains SkeletonMAE: masked body parts are reconstructed from the visible ones, without labels.
+
+    python train_pretrain.py                                           # built-in stick figures
+    python train_pretrain.py --data ntu60.npz                          # supplement A: Adam 1.5e-4, batch 1024, 50 epochs
+    python train_pretrain.py --data ntu60.npz --mask-ratio 0.3         # random joints instead of body parts
+    python train_pretrain.py --resume                                  # go on where runs/pretrain stopped
+
+Leaves in --out (runs/pretrain): pretrain.pt, the checkpoint that train_finetune.py --ckpt reads, and log.csv. The first half
+of this file is what both scripts share; training itself is `main`, read top to bottom.
+"""
+import argparse
+import csv
+import ctypes
+import difflib
+import io
+import os
+import sys
+import time
+import typing
+from dataclasses import asdict, dataclass, field, fields
+
+from data import Augmentation, DataError, Loader, load  # before torch: they silence its one remark about numpy
+from skeletonmae import SkeletonMAE, draw_mask
+import torch
+from torch import Tensor
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+def option(default, help: str, **extra):
+    """A field of a settings dataclass that is also a flag of the command line."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass
+class CommonSettings:
+    """What both scripts take."""
+    data: str = option("", "data set: CTR-GCN's .npz, PYSKL's .pkl or a .pt dict; without it built-in stick figures")
+    split: str = option("", "split of a PYSKL pickle: xsub for xsub_train and xsub_val, or train_name,test_name")
+    layout: str = option("", "skeleton layout where two fit, or a JSON file with your own")
+    test_fraction: float = option(0.2, "share of test sequences where a pickle has no split", low=0, high=1)
+    synthetic_size: int = option(1600, "how many stick figures the built-in set has", low=32)
+    frames: int = option(64, "T, frames sampled from each sequence", low=2)
+    rotation: float = option(-1.0, "3D: random rotation in degrees to either side; -1: what suits the data", low=-1, high=180)
+    scaling: float = option(-1.0, "random scaling of each axis by up to this; -1: what suits the data", low=-1, high=0.9)
+    shift: float = option(-1.0, "random shift in body units; -1: what suits the data", low=-1)
+    flip: float = option(-1.0, "probability of a mirror image; -1: what suits the data", low=-1, high=1)
+    noise: float = option(-1.0, "coordinate noise in body units; -1: what suits the data", low=-1)
+    crop: float = option(-1.0, "shortest random part of a sequence to sample from; -1: what suits the data", low=-1, high=1)
+    repeat: int = option(1, "passes over the data per epoch", low=1)
+    workers: int = option(0, "loader processes; 0 builds batches in this one (supplement A: 4; measured slower)", low=0)
+    seed: int = option(0, "seed of weights, order, masks and augmentation", low=0)
+    device: str = option("auto", "auto, cpu, cuda or cuda:1")
+    amp: bool = option(None, "bfloat16 autocast; default on GPUs that have bfloat16, off on CPUs")
+    compile: bool = option(False, "torch.compile; needs a C++ compiler on CPUs")
+    resume: bool = option(False, "go on from the checkpoint in --out, with its settings")
+
+
+@dataclass
+class Settings(CommonSettings):
+    """Pre-training; the defaults are supplement A."""
+    out: str = option("runs/pretrain", "folder for checkpoint and log")
+    epochs: int = option(50, "supplement A: 50", low=1)
+    batch_size: int = option(1024, "sequences per optimiser step, supplement A: 1024", low=2)
+    micro_batch: int = option(256, "sequences per forward pass; bounds memory, batch norm sees this many", low=1)
+    lr: float = option(1.5e-4, "Adam's learning rate, supplement A: 1.5e-4", low=0)
+    width: int = option(64, "D, joint embedding", low=4)
+    hidden: int = option(128, "H, encoder width", low=4)
+    layers: int = option(3, "L_D, encoder layers", low=1)
+    dropout: float = option(0.2, "input feature dropout, supplement A: 0.2", low=0, high=0.99)
+    beta: float = option(2.0, "power of the re-weighted cosine error", low=1)
+    mask_parts: tuple = option(("right_arm", "right_leg"), "body parts to mask, with commas")
+    mask_num_parts: int = option(0, "mask this many parts, drawn per sequence, instead", low=0)
+    mask_ratio: float = option(0.0, "mask this share of the joints, drawn per sequence, instead", low=0, high=1)
+    motion: bool = option(False, "motion as further input channels")
+    bone: bool = option(False, "bones as further input channels")
+    score: bool = option(False, "joint score as a further input channel, where the data have one")
+    eval_every: int = option(10, "epochs between measurements on held-out sequences", low=1)
+
+
+class Failure(Exception):
+    """Bad input: main's caller prints it as one line and exits with status 2."""
+
+
+def parse(settings: type, doc: str, argv=None) -> tuple:
+    """The command line that a settings dataclass describes. Returns (settings, names of the flags that were given)."""
+    def number(kind, low, high):
+        def convert(text):
+            value = kind(text)
+            if not low <= value <= high:
+                raise argparse.ArgumentTypeError(f"{text} is out of range; expected {low:g} to {high:g}")
+            return value
+        convert.__name__ = kind.__name__
+        return convert
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise Failure(f"{message}; --help lists all flags")
+
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    types = typing.get_type_hints(settings)
+    for f in fields(settings):
+        flag, meta, kind = "--" + f.name.replace("_", "-"), f.metadata, types[f.name]
+        default = "" if f.default in ("", None) else f" (default {','.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default})"
+        text = {"help": meta["help"].replace("%", "%%") + default}
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **text)
+        elif kind is tuple:
+            parser.add_argument(flag, type=lambda s, item=type((f.default or ("",))[0]): tuple(item(p.strip()) for p in s.split(",")), metavar="A,B", **text)
+        elif kind is str:
+            parser.add_argument(flag, **text, **({"nargs": "?", "const": meta["bare"]} if "bare" in meta else {}))
+        else:
+            parser.add_argument(flag, type=number(kind, meta.get("low", float("-inf")), meta.get("high", float("inf"))), metavar=kind.__name__.upper(), **text)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [o for a in parser._actions for o in a.option_strings], 1)
+        raise Failure(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists all flags"))
+    return settings(**vars(given)), set(vars(given))
+
+
+def run(main):
+    """Calls main; what the user can mend is one line on stderr and exit status 2."""
+    try:
+        main()
+    except (Failure, DataError) as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'file'}: {error.strerror or error}"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------- machine
+
+def set_up(settings: CommonSettings) -> tuple:
+    """Device, whether to use bfloat16, and this process's place among those of torchrun: (device, amp, rank, world)."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    name = settings.device
+    if name == "auto":
+        name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise Failure(f"device {name} cannot be used here; expected auto, cpu" + ", cuda" * torch.cuda.is_available()) from None
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
+    amp = settings.amp if settings.amp is not None else device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device, amp, rank, world
+
+
+def keep_freed_memory():
+    """glibc gives every large tensor's memory back to the kernel and asks for it again, page by page: up to 40 % of a step.
+    These three thresholds keep it in the process: measured 1.3 to 1.8 times as fast on 2 cores. Other systems: no effect."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        mallopt(parameter, value)
+
+
+def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
+    """The augmentation asked for, with what suits 2D or 3D data for each value of -1."""
+    suits = Augmentation(rotation=60, scaling=0.1, shift=0.1) if channels == 3 else Augmentation(scaling=0.1, shift=0.1, flip=0.5, noise=0.01)
+    asked = {f.name: getattr(settings, f.name) for f in fields(Augmentation)}
+    return Augmentation(**{name: getattr(suits, name) if value == -1 else value for name, value in asked.items()})
+
+
+def to_device(data, device):
+    """The frames move to the GPU where they fit into half of its free memory; batches are then built there."""
+    if device.type == "cuda" and data.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return data.to(device)
+    return data
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+def write_atomically(path: str, write):
+    """write(file) into a new file beside path, synced, then renamed: path is at no moment half-written."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    beside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except RuntimeError as error:  # torch reports a full disk so
+        raise OSError(None, f"could not be written ({str(error).splitlines()[0]}); the file before it is kept", path) from None
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)
+
+
+def save(checkpoint: dict, path: str):
+    """A plain dict of tensors and settings, for torch.load(weights_only=True), and its log as log.csv beside it."""
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+    rows = checkpoint["log"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(os.path.join(os.path.dirname(path), "log.csv"), lambda file: file.write(text.getvalue().encode()))
+
+
+def read_checkpoint(path: str, kinds: tuple) -> dict:
+    """A checkpoint of one of these kinds ("pretrain", "finetune"), on the CPU. Raises Failure, OSError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise Failure(f"{path} is no checkpoint of these scripts ({str(error).splitlines()[0]:.80}); expected {' or '.join(k + '.pt' for k in kinds)}") from None
+    kind = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if kind not in kinds:
+        raise Failure(f"{path} holds {kind or type(checkpoint).__name__}, no {' or '.join(kinds)} checkpoint; expected a file that these scripts wrote")
+    return checkpoint
+
+
+def resume_settings(settings: type, given: set, asked, checkpoint: dict, path: str):
+    """The settings of the interrupted run; a flag that would change the run is refused by name."""
+    free = {"epochs", "resume", "out", "workers", "device", "eval_every"}
+    before = checkpoint["settings"]
+    for name in sorted(given - free):
+        if getattr(asked, name) != before[name]:
+            raise Failure(f"--{name.replace('_', '-')} {getattr(asked, name)} differs from {before[name]} of {path}; resume without it, or start anew with another --out")
+    return settings(**{**before, **{name: getattr(asked, name) for name in (given & free) | {"resume"}}})
+
+
+# ---------------------------------------------------------------------------------------------- progress
+
+class Progress:
+    """One live line on a terminal, one line an epoch elsewhere; silent in all processes but the first."""
+
+    def __init__(self, epochs: int, steps: int, first_epoch: int, quiet: bool):
+        self.epochs, self.steps, self.quiet, self.live = epochs, steps, quiet, sys.stdout.isatty()
+        self.begin = self.drawn = time.monotonic()
+        self.total, self.done, self.first = (epochs - first_epoch) * steps, 0, first_epoch
+
+    def start_epoch(self):
+        self.epoch_begin, self.sequences = time.monotonic(), 0
+
+    def step(self, epoch: int, num: int, losses: list, lr: float):
+        self.done, self.sequences = self.done + 1, self.sequences + num
+        if self.live and not self.quiet and time.monotonic() - self.drawn > 0.5:  # reading a loss waits for the GPU: twice a second
+            self.drawn = time.monotonic()
+            print("\r" + self.line(epoch, float(losses[-1]), lr).ljust(100), end="", flush=True)
+
+    def line(self, epoch: int, loss: float, lr: float) -> str:
+        now = time.monotonic()
+        left = (now - self.begin) / max(self.done, 1) * (self.total - self.done)
+        rate = self.sequences / max(now - self.epoch_begin, 1e-9)
+        return f"epoch {epoch + 1}/{self.epochs}  loss {loss:.4f}  lr {lr:.3g}  {rate:.0f} seq/s  {left // 60:.0f}m{left % 60:02.0f}s left"
+
+    def end_epoch(self, epoch: int, loss: float, lr: float, note: str):
+        if not self.quiet:
+            print(("\r" if self.live else "") + self.line(epoch, loss, lr) + note, flush=True)
+
+
+def check_finite(losses: list, indices: list, names: list, epoch: int, checkpoint: str, first: int = 0):
+    """Stops at the first loss from step `first` on that is not finite and says where it came from."""
+    bad = (~torch.stack(losses[first:]).isfinite()).nonzero().flatten().tolist()
+    if bad:
+        step = first + bad[0]
+        who = [names[i] for i in indices[step].tolist()]
+        raise Failure(f"loss is {float(losses[step])} in epoch {epoch + 1}, step {step + 1}, sequences {', '.join(who[:8])}"
+                      f"{' ...' * (len(who) > 8)}; try a lower --lr or --clip; {checkpoint} of the epoch before is kept")
+
+
+# ---------------------------------------------------------------------------------------------- pre-training
+
+def measure_scale(loader: Loader) -> tuple:
+    """Over the training set: s, the root mean square distance of the joints from the origin, and the mean pose (M, V, C)."""
+    C = loader.channels
+    square = count = pose = frames = 0
+    for batch in loader.epoch():
+        joints = batch.x[..., :C]
+        there = (joints != 0).flatten(3).any(3)[..., None, None]  # (N, M, T, 1, 1)
+        square, count = square + joints.square().sum(), count + there.sum() * joints.shape[3]
+        pose, frames = pose + joints.sum((0, 2)), frames + there.sum((0, 2))
+    return (square / count.clamp(min=1)).sqrt(), pose / frames.clamp(min=1)
+
+
+def joint_distances(skeleton: dict) -> Tensor:
+    """Edges between every two joints, (V, V); V where there is no path."""
+    V = len(skeleton["joints"])
+    hops = torch.full((V, V), float(V)).fill_diagonal_(0)
+    for i, j in skeleton["edges"]:
+        hops[i, j] = hops[j, i] = 1
+    for k in range(V):
+        hops = torch.minimum(hops, hops[:, k, None] + hops[None, k])
+    return hops
+
+
+def neighbour_mean(x: Tensor, mask: Tensor, hops: Tensor) -> Tensor:
+    """For every joint the mean of its nearest visible joints. x (N, M, T, V, C), mask (N, V) -> (N, M, T, V, C)."""
+    hops = hops.to(x.device).expand(len(mask), -1, -1).masked_fill(mask[:, None, :], float("inf"))  # (N, V to, V from)
+    nearest = (hops == hops.amin(2, keepdim=True)).to(x.dtype)
+    return (nearest / nearest.sum(2, keepdim=True))[:, None, None] @ x
+
+
+@torch.no_grad()
+def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) -> dict:
+    """Mean distance of the masked joints from where they are, on the loader's sequences, in the units of the file: of the
+    reconstruction, of the training set's mean pose, and of the mean of each joint's nearest visible neighbours."""
+    C, hops = model.channels, joint_distances(model.skeleton)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for step, batch in enumerate(loader.epoch()):
+        x = batch.x[..., :C]
+        mask = draw_mask(len(x), model.skeleton, **model.masking, generator=torch.Generator().manual_seed(step)).to(x.device)
+        seen = (x != 0).flatten(3).any(3)[..., None] & mask[:, None, None]  # (N, M, T, V)
+        if batch.x.shape[-1] > C:
+            seen = seen & (batch.x[..., C] > 0)
+        guesses = (model.reconstruct(batch.x, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x), neighbour_mean(x, mask, hops))
+        sums += torch.stack([((guess - x).norm(dim=-1) * batch.unit[..., 0] * seen).sum() for guess in guesses] + [seen.sum()]).double().cpu()
+    return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), (sums[:3] / sums[3].clamp(min=1)).tolist()))
+
+
+def main(argv=None):
+    settings, given = parse(Settings, __doc__, argv)
+    path, checkpoint = os.path.join(settings.out, "pretrain.pt"), None
+    if settings.resume:
+        checkpoint = read_checkpoint(path, ("pretrain",))
+        settings = resume_settings(Settings, given, settings, checkpoint, path)
+    device, amp, rank, world = set_up(settings)
+    quiet = rank > 0
+    say = (lambda *_: None) if quiet else print
+
+    data = load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.seed, settings.synthetic_size)
+    say(f"{settings.data or 'stick figures'}: {data}")
+    score = settings.score and data.score
+    augment = augmentation(settings, data.channels)
+    common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
+    train = Loader(to_device(data.train, device), *common, True, settings.seed, augment, settings.repeat, settings.workers, rank, world)
+    held_out = Loader(to_device(data.test, device), *common, False)
+    if train.steps * settings.epochs < 2000:
+        say(f"hint: {train.steps * settings.epochs} steps in all is little training; for a small set try --batch-size 64 "
+            f"--repeat {max(1, -(-2000 * 64 // (len(data.train) * settings.epochs)))} --lr 1e-3")
+
+    torch.manual_seed(settings.seed)
+    shape = {name: getattr(settings, name) for name in ("width", "hidden", "layers", "dropout", "beta", "mask_parts", "mask_num_parts", "mask_ratio", "motion", "bone")}
+    try:
+        model = SkeletonMAE(data.skeleton, data.channels, score=score, **shape).to(device)
+    except ValueError as error:
+        raise Failure(str(error)) from None
+    scale, mean_pose = measure_scale(Loader(train.data, *common, False))
+    model.scale.copy_(scale)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}; {train.steps} steps an epoch; "
+        f"masked: {', '.join(settings.mask_parts) if not settings.mask_num_parts and not settings.mask_ratio else settings.mask_ratio or str(settings.mask_num_parts) + ' parts'}")
+    first_epoch, log = 0, []
+    if checkpoint:
+        try:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise Failure(f"{path} does not fit these settings and data ({str(error).splitlines()[0]:.100}); resume with the same") from None
+        first_epoch, log = checkpoint["epoch"] + 1, checkpoint["log"]
+    step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    if settings.compile:
+        step_model = torch.compile(step_model, dynamic=True)
+
+    progress = Progress(settings.epochs, train.steps, first_epoch, quiet)
+    for epoch in range(first_epoch, settings.epochs):
+        torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)  # masks and dropout depend on the epoch alone: resuming is exact
+        model.train()
+        progress.start_epoch()
+        losses, indices = [], []
+        for batch in train.epoch(epoch):
+            loss = 0
+            for first in range(0, len(batch.x), settings.micro_batch):  # gradients of the parts add up to the batch's
+                part = slice(first, first + settings.micro_batch)
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    part_loss, _, _ = step_model(batch.x[part].to(device), batch.present[part])
+                part_loss = part_loss * (len(batch.x[part]) / len(batch.x))
+                part_loss.backward()
+                loss = loss + part_loss.detach()
+            losses.append(loss)
+            indices.append(batch.index)
+            if device.type == "cpu":  # on a GPU, looking at a loss would stop the queue: there once an epoch
+                check_finite(losses, indices, data.train.names, epoch, path, first=len(losses) - 1)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.step(epoch, len(batch.x) * world, losses, settings.lr)
+        check_finite(losses, indices, data.train.names, epoch, path)
+        mean_loss = float(torch.stack(losses).mean())
+        row, note = {"epoch": epoch + 1, "loss": mean_loss, "lr": settings.lr}, ""
+        if rank == 0 and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
+            row |= reconstruction_error(model, held_out, mean_pose)
+            note = "  held-out joint error {joint_error:.4g} (mean pose {mean_pose_error:.4g}, neighbours {neighbour_error:.4g})".format(**row)
+        log = log + [row]
+        if rank == 0:
+            save({"kind": "pretrain", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log,
+                  "settings": asdict(settings), "skeleton": data.skeleton, "layout": data.layout, "channels": data.channels, "score": score}, path)
+        progress.end_epoch(epoch, mean_loss, settings.lr, note)
+    say(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
