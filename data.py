@@ -10,9 +10,9 @@ torch's weights_only. Shape legend: see skeletonmae.py; F is all frames of a dat
 """
 import ast
 import json
+import lzma
 import math
 import mmap
-import os
 import pickle
 import struct
 import warnings
@@ -29,6 +29,11 @@ from skeletonmae import SKELETONS, skeleton as make_skeleton
 
 class DataError(ValueError):
     """Data that cannot be used. The message is one line: what was expected, what came, how to mend it."""
+
+
+def brief(error: Exception) -> str:
+    """What an exception says, on one line of at most 160 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
 # ---------------------------------------------------------------------------------------------- one form for all
@@ -126,7 +131,7 @@ def array(buffer, code: str, shape: tuple, fortran: bool = False, offset: int = 
     if kind not in DTYPES:
         raise DataError(f"dtype {code!r} is not supported; expected one of {', '.join(DTYPES)}, save the array as one of them")
     dtype, count = DTYPES[kind], math.prod(shape)
-    if not all(isinstance(n, int) and n >= 0 for n in shape) or len(buffer) - offset < count * dtype.itemsize:
+    if not all(type(n) is int and 0 <= n < 2**48 for n in shape) or len(buffer) - offset < count * dtype.itemsize:
         raise DataError(f"an array of shape {shape} and dtype {code!r} needs {count * dtype.itemsize} bytes, "
                         f"{len(buffer) - offset} are there; the file is truncated, copy it again")
     if count == 0:
@@ -189,11 +194,10 @@ def read_npz(path: str, wanted: tuple) -> dict:
                     arrays[name] = array(body, code, shape, fortran, offset)
                 except DataError as error:
                     raise DataError(f"{what}: {error}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError, RuntimeError, MemoryError, OverflowError,
-            ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} is not a readable npz ({error}); expected a zip of .npy arrays, copy or save it again") from None
+    except DataError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, TypeError, ValueError, struct.error, RuntimeError, MemoryError, OverflowError) as error:
+        raise DataError(f"{path} is not a readable npz ({brief(error)}); expected a zip of .npy arrays, copy or save it again") from None
     return arrays
 
 
@@ -261,7 +265,7 @@ for _core in ("numpy.core", "numpy._core"):
                         (f"{_core}.numeric", "_frombuffer"): _Call(_frombuffer)}
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one written in Python: its memo is a dict, which a damaged index cannot blow up
     def find_class(self, module, name):
         if (module, name) not in _PICKLE_GLOBALS:
             raise DataError(f"the pickle asks for {module}.{name}, which is not loaded; expected arrays, numbers, strings, lists and dicts alone")
@@ -278,7 +282,7 @@ def read_pickle(path: str):
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise almost anything from the opcodes it was cut or flipped into
-        raise DataError(f"{path} is no readable pickle ({type(error).__name__}: {error}); expected PYSKL's format, copy it again") from None
+        raise DataError(f"{path} is no readable pickle ({brief(error)}); expected PYSKL's format, copy it again") from None
 
 
 def _as_tensor(value, what: str) -> Tensor:
@@ -287,7 +291,7 @@ def _as_tensor(value, what: str) -> Tensor:
     return value.tensor
 
 
-def from_pyskl(path: str, split: str | None, test_fraction: float, seed: int) -> tuple:
+def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
     """PYSKL's pickle, {"split": {name: [frame_dir]}, "annotations": [...]} or the bare list of annotations.
 
     An annotation holds `keypoint` (M, T, V, C), `label`, optionally `keypoint_score` (M, T, V) and `frame_dir`. Of more than
@@ -300,7 +304,10 @@ def from_pyskl(path: str, split: str | None, test_fraction: float, seed: int) ->
     scored = any("keypoint_score" in a for a in annotations)
     names, sequences, labels = [], [], []
     for i, annotation in enumerate(annotations):
-        name = str(annotation.get("frame_dir", i))
+        name = annotation.get("frame_dir", i)
+        if type(name) not in (str, int):
+            raise DataError(f"{path}: annotation {i}: frame_dir is {type(name).__name__}; expected a string")
+        name = str(name)
         what = f"{path}: annotation {name!r:.80}"
         keypoint = _as_tensor(annotation.get("keypoint"), f"{what}: keypoint").float()
         if keypoint.dim() != 4 or keypoint.shape[3] not in (2, 3) or 0 in keypoint.shape:
@@ -308,8 +315,8 @@ def from_pyskl(path: str, split: str | None, test_fraction: float, seed: int) ->
         if sequences and keypoint.shape[2:] != (sequences[0].shape[2], sequences[0].shape[3] - scored):
             raise DataError(f"{what}: keypoint has {tuple(keypoint.shape[2:])} joints and coordinates, those before it another number")
         label = annotation.get("label")
-        if type(label) is not int or label < 0:
-            raise DataError(f"{what}: label is {label!r:.40}; expected an integer from 0 on")
+        if type(label) is not int or not 0 <= label <= MAX_LABEL:
+            raise DataError(f"{what}: label is {label if type(label) is int and abs(label) < 2**63 else type(label).__name__}; expected an integer from 0 to {MAX_LABEL}")
         if scored:
             score = annotation.get("keypoint_score")
             score = _as_tensor(score, f"{what}: keypoint_score").float() if score is not None else keypoint.new_ones(keypoint.shape[:3])
@@ -319,8 +326,11 @@ def from_pyskl(path: str, split: str | None, test_fraction: float, seed: int) ->
         if len(keypoint) > 2:
             rank = keypoint[..., -1].mean((1, 2)) if scored else keypoint.diff(dim=1).abs().mean((1, 2, 3))
             keypoint = keypoint[rank.topk(2).indices.sort().values]
-        if scored:  # no score at all: the person is not there, whatever its coordinates say
-            keypoint = keypoint * (keypoint[..., -1:] > 0).flatten(1).any(1)[:, None, None, None]
+        if scored:  # without coordinates, or beside others without any score, a person is not there
+            there = (keypoint[..., :-1] != 0).flatten(1).any(1)
+            if len(keypoint) > 1:
+                there &= (keypoint[..., -1] > 0).flatten(1).any(1)
+            keypoint = keypoint * there[:, None, None, None]
         sequences.append(keypoint.transpose(0, 1))
         labels.append(label)
         names.append(name)
@@ -332,16 +342,19 @@ def from_pyskl(path: str, split: str | None, test_fraction: float, seed: int) ->
             raise DataError(f"{path} has no splits, so --split {split} cannot be found; leave it out and set --test-fraction")
         if not 0 < test_fraction < 1:
             raise DataError(f"test fraction {test_fraction}; expected more than 0 and less than 1")
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        if len(data) < 2:
+            raise DataError(f"{path} holds one sequence and no split; expected at least two")
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # the same halves for every --seed
         cut = min(max(round(test_fraction * len(data)), 1), len(data) - 1)
-        return data.subset(order[cut:]), data.subset(order[:cut]), f"a random {test_fraction:g} for testing, seed {seed}", scored
-    if not isinstance(splits, dict):
+        return data.subset(order[cut:]), data.subset(order[:cut]), f"a random {test_fraction:g} for testing", scored
+    if not isinstance(splits, dict) or not all(type(name) is str for name in splits):
         raise DataError(f"{path}: split is {type(splits).__name__}; expected a dict of name -> list of frame_dir")
-    train_name, test_name = find_split([str(k) for k in splits], split, path)
+    train_name, test_name = find_split(list(splits), split, path)
     position = {name: i for i, name in enumerate(names)}
     halves = []
     for half in (train_name, test_name):
-        index = [position[str(name)] for name in splits[half] if str(name) in position] if isinstance(splits[half], (list, tuple)) else []
+        listed = [str(name) for name in splits[half] if type(name) in (str, int)] if isinstance(splits[half], (list, tuple)) else []
+        index = [position[name] for name in listed if name in position]
         if not index:
             raise DataError(f"{path}: split {half} is empty or names no annotation; expected a list of frame_dir")
         halves.append(data.subset(index))
@@ -387,18 +400,22 @@ def fill_missing(data: Sequences):
 
 # ---------------------------------------------------------------------------------------------- the other readers
 
+MAX_LABEL = 100_000  # more classes than any data set has: a larger label is damage
+
+
 def read_labels(y: Tensor, count: int, what: str) -> Tensor:
     """Integer labels (N,) from integers (N,) or a one-hot (N, K) of numbers or booleans."""
-    if len(y) != count:
-        raise DataError(f"{what} has {len(y)} labels for {count} sequences; expected as many of each")
+    if y.dim() == 0 or len(y) != count:
+        raise DataError(f"{what} has {y.numel() if y.dim() == 0 else len(y)} labels for {count} sequences; expected as many of each")
     if y.dim() == 2:
         if not ((y != 0).sum(1) == 1).all():
             raise DataError(f"{what} is no one-hot: a row has other than one non-zero entry; expected exactly one a row")
         return (y != 0).int().argmax(1)
     if y.dim() != 1 or y.is_floating_point() and (y != y.round()).any():
         raise DataError(f"{what} has shape {tuple(y.shape)} and dtype {y.dtype}; expected integers (N,) or one-hot (N, K)")
-    if y.min() < 0:
-        raise DataError(f"{what} holds the label {int(y.min())}; expected integers from 0 on")
+    low, high = float(y.min()), float(y.max())
+    if not 0 <= low <= high <= MAX_LABEL:
+        raise DataError(f"{what} holds labels from {low:g} to {high:g}; expected integers from 0 to {MAX_LABEL}")
     return y.long()
 
 
@@ -444,20 +461,26 @@ def from_pt(path: str) -> tuple:
     except OSError:
         raise
     except Exception as error:
-        raise DataError(f"{path} is no .pt file of plain tensors ({str(error).splitlines()[0]:.100}); save a dict of tensors with torch.save") from None
+        raise DataError(f"{path} is no .pt file of plain tensors ({brief(error)}); save a dict of tensors with torch.save") from None
     halves = []
     for half in ("train", "test"):
         x, y = (content.get(f"{key}_{half}") for key in "xy") if isinstance(content, dict) else (None, None)
-        if x is None or y is None or len(x) == 0:
-            raise DataError(f"{path} has no {'x' if x is None or not len(x) else 'y'}_{half}; expected a dict of x_train, y_train, x_test, y_test")
+        if not all(isinstance(v, (list, tuple)) or isinstance(v, Tensor) and v.dim() for v in (x, y)) or len(x) == 0:
+            raise DataError(f"{path} has no list x_{half} with its y_{half}; expected a dict of x_train, y_train, x_test, y_test")
         first = x[0]
         for i, sequence in enumerate(x):
             if not isinstance(sequence, Tensor) or sequence.dim() != 4 or 0 in sequence.shape or sequence.shape[2:] != first.shape[2:] \
                     or sequence.shape[1] > 2 or sequence.shape[3] not in (2, 3):
                 shape = tuple(sequence.shape) if isinstance(sequence, Tensor) else type(sequence).__name__
                 raise DataError(f"{path}: x_{half}[{i}] is {shape}; expected a tensor (T, M, V, C), M 1 or 2, C 2 or 3, V and C the same in all")
-        label = read_labels(torch.as_tensor(y), len(x), f"y_{half} in {path}")
+        try:
+            y = torch.as_tensor(y)
+        except (TypeError, ValueError, RuntimeError):
+            raise DataError(f"y_{half} in {path} is no list of labels; expected integers") from None
+        label = read_labels(y, len(x), f"y_{half} in {path}")
         halves.append(flatten([s.float() for s in x], label, [f"{half}[{i}]" for i in range(len(x))], path))
+    if halves[0].frames.shape[2:] != halves[1].frames.shape[2:]:
+        raise DataError(f"{path}: x_train and x_test have different joints or coordinates; expected the same")
     persons = max(h.frames.shape[1] for h in halves)
     halves = [replace(h, frames=torch.nn.functional.pad(h.frames, (0, 0, 0, 0, 0, persons - h.frames.shape[1])),
                       present=torch.nn.functional.pad(h.present, (0, persons - h.present.shape[1]))) for h in halves]
@@ -486,7 +509,7 @@ def load_skeleton(layout: str) -> dict:
         raise DataError(f"{layout} is no skeleton layout ({error}); expected joints, edges, parts, centre, and optionally pairs") from None
 
 
-def load(path: str | None = None, split: str | None = None, layout: str | None = None, test_fraction: float = 0.2, seed: int = 0,
+def load(path: str | None = None, split: str | None = None, layout: str | None = None, test_fraction: float = 0.2,
          synthetic_size: int = 1600) -> Dataset:
     """Reads a data set by what the file is, checks all of it, and finds its layout. Without a path: the built-in stick figures.
 
@@ -494,6 +517,8 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     """
     own = load_skeleton(layout) if layout else None
     if path is None:
+        if own and own != SKELETONS["coco17"]:
+            raise DataError(f"the built-in stick figures are coco17, not {layout}; leave --layout out, or name your --data")
         train, test, note, score = stick_figures(synthetic_size)
         layout = "coco17"
     else:
@@ -504,7 +529,7 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
         elif path.endswith(".npz"):
             train, test, note, score = from_npz(path, layout, own)
         elif path.endswith((".pkl", ".pickle")) or magic == b"\x80":
-            train, test, note, score = from_pyskl(path, split, test_fraction, seed)
+            train, test, note, score = from_pyskl(path, split, test_fraction)
         else:
             raise DataError(f"{path} ends in neither .npz, .pkl nor .pt; expected CTR-GCN's npz, PYSKL's pickle or a .pt dict")
     V, C = train.frames.shape[2], train.frames.shape[3] - score
@@ -549,8 +574,10 @@ def normalise(x: Tensor, skeleton: dict, channels: int) -> tuple:
     total = there.sum((1, 2), keepdim=True).clamp(min=1)
     origin = (centre * there).sum((1, 2), keepdim=True) / total
     joints = (joints - origin) * there
-    seen = there if x.shape[-1] == channels else there & (x[..., channels:] > 0)  # (N, M, T, 1 or V, 1)
-    seen = seen.expand(*joints.shape[:-1], 1)
+    seen = there.expand(*joints.shape[:-1], 1)
+    if x.shape[-1] > channels:
+        scored = seen & (x[..., channels:] > 0)
+        seen = torch.where(scored.flatten(1).any(1)[:, None, None, None, None], scored, seen)  # nothing seen: all guesses count
     square = (joints.square() * seen).sum((1, 2, 3, 4), keepdim=True) / seen.sum((1, 2, 3, 4), keepdim=True).clamp(min=1)
     unit = square.sqrt().clamp(min=1e-6)
     return torch.cat([joints / unit, x[..., channels:]], -1), origin, unit
@@ -619,8 +646,7 @@ class Loader:
         self.data, self.skeleton, self.channels, self.frames, self.training = data, skeleton, channels, frames, training
         self.batch_size, self.seed, self.augmentation, self.repeat = batch_size, seed, augmentation, repeat
         self.workers, self.rank, self.world = workers, rank, world
-        passes = [torch.arange(0, len(data))] * repeat
-        self.steps = len(self._batches(torch.cat(passes)))
+        self.steps = len(self._batches(torch.arange(len(data) * repeat)))
 
     def _batches(self, order: Tensor) -> list:
         batches = list(order.split(self.batch_size))
@@ -635,19 +661,20 @@ class Loader:
         if self.training:
             generator = torch.Generator().manual_seed(self._seed(epoch))
             order = torch.cat([torch.randperm(len(self.data), generator=generator) for _ in range(self.repeat)])
-        batches = [(index[self.rank::self.world], self._seed(epoch, step)) for step, index in enumerate(self._batches(order), 1)]
+        batches = [(index[self.rank::self.world], self._seed(epoch, step) + self.rank) for step, index in enumerate(self._batches(order), 1)]
         if not self.workers:
             return map(self.batch, batches)
-        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers, collate_fn=self.batch)
+        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers, collate_fn=self.batch, generator=torch.Generator())
 
     def _seed(self, epoch: int, step: int = 0) -> int:
-        return ((self.seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_003 + self.rank
+        """A seed of its own for every step of every epoch, the same in all processes; step 0 is the order of the epoch."""
+        return ((self.seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_003 % 2**62
 
     def batch(self, index_and_seed) -> Batch:
         """One vectorised gather on the device that holds the frames, then normalisation and augmentation."""
         index, seed = index_and_seed
         data, device = self.data, self.data.frames.device
-        generator = torch.Generator(device).manual_seed(seed % 2**63) if self.training else None
+        generator = torch.Generator(device).manual_seed(seed) if self.training else None
         here = index.to(device, non_blocking=True)
         steps = sample_frames(data.length[here], self.frames, self.training, self.augmentation.crop, generator)
         x = data.frames.index_select(0, (data.start[here][:, None] + steps).flatten()).float()
@@ -754,7 +781,7 @@ def _draw(table: Tensor, pairs: Tensor, generator) -> tuple:
         joints[name + "knee"] = joints[name + "hip"] + limb(side, a["leg" + tail], bone["thigh"])
         joints[name + "ankle"] = joints[name + "knee"] + limb(side, a["leg" + tail] - a["knee" + tail], bone["shin"])
     body = torch.stack([joints[name] for name in SKELETONS["coco17"]["joints"]], 3)  # (n, 2, T, 17, 3)
-    body[..., 2] -= torch.tensor([0.5, 0.5]).view(2, 1, 1) * (1 + normal(1, 1, 1, spread=0.1)) * pairs.view(n, 1, 1, 1)  # half a step back each
+    body[..., 2] -= 0.5 * (1 + normal(1, 1, 1, spread=0.1)) * pairs.view(n, 1, 1, 1)  # of two, each stands half a step back
     turn = (2 * torch.rand(n, 1, generator=generator) - 1) * 1.0 + math.pi * torch.arange(2)     # the second person faces the first
     turn = turn[:, :, None, None]
     x = body[..., 0] * turn.cos() + body[..., 2] * turn.sin()

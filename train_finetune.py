@@ -60,6 +60,7 @@ class Settings(CommonSettings):
 
 
 PRETRAINED = ("width", "hidden", "layers", "motion", "bone", "score")  # what a pre-trained checkpoint decides
+FINETUNED = ("frames", "strl_layers", "blocks", "stride", "linear_probe")   # and a fine-tuned one as well
 
 
 def learning_rate(epoch: int, base: float, warmup: int, milestones: tuple) -> float:
@@ -116,24 +117,26 @@ def main(argv=None):
         settings.ckpt = newest_pretraining()
     if settings.ckpt and not resumed:
         source = read_checkpoint(settings.ckpt, ("finetune",) if settings.eval_only else ("pretrain", "finetune"))
-        taken = ("data", "split", "layout", "test_fraction", "synthetic_size") * ("data" not in given) + PRETRAINED
-        if source["kind"] == "finetune":
-            taken += ("strl_layers", "blocks", "stride", "frames", "linear_probe")
-        for name in taken:  # a checkpoint decides its data and its shape, unless told otherwise
-            if name in given and name in PRETRAINED and getattr(settings, name) != source["settings"][name]:
-                raise Failure(f"--{name} {getattr(settings, name)} differs from {source['settings'][name]} of {settings.ckpt}; leave it out")
-            if name not in given:
-                setattr(settings, name, source["settings"][name])
+        before = source["settings"]
+        for name in PRETRAINED + (FINETUNED if source["kind"] == "finetune" else ()):  # the checkpoint decides its shape
+            if name in given and getattr(settings, name) != before[name]:
+                raise Failure(f"--{name.replace('_', '-')} {getattr(settings, name)} differs from {before[name]} of {settings.ckpt}; leave it out")
+            setattr(settings, name, before[name])
+        if "data" not in given:  # and, unless told otherwise, its data
+            for name in {"data", "split", "layout", "test_fraction", "synthetic_size"} - given:
+                setattr(settings, name, before[name])
+        if settings.eval_only and "out" not in given:
+            settings.out = os.path.dirname(settings.ckpt) or "."
     elif settings.eval_only:
         raise Failure("--eval-only needs --ckpt with a fine-tuned checkpoint, as in --ckpt runs/finetune/finetune.pt")
     device, amp, rank, world = set_up(settings)
     quiet = rank > 0
     say = (lambda *_: None) if quiet else print
 
-    data = load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.seed, settings.synthetic_size)
+    data = load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.synthetic_size)
     say(f"{settings.data or 'stick figures'}: {data}")
     other = resumed or source
-    if other and (other["layout"], other["channels"]) != (data.layout, data.channels):
+    if other and (other["skeleton"], other["channels"]) != (data.skeleton, data.channels):
         raise Failure(f"{settings.ckpt or path} was trained on layout {other['layout']} in {other['channels']}D, the data are {data.layout} in {data.channels}D; expected the same")
     if other and other["kind"] == "finetune" and other["classes"] != data.classes:
         raise Failure(f"{settings.ckpt or path} knows {len(other['classes'])} classes, the data have {len(data.classes)}; expected the same")
@@ -146,17 +149,19 @@ def main(argv=None):
     test = Loader(to_device(data.test, device), *common, False)
 
     torch.manual_seed(settings.seed)
-    encoder_shape = {name: getattr(settings, name) for name in ("width", "hidden", "layers", "dropout", "motion", "bone")}
+    shape = {"skeleton": data.skeleton, "channels": data.channels, "score": score}
+    shape |= {name: getattr(settings, name) for name in ("width", "hidden", "layers", "dropout", "motion", "bone")}
+    if not settings.linear_probe:
+        shape |= {"classes": len(data.classes), "persons": data.persons}
+        shape |= {name: getattr(settings, name) for name in ("frames", "strl_layers", "blocks", "stride", "attention_dropout", "head_dropout")}
     try:
         if settings.linear_probe:
-            encoder = SkeletonMAE(data.skeleton, data.channels, score=score, **encoder_shape)
+            encoder = SkeletonMAE(**shape)
             if source and source["kind"] == "pretrain":
                 encoder.load_state_dict(source["model"])
             model = LinearProbe(encoder, len(data.classes)).to(device)
         else:
-            model = SkeletonClassifier(data.skeleton, data.channels, len(data.classes), data.persons, settings.frames, score=score,
-                                       strl_layers=settings.strl_layers, blocks=settings.blocks, stride=settings.stride,
-                                       attention_dropout=settings.attention_dropout, head_dropout=settings.head_dropout, **encoder_shape).to(device)
+            model = SkeletonClassifier(**shape).to(device)
             if source and source["kind"] == "pretrain":
                 loaded = model.load_pretrained(source["model"])
                 say(f"{settings.ckpt}: {len(loaded)} tensors of embedding and encoders loaded, {len(model.state_dict()) - len(loaded)} start at random")
@@ -190,7 +195,7 @@ def main(argv=None):
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
         first_epoch, log = resumed["epoch"] + 1, resumed["log"]
-    step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    step_model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
     if settings.compile:
         step_model = torch.compile(step_model, dynamic=True)
 
@@ -227,7 +232,8 @@ def main(argv=None):
         log = log + [row]
         if rank == 0:
             save({"kind": "finetune", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log, "settings": asdict(settings),
-                  "skeleton": data.skeleton, "layout": data.layout, "channels": data.channels, "score": score, "persons": data.persons, "classes": data.classes}, path)
+                  "model_settings": shape, "skeleton": data.skeleton, "layout": data.layout, "channels": data.channels, "score": score,
+                  "persons": data.persons, "classes": data.classes}, path)
         progress.end_epoch(epoch, mean_loss, lr, note)
     if rank == 0:
         report(outputs or evaluate(model, test, device, amp), f"last epoch ({settings.epochs}), {start}")

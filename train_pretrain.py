@@ -14,12 +14,14 @@ import ctypes
 import difflib
 import io
 import os
+import signal
 import sys
+import tempfile
 import time
 import typing
 from dataclasses import asdict, dataclass, field, fields
 
-from data import Augmentation, DataError, Loader, load  # before torch: they silence its one remark about numpy
+from data import Augmentation, DataError, Loader, brief, load  # before torch: they silence its one remark about numpy
 from skeletonmae import SkeletonMAE, draw_mask
 import torch
 from torch import Tensor
@@ -41,12 +43,12 @@ class CommonSettings:
     test_fraction: float = option(0.2, "share of test sequences where a pickle has no split", low=0, high=1)
     synthetic_size: int = option(1600, "how many stick figures the built-in set has", low=32)
     frames: int = option(64, "T, frames sampled from each sequence", low=2)
-    rotation: float = option(-1.0, "3D: random rotation in degrees to either side; -1: what suits the data", low=-1, high=180)
-    scaling: float = option(-1.0, "random scaling of each axis by up to this; -1: what suits the data", low=-1, high=0.9)
-    shift: float = option(-1.0, "random shift in body units; -1: what suits the data", low=-1)
-    flip: float = option(-1.0, "probability of a mirror image; -1: what suits the data", low=-1, high=1)
-    noise: float = option(-1.0, "coordinate noise in body units; -1: what suits the data", low=-1)
-    crop: float = option(-1.0, "shortest random part of a sequence to sample from; -1: what suits the data", low=-1, high=1)
+    rotation: float = option(None, "3D: random rotation in degrees to either side; default: what suits the data", low=0, high=180)
+    scaling: float = option(None, "random scaling of each axis by up to this; default: what suits the data", low=0, high=0.9)
+    shift: float = option(None, "random shift in body units; default: what suits the data", low=0)
+    flip: float = option(None, "probability of a mirror image; default: what suits the data", low=0, high=1)
+    noise: float = option(None, "coordinate noise in body units; default: what suits the data", low=0)
+    crop: float = option(None, "shortest random part of a sequence to sample from; default: what suits the data", low=0, high=1)
     repeat: int = option(1, "passes over the data per epoch", low=1)
     workers: int = option(0, "loader processes; 0 builds batches in this one (supplement A: 4; measured slower)", low=0)
     seed: int = option(0, "seed of weights, order, masks and augmentation", low=0)
@@ -93,6 +95,15 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
         convert.__name__ = kind.__name__
         return convert
 
+    def several(default):
+        kind = type(default[0]) if default else str
+        def convert(text):
+            try:
+                return tuple(kind(part.strip()) for part in text.split(","))
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{text} is no list; expected values with commas, as in {','.join(map(str, default))}") from None
+        return convert
+
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise Failure(f"{message}; --help lists all flags")
@@ -106,7 +117,7 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **text)
         elif kind is tuple:
-            parser.add_argument(flag, type=lambda s, item=type((f.default or ("",))[0]): tuple(item(p.strip()) for p in s.split(",")), metavar="A,B", **text)
+            parser.add_argument(flag, type=several(f.default), metavar="A,B", **text)
         elif kind is str:
             parser.add_argument(flag, **text, **({"nargs": "?", "const": meta["bare"]} if "bare" in meta else {}))
         else:
@@ -118,24 +129,36 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
     return settings(**vars(given)), set(vars(given))
 
 
+class Terminated(BaseException):
+    """SIGTERM, raised where the program stands."""
+
+
 def run(main):
-    """Calls main; what the user can mend is one line on stderr and exit status 2."""
+    """Calls main; what the user can mend is one line on stderr and exit status 2, an interrupted run says how to go on."""
+    def terminate(*_):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        main()
+        return main()
     except (Failure, DataError) as error:
-        message = str(error)
+        status, message = 2, f"error: {error}"
     except OSError as error:
-        message = f"{error.filename or 'file'}: {error.strerror or error}"
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        status, message = 2, f"error: {error.filename or 'file'}: {error.strerror or error}"
+    except (KeyboardInterrupt, Terminated) as error:
+        status = 130 if isinstance(error, KeyboardInterrupt) else 143
+        message = "\nstopped; the last checkpoint is complete: the same command line with --resume goes on from it"
+    print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------------- machine
 
 def set_up(settings: CommonSettings) -> tuple:
-    """Device, whether to use bfloat16, and this process's place among those of torchrun: (device, amp, rank, world)."""
+    """Device, whether to use bfloat16, and this process's place among those of torchrun: (device, amp, rank, world).
+    What would only fail after the first epoch fails here: a folder that cannot be written, a batch too small to share."""
+    os.makedirs(settings.out, exist_ok=True)
+    tempfile.TemporaryFile(dir=settings.out).close()
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = settings.device
     if name == "auto":
@@ -145,6 +168,8 @@ def set_up(settings: CommonSettings) -> tuple:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         raise Failure(f"device {name} cannot be used here; expected auto, cpu" + ", cuda" * torch.cuda.is_available()) from None
+    if settings.batch_size < world:
+        raise Failure(f"--batch-size {settings.batch_size} cannot be shared among {world} processes; expected at least one sequence each")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
@@ -168,10 +193,10 @@ def keep_freed_memory():
 
 
 def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
-    """The augmentation asked for, with what suits 2D or 3D data for each value of -1."""
+    """The augmentation asked for, with what suits 2D or 3D data for what was not."""
     suits = Augmentation(rotation=60, scaling=0.1, shift=0.1) if channels == 3 else Augmentation(scaling=0.1, shift=0.1, flip=0.5, noise=0.01)
     asked = {f.name: getattr(settings, f.name) for f in fields(Augmentation)}
-    return Augmentation(**{name: getattr(suits, name) if value == -1 else value for name, value in asked.items()})
+    return Augmentation(**{name: getattr(suits, name) if value is None else value for name, value in asked.items()})
 
 
 def to_device(data, device):
@@ -194,7 +219,7 @@ def write_atomically(path: str, write):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except RuntimeError as error:  # torch reports a full disk so
-        raise OSError(None, f"could not be written ({str(error).splitlines()[0]}); the file before it is kept", path) from None
+        raise OSError(None, f"could not be written ({brief(error)}); the file before it is kept", path) from None
     finally:
         if os.path.exists(beside):
             os.remove(beside)
@@ -218,8 +243,10 @@ def read_checkpoint(path: str, kinds: tuple) -> dict:
     except OSError:
         raise
     except Exception as error:
-        raise Failure(f"{path} is no checkpoint of these scripts ({str(error).splitlines()[0]:.80}); expected {' or '.join(k + '.pt' for k in kinds)}") from None
+        raise Failure(f"{path} is no checkpoint of these scripts ({brief(error)}); expected {' or '.join(k + '.pt' for k in kinds)}") from None
     kind = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if kind in kinds and not {"model", "optimizer", "settings", "model_settings", "epoch", "log", "skeleton", "layout", "channels"} <= checkpoint.keys():
+        raise Failure(f"{path} lacks parts of a {kind} checkpoint; expected a file that these scripts wrote")
     if kind not in kinds:
         raise Failure(f"{path} holds {kind or type(checkpoint).__name__}, no {' or '.join(kinds)} checkpoint; expected a file that these scripts wrote")
     return checkpoint
@@ -258,7 +285,7 @@ class Progress:
         now = time.monotonic()
         left = (now - self.begin) / max(self.done, 1) * (self.total - self.done)
         rate = self.sequences / max(now - self.epoch_begin, 1e-9)
-        return f"epoch {epoch + 1}/{self.epochs}  loss {loss:.4f}  lr {lr:.3g}  {rate:.0f} seq/s  {left // 60:.0f}m{left % 60:02.0f}s left"
+        return f"epoch {epoch + 1}/{self.epochs}  loss {loss:.4g}  lr {lr:.3g}  {rate:.0f} seq/s  {left // 60:.0f}m{left % 60:02.0f}s left"
 
     def end_epoch(self, epoch: int, loss: float, lr: float, note: str):
         if not self.quiet:
@@ -334,7 +361,7 @@ def main(argv=None):
     quiet = rank > 0
     say = (lambda *_: None) if quiet else print
 
-    data = load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.seed, settings.synthetic_size)
+    data = load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.synthetic_size)
     say(f"{settings.data or 'stick figures'}: {data}")
     score = settings.score and data.score
     augment = augmentation(settings, data.channels)
@@ -346,9 +373,10 @@ def main(argv=None):
             f"--repeat {max(1, -(-2000 * 64 // (len(data.train) * settings.epochs)))} --lr 1e-3")
 
     torch.manual_seed(settings.seed)
-    shape = {name: getattr(settings, name) for name in ("width", "hidden", "layers", "dropout", "beta", "mask_parts", "mask_num_parts", "mask_ratio", "motion", "bone")}
+    shape = {"skeleton": data.skeleton, "channels": data.channels, "score": score}
+    shape |= {name: getattr(settings, name) for name in ("width", "hidden", "layers", "dropout", "beta", "mask_parts", "mask_num_parts", "mask_ratio", "motion", "bone")}
     try:
-        model = SkeletonMAE(data.skeleton, data.channels, score=score, **shape).to(device)
+        model = SkeletonMAE(**shape).to(device)
     except ValueError as error:
         raise Failure(str(error)) from None
     scale, mean_pose = measure_scale(Loader(train.data, *common, False))
@@ -362,7 +390,7 @@ def main(argv=None):
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise Failure(f"{path} does not fit these settings and data ({str(error).splitlines()[0]:.100}); resume with the same") from None
+            raise Failure(f"{path} does not fit these settings and data ({brief(error)}); resume with the same") from None
         first_epoch, log = checkpoint["epoch"] + 1, checkpoint["log"]
     step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if settings.compile:
@@ -399,7 +427,7 @@ def main(argv=None):
         log = log + [row]
         if rank == 0:
             save({"kind": "pretrain", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log,
-                  "settings": asdict(settings), "skeleton": data.skeleton, "layout": data.layout, "channels": data.channels, "score": score}, path)
+                  "settings": asdict(settings), "model_settings": shape, "skeleton": data.skeleton, "layout": data.layout, "channels": data.channels, "score": score}, path)
         progress.end_epoch(epoch, mean_loss, settings.lr, note)
     say(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}")
     if world > 1:

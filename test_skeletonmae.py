@@ -1,0 +1,1664 @@
+"""Tests: every equation, reader and script against an independent plain implementation. Needs torch and this folder alone.
+
+    python test_skeletonmae.py                # everything, under 3 minutes on 2 cores; ends with "N passed, N failed, N skipped"
+    python test_skeletonmae.py NpzTest        # one class, or one test as NpzTest.test_name
+
+Sources in the docstrings: "S" the paper's supplement, "P" the paper, "METHOD" what was decided where both are silent.
+Shapes as in skeletonmae.py. Order: the model, then data files and batches, then the scripts.
+"""
+import warnings
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+import ast
+import contextlib
+import copy
+import copyreg
+import csv
+import io
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import tracemalloc
+import unittest
+import zipfile
+from collections import Counter
+from functools import partial
+from itertools import combinations, product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import data
+import skeletonmae
+import train_finetune
+import train_pretrain
+from data import Augmentation, DataError, Loader, Sequences
+from skeletonmae import (SKELETONS, Attention, AttentionBlock, BatchNorm, GraphConvolution, GraphEncoder, JointEmbedding, LinearProbe,
+                         Packing, SkeletonClassifier, SkeletonMAE, TemporalPooling, bone_parents, concat_linear, draw_mask,
+                         find_present, normalized_adjacency, reweighted_cosine_error, skeleton)
+
+close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+equal = partial(torch.testing.assert_close, rtol=0, atol=0)
+
+COCO = SKELETONS["coco17"]
+STAR = skeleton("hip chest head left_hand right_hand", [(0, 1), (1, 2), (1, 3), (1, 4)],  # a user's own skeleton
+                dict(trunk=[0, 1], head=[2], left=[3], right=[4]), centre=0)
+STAR_PARENTS = [0, 0, 1, 1, 1]
+SMALL = dict(width=8, hidden=8, layers=2)
+tiny_mae = partial(SkeletonMAE, STAR, 2, mask_parts=["left"], **SMALL)
+tiny_classifier = partial(SkeletonClassifier, **SMALL, strl_layers=2, blocks=1, heads=2, ratio=2, frames=6)
+
+
+# ---------------------------------------------------------------------------------------------- plain implementations
+
+def shaken(module):
+    """The module in eval mode without zeros and ones, so that a forgotten bias, norm or running statistic shows."""
+    for parameter in module.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    for name, value in module.named_buffers():
+        if "running" in name:
+            value.copy_(torch.rand_like(value) + 0.5)
+    return module.eval()
+
+
+def people(N, M, T, V, C, absent=()):
+    """Random skeletons (N, M, T, V, C); the (sequence, person) pairs of `absent` are all zero."""
+    x = torch.randn(N, M, T, V, C)
+    for n, m in absent:
+        x[n, m] = 0
+    return x
+
+
+def statistics(module):
+    return {name: value.clone() for name, value in module.named_buffers() if "running" in name}
+
+
+def gradients(module, x, out, direction):
+    return torch.autograd.grad(out, [x, *module.parameters()], direction.to(out.dtype))
+
+
+def plain_batch_norm(norm, x):
+    return (x - norm.running_mean) / (norm.running_var + 1e-5).sqrt() * norm.weight + norm.bias
+
+
+def plain_layer_norm(norm, x):
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+
+
+def plain_graph_layer(layer, h, edges, training=False):
+    """S Eq. 1, joint by joint: h (V, ..., in) -> (V, ..., out)."""
+    degree = [1 + sum(v in edge for edge in edges) for v in range(len(h))]
+    rows = [h[v] / degree[v] for v in range(len(h))]
+    for i, j in [*edges, *(edge[::-1] for edge in edges)]:
+        rows[i] = rows[i] + h[j] / math.sqrt(degree[i] * degree[j])
+    z, norm = torch.stack(rows) @ layer.linear.weight.T, layer.norm
+    z = F.batch_norm(z.flatten(0, -2), norm.running_mean, norm.running_var, norm.weight, norm.bias, training).view(z.shape)
+    return F.prelu(z, layer.activation.weight)
+
+
+def plain_attention(attention, g):
+    """softmax(Q K^T / sqrt(d)) V of one person, head by head: (T, H) -> (T, H)."""
+    width, heads = g.shape[-1] // attention.heads, []
+    for query, key, value in zip(*(part.split(width, 1) for part in attention.query_key_value(g).chunk(3, 1))):
+        scores = torch.exp(query @ key.T / math.sqrt(width))
+        heads.append(scores / scores.sum(1, keepdim=True) @ value)
+    return attention.project(torch.cat(heads, 1))
+
+
+def plain_attention_block(block, g):
+    norm, widen, _, narrow, _ = block.feed_forward
+    g = g + plain_attention(block.attention, plain_layer_norm(block.attention_norm, g))
+    return g + narrow(F.gelu(widen(plain_layer_norm(norm, g))))
+
+
+def plain_pooling(pool, h, stride):
+    """METHOD's four branches, frame by frame: (V, T, D) -> (V, ceil(T / stride), D)."""
+    T, B, frames = h.shape[1], h.shape[2] // 4, []
+    x = plain_batch_norm(pool.reduce_norm, h @ pool.reduce.weight.T).relu()
+    for t in range(0, T, stride):
+        near, far = (sum(x[:, t + d * k, b * B:(b + 1) * B] @ conv.weight[:, :, 0, k + 1].T for k in (-1, 0, 1) if 0 <= t + d * k < T)
+                     for b, d, conv in ((0, 1, pool.near), (1, 2, pool.far)))
+        largest = x[:, max(t - 1, 0):t + 2, 2 * B:3 * B].amax(1)
+        frames.append((plain_batch_norm(pool.norm, torch.cat([near, far, largest, x[:, t, 3 * B:]], 1)) + h[:, t]).relu())
+    return torch.stack(frames, 1)
+
+
+def plain_strl(layer, persons, previous, edges, stride):
+    """P Eq. 3, S Eq. 2 and P Eq. 4 of one sequence. persons, previous: person -> H (V, T, D) and SM (V, T, H + D)."""
+    own, out = {}, {}
+    for person, h in persons.items():
+        g = h
+        for graph_layer in layer.encoder.layers:
+            g = plain_graph_layer(graph_layer, g, edges)
+        g = plain_layer_norm(layer.token_norm, g.sum(0))
+        for block in layer.attention:
+            g = plain_attention_block(block, g)
+        own[person] = torch.cat([torch.stack([g] * len(h)), h], 2)  # Concat(Repeat(g; V), h)
+    for person, h in persons.items():
+        mixed = own[person] @ layer.own.weight.T
+        if 1 - person in persons:  # W of the concatenation of both persons' SM
+            mixed = (torch.cat([own[person], (previous or own)[1 - person]], 2)
+                     @ torch.cat([layer.own.weight, layer.other.weight], 1).T)
+        out[person] = plain_pooling(layer.pool, (plain_batch_norm(layer.norm, mixed) + layer.residual(h)).relu(), stride)
+    return out, {person: sm[:, ::stride] for person, sm in own.items()}
+
+
+def plain_classifier(model, x, present, strides):
+    """Logits of x (N, M, T, V, C), sequence by sequence."""
+    frames, T, logits, position = len(model.position), x.shape[2], [], []
+    for t in range(T):  # the table of positions, linearly interpolated to T frames
+        low = min(t * (frames - 1) // (T - 1), frames - 2)
+        share = t * (frames - 1) / (T - 1) - low
+        position.append((1 - share) * model.position[low] + share * model.position[low + 1])
+    for n in range(len(x)):
+        persons = {m: model.embedding(x[n, m].transpose(0, 1)[:, None])[:, 0] + torch.stack(position)
+                   for m in range(x.shape[1]) if present[n, m]}
+        previous = None
+        for layer, stride in zip(model.strl, strides):
+            persons, previous = plain_strl(layer, persons, previous, model.skeleton["edges"], stride)
+        pooled = [torch.cat([h.mean((0, 1)), h.mean(0).amax(0)]) for h in persons.values()]
+        logits.append(model.head(model.hidden_layer(sum(pooled) / len(pooled))))
+    return torch.stack(logits)
+
+
+def plain_embedding(e, x, mask):
+    """JointEmbedding of STAR, joint by joint, in eval mode: x (V, P, T, C), mask (V, P) -> (V, P, T, D)."""
+    V, P, T, _ = x.shape
+    out, norm = torch.empty(V, P, T, 8), {name: value.view(V, -1) for name, value in e.norm.state_dict().items() if value.dim()}
+    for v, p, t in product(range(V), range(P), range(T)):
+        here, parent = x[v, p, t, :2], STAR_PARENTS[v]
+        motion = x[v, p, t + 1, :2] - here if t + 1 < T else torch.zeros(2)
+        streams = torch.cat([here] + [motion] * e.motion + [here - x[parent, p, t, :2]] * e.bone + [x[v, p, t, 2:]] * e.score)
+        streams = (streams - norm["running_mean"][v]) / (norm["running_var"][v] + 1e-5).sqrt() * norm["weight"][v] + norm["bias"][v]
+        if e.bone and (mask[v, p] or mask[parent, p]):
+            streams[2 + 2 * e.motion:][:2] = 0
+        out[v, p, t] = (e.mask_token if mask[v, p] else e.linear(streams)) + e.joint[v]
+    return out
+
+
+class Seeded(unittest.TestCase):
+    def setUp(self):
+        torch.manual_seed(0)
+
+
+# ---------------------------------------------------------------------------------------------- skeletons and masks
+
+class SkeletonTest(Seeded):
+    ORDERS = dict(
+        kinect20="hip centre, spine, shoulder centre, head, left shoulder, elbow, wrist, hand, right shoulder, elbow, wrist, hand, "
+                 "left hip, knee, ankle, foot, right hip, knee, ankle, foot",
+        penn13="head, left shoulder, right shoulder, left elbow, right elbow, left wrist, right wrist, left hip, right hip, left knee, "
+               "right knee, left ankle, right ankle",
+        sbu15="head, neck, torso, left shoulder, elbow, hand, right shoulder, elbow, hand, left hip, knee, foot, right hip, knee, foot",
+        jhmdb15="neck, belly, face, right shoulder, left shoulder, right hip, left hip, right elbow, left elbow, right knee, left knee, "
+                "right wrist, left wrist, right ankle, left ankle")
+
+    def test_joint_orders(self):
+        """Joint names in the order of the data's documentation, where "left shoulder, elbow" means that both are left."""
+        for layout, order in self.ORDERS.items():
+            names, side = [], ""
+            for name in order.replace(" centre", "_centre").split(", "):
+                side, name = name.split() if " " in name else (side, name)
+                names.append(f"{side}_{name}" if side else name)
+            self.assertEqual(SKELETONS[layout]["joints"], names)
+
+    def test_layouts(self):
+        """Joint counts; edges form a tree; six disjoint parts cover all joints (P 3.1.2); left mirrors right."""
+        counts = dict(coco17=17, ntu25=25, kinect20=20, sbu15=15, penn13=13, jhmdb15=15, openpose18=18)
+        self.assertEqual({name: len(set(layout["joints"])) for name, layout in SKELETONS.items()}, counts)
+        self.assertEqual({tuple(layout["parts"]) for layout in SKELETONS.values()},
+                         {("head", "torso", "left_arm", "right_arm", "left_leg", "right_leg")})
+        for layout in SKELETONS.values():
+            joints, edges, parts = layout["joints"], layout["edges"], layout["parts"]
+            group = list(range(len(joints)))
+            for i, j in edges:  # a tree: each edge joins two groups, and one group is left
+                self.assertNotEqual(group[i], group[j])
+                group = [group[i] if g == group[j] else g for g in group]
+            self.assertEqual(len(set(group)), 1)
+            self.assertTrue(all(parts.values()))
+            self.assertEqual(sorted(sum(parts.values(), [])), list(range(len(joints))))
+            pairs = [(joints.index(name.replace("right", "left")), j) for j, name in enumerate(joints) if name.startswith("right")]
+            self.assertCountEqual(map(tuple, layout["pairs"]), pairs)
+            mirror = {**dict(enumerate(range(len(joints)))), **dict(pairs), **{j: i for i, j in pairs}}
+            self.assertEqual({frozenset(mirror[j] for j in edge) for edge in edges}, set(map(frozenset, edges)))
+            for part, mirrored in dict(head="head", torso="torso", left_arm="right_arm", left_leg="right_leg").items():
+                self.assertEqual({mirror[j] for j in parts[part]}, set(parts[mirrored]))
+                self.assertTrue(all(joints[j].startswith("left") for j in parts[part]) or part == mirrored)
+
+    def test_bone_parents(self):
+        """Every joint's parent is a neighbour, and following the parents ends at the first centre joint."""
+        self.assertEqual(bone_parents(STAR), STAR_PARENTS)
+        for layout in SKELETONS.values():
+            parents = bone_parents(layout)
+            for path in [[joint] for joint in range(len(parents))]:
+                while parents[path[-1]] != path[-1] and len(path) <= len(parents):
+                    path.append(parents[path[-1]])
+                    self.assertIn(set(path[-2:]), map(set, layout["edges"]))
+                self.assertEqual(path[-1], layout["centre"][0])
+
+    def test_bad_skeletons(self):
+        """A user's mistake is a ValueError: an index out of range, no part, an empty part, no centre."""
+        for edges, parts, centre in (([(0, 5)], {"a": [0]}, 0), ([(0, -1)], {"a": [0]}, 0), ([(0, 1)], {}, 0), ([(0, 1)], {"a": []}, 0),
+                                     ([(0, 1)], {"a": [2]}, 0), ([(0, 1)], {"a": [0]}, []), ([(0, 1)], {"a": [0]}, 2)):
+            self.assertRaises(ValueError, skeleton, "a b", edges, parts, centre)
+
+    def masked(self, num=60, layout=COCO, **how):
+        """The set of masked joints (True, not False) of every sequence."""
+        return [frozenset(row.nonzero().flatten().tolist()) for row in draw_mask(num, layout, **how)]
+
+    def test_mask_parts(self):
+        """Default: right arm and right leg (METHOD); named parts; or K whole parts per sequence (P 3.1.2), every union of K drawn."""
+        self.assertEqual(set(self.masked()), {frozenset([8, 10, 14, 16])})
+        self.assertEqual(set(self.masked(parts=["head", "left_leg"])), {frozenset([0, 1, 2, 3, 4, 13, 15])})
+        self.assertEqual(set(self.masked(layout=STAR, parts=["right"])), {frozenset([4])})
+        for count in (1, 2, 5):
+            self.assertEqual(set(self.masked(300, num_parts=count)),
+                             {frozenset(sum(parts, [])) for parts in combinations(COCO["parts"].values(), count)})
+
+    def test_mask_ratio(self):
+        """Exactly round(R V) joints (S Table 2), others in every sequence, each joint as often as any other."""
+        for how in (dict(ratio=0.5), dict(num_parts=2)):  # a generator makes the draw repeatable
+            equal(*(draw_mask(60, COCO, **how, generator=torch.Generator().manual_seed(1)) for _ in range(2)))
+        for ratio, count in ((0.3, 5), (0.5, 8), (0.7, 12), (0.9, 15)):
+            masked = self.masked(600, ratio=ratio)
+            self.assertEqual({len(joints) for joints in masked}, {count})
+            self.assertGreater(len(set(masked)), 100)
+            for joint in range(17):
+                self.assertAlmostEqual(sum(joint in joints for joints in masked) / 600, count / 17, delta=0.09)
+
+    def test_mask_refused(self):
+        """Never all joints and never none (METHOD); an unknown part is answered with the known ones, when the model is built."""
+        for how in (dict(ratio=1.0), dict(ratio=0.01), dict(ratio=-0.5), dict(num_parts=6), dict(num_parts=7), dict(num_parts=-1),
+                    dict(parts=list(COCO["parts"])), dict(parts=())):
+            self.assertRaises(ValueError, draw_mask, 2, COCO, **how)
+        with self.assertRaisesRegex(ValueError, "right_arm, right_leg.*trunk, head, left, right"):
+            SkeletonMAE(STAR, 2)
+
+
+# ---------------------------------------------------------------------------------------------- layers
+
+class LayerTest(Seeded):
+    adjacency = normalized_adjacency(STAR["edges"], 5)
+
+    def test_normalized_adjacency(self):
+        """D^-1/2 (A + I) D^-1/2 of S Eq. 1, entry by entry, with the degrees counted by hand."""
+        degree, expected = [2, 5, 2, 2, 2], torch.zeros(5, 5)
+        for i, j in [(0, 1), (1, 2), (1, 3), (1, 4), (0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]:
+            expected[i, j] = expected[j, i] = 1 / math.sqrt(degree[i] * degree[j])
+        close(self.adjacency, expected)
+
+    def test_adjacency_is_a_buffer(self):
+        """The adjacency moves with .to() and is neither trained nor stored; 3 encoder layers and 1 decoder layer hold it (P 3.1.3)."""
+        model = SkeletonMAE(COCO, 2).double()
+        self.assertEqual([value.dtype for name, value in model.named_buffers() if "adjacency" in name], [torch.float64] * 4)
+        self.assertFalse([name for name in [*model.state_dict(), *dict(model.named_parameters())] if "adjacency" in name])
+
+    def test_graph_convolution(self):
+        """S Eq. 1 against loops over edges, F.batch_norm, F.prelu: output, gradients, running statistics; finite differences."""
+        for (width_in, width_out), training in product(((3, 6), (6, 3), (4, 4)), (True, False)):
+            layer, x = shaken(GraphConvolution(self.adjacency, width_in, width_out)).train(training), torch.randn(5, 2, 3, width_in)
+            plain, direction = copy.deepcopy(layer), torch.randn(5, 2, 3, width_out)
+            ours, expected = layer(x.requires_grad_()), plain_graph_layer(plain, x, STAR["edges"], training)
+            close(ours, expected)
+            close(gradients(layer, x, ours, direction), gradients(plain, x, expected, direction))
+            close(statistics(layer), statistics(plain))
+            self.assertEqual(layer.norm.num_batches_tracked, int(training))
+            x, layer = x.detach().double().requires_grad_(), layer.double()
+            self.assertTrue(torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=True))
+
+    def test_graph_convolution_in_bfloat16(self):
+        """Under autocast, output and gradients stay near float32's; rounding flips signs at PReLU's kink, in torch's layers as here."""
+        for training in (True, False):
+            layer, x = shaken(GraphConvolution(self.adjacency, 8, 8)).train(training), torch.randn(5, 8, 16, 8, requires_grad=True)
+            full, direction = layer(x), torch.randn(5, 8, 16, 8)
+            with torch.autocast("cpu", torch.bfloat16):
+                half = layer(x)
+            self.assertEqual(half.dtype, torch.bfloat16)
+            for a, b in zip((full, *gradients(layer, x, full, direction)), (half, *gradients(layer, x, half, direction))):
+                self.assertLess((a - b.float()).norm() / a.norm(), 0.25)
+
+    def test_batch_norm(self):
+        """BatchNorm over (..., D) against nn.BatchNorm1d over (rows, D): both modes, gradients, running statistics."""
+        ours, torchs, x = BatchNorm(4), torch.nn.BatchNorm1d(4), (3 * torch.randn(5, 2, 3, 4) + 1).requires_grad_()
+        for training in (True, False):
+            out, expected = ours.train(training)(x), torchs.train(training)(x.view(-1, 4)).view(x.shape)
+            direction = torch.randn_like(out)
+            close(out, expected)
+            close(gradients(ours, x, out, direction), gradients(torchs, x, expected, direction))
+        close(statistics(ours), statistics(torchs))
+
+    def test_dropout(self):
+        """S A: feature dropout 0.2, one draw for all frames, mean kept; attention dropout 0.1, on the weights; both off in eval mode."""
+        mae, layer = SkeletonMAE(COCO, 2), SkeletonClassifier(COCO, 2, 3).strl[2]
+        self.assertEqual((mae.encoder.dropout, layer.encoder.dropout, layer.attention[1].attention.dropout), (0.2, 0.2, 0.1))
+        encoder, ones = GraphEncoder(self.adjacency, 8, 8, layers=0), torch.ones(5, 500, 3, 8)
+        h = encoder(ones)
+        equal(h, h[:, :, :1].expand_as(h))
+        self.assertEqual(h.unique().tolist(), [0, 1.25])
+        self.assertAlmostEqual(float(h.mean()), 1, delta=0.02)
+        for axis in (0, 1, 3):  # drawn apart for each joint, person and channel
+            self.assertGreater(h.std(axis).max(), 0)
+        equal(encoder.eval()(ones), ones)
+        attention, g = shaken(Attention(8, heads=2, dropout=1.0)), torch.randn(3, 5, 8)
+        self.assertGreater(attention(g).std((0, 1)).min(), 0)
+        equal(attention.train()(g), attention.project.bias.expand(3, 5, 8))
+
+    def test_attention(self):
+        """softmax(Q K^T / sqrt(d)) V written out for each person and head; then the pre-norm residual block around it (METHOD)."""
+        block, g = shaken(AttentionBlock(8, heads=2, ratio=3)), torch.randn(3, 5, 8)
+        close(block.attention(g), torch.stack([plain_attention(block.attention, person) for person in g]))
+        close(block(g), torch.stack([plain_attention_block(block, person) for person in g]))
+
+    def test_temporal_pooling(self):
+        """METHOD's four branches (dilation 1 and 2, maximum, identity), frame by frame, for even and odd T."""
+        for stride, T in product((1, 2), (1, 6, 7)):
+            pool, h = shaken(TemporalPooling(8, stride)), torch.randn(3, 2, T, 8)
+            close(pool(h), torch.stack([plain_pooling(pool, h[:, p], stride) for p in range(2)], 1))
+
+    def test_concat_linear(self):
+        """Concat(Repeat(g; V), h) W of P Eq. 3 and 4, with the repeated tokens written to memory."""
+        g, h, weight = torch.randn(2, 3, 6), torch.randn(5, 2, 3, 4), torch.randn(7, 10)
+        close(concat_linear(g, h, weight), F.linear(torch.cat([g.expand(5, 2, 3, 6), h], -1), weight))
+
+    def test_joint_embedding(self):
+        """Joints, motion, bones and score, the mask token, and the joint embedding that masked joints get too (METHOD), by loops."""
+        for motion, bone, score in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 1)):
+            embedding = shaken(JointEmbedding(STAR, 2, 8, motion, bone, score))
+            x, mask = torch.randn(5, 3, 4, 2 + score), torch.rand(5, 3) < 0.4
+            close(embedding(x, mask), plain_embedding(embedding, x, mask))
+            close(embedding(x), plain_embedding(embedding, x, mask & False))
+
+    def test_masked_joints_have_no_influence(self):
+        """METHOD: other coordinates of the masked joints change nothing, not through motion, nor through a visible child's bone."""
+        embedding = shaken(JointEmbedding(STAR, 2, 8, motion=True, bone=True, score=True))
+        x, mask = torch.randn(5, 3, 4, 3), torch.tensor([[0, 1, 0, 1, 0]] * 3).T.bool()
+        other = torch.where(mask[..., None, None], torch.randn_like(x), x)
+        equal(embedding(x, mask), embedding(other, mask))
+        self.assertFalse(torch.equal(embedding(x), embedding(other)))
+
+    def test_masking_leaves_statistics_of_bones(self):
+        """After pre-training with a mask, an unmasked bone (linear probe) has its usual size: the zeros that hide bones are not data."""
+        embedding, x, mask = JointEmbedding(STAR, 2, 8, bone=True), torch.randn(5, 16, 4, 2), torch.tensor([[0, 0, 0, 0, 1]] * 16).T.bool()
+        for _ in range(100):
+            embedding(x, mask)
+        self.assertLess(embedding.eval()(x)[4].norm() / embedding.train()(x)[4].norm(), 2)
+
+
+# ---------------------------------------------------------------------------------------------- pre-training
+
+class PretrainingTest(Seeded):
+    def test_reweighted_cosine_error(self):
+        """P Eq. 2, (1 - cos)^beta averaged by a loop over the masked joints alone; beta is 2 by default."""
+        prediction, target, selected = torch.randn(4, 5, 3), torch.randn(4, 5, 3), torch.rand(4, 5) < 0.5
+        for how, beta in ((dict(), 2), (dict(beta=1), 1), (dict(beta=2), 2), (dict(beta=3), 3)):
+            errors = []
+            for i, j in selected.nonzero().tolist():
+                y, x = prediction[i, j].tolist(), target[i, j].tolist()
+                errors.append((1 - sum(a * b for a, b in zip(x, y)) / math.hypot(*x) / math.hypot(*y)) ** beta)
+            self.assertAlmostEqual(reweighted_cosine_error(prediction, target, selected, **how).item(), sum(errors) / len(errors), places=5)
+
+    def test_degenerate_vectors(self):
+        """All-zero vectors have cosine 0 and a finite gradient; an exact prediction and an empty selection cost 0."""
+        target, selected = torch.randn(6, 3), torch.ones(6, dtype=torch.bool)
+        for beta, (start, expected) in product((1, 2, 3), ((torch.zeros(6, 3), 1), (target, 0), (5 * target, 0), (-target, 2))):
+            prediction = start.clone().requires_grad_()
+            loss = reweighted_cosine_error(prediction, target, selected, beta)
+            self.assertAlmostEqual(loss.item(), expected ** beta, places=5)
+            self.assertTrue(torch.autograd.grad(loss, prediction)[0].isfinite().all())
+        self.assertEqual(reweighted_cosine_error(target, -target, ~selected), 0)
+        self.assertEqual(reweighted_cosine_error(target, 0 * target, selected), 1)
+
+    def test_loss(self):
+        """P Eq. 2 over the masked joints of persons present whose score is above 0; the target is (x/s, y/s, 1) (METHOD)."""
+        absent, errors = [(1, 1), (2, 0)], []
+        x = people(4, 2, 3, 5, 3, absent)
+        x[..., 2] = x[..., 2].clamp(min=0)  # half of the scores are 0
+        model = shaken(tiny_mae(mask_num_parts=2, score=True, beta=3))
+        model.scale.fill_(1.7)
+        loss, prediction, mask = model(x)
+        self.assertEqual((loss.shape, prediction.shape, mask.shape), ((), (4, 2, 3, 5, 3), (4, 5)))
+        for n, m, t, v in product(range(4), range(2), range(3), range(5)):
+            if mask[n, v] and (n, m) not in absent and x[n, m, t, v, 2] > 0:
+                target, y = torch.tensor([x[n, m, t, v, 0] / 1.7, x[n, m, t, v, 1] / 1.7, 1]), prediction[n, m, t, v]
+                errors.append((1 - target @ y / target.norm() / y.norm()) ** 3)
+        close(loss, sum(errors) / len(errors))
+
+    def test_reconstruct(self):
+        """A masked joint is s y / max(w, 0.01) in the units of x (METHOD); visible joints stay, absent persons are zero; here with a
+        mask that is given. The training mode is kept."""
+        model, x, hidden = shaken(tiny_mae()), people(3, 2, 4, 5, 2, absent=[(1, 1)]), torch.tensor([[False, False, True, True, False]] * 3)
+        model.scale.fill_(2.5)
+        model.head.bias.data[2] -= model(x, mask=hidden)[1][0, ..., [2, 3], 2].mean()  # now w has either sign
+        prediction = model(x, mask=hidden)[1]
+        self.assertEqual(set(prediction[0, ..., [2, 3], 2].sign().flatten().tolist()), {-1, 1})
+        equal(prediction[1, 1], torch.zeros(4, 5, 3))
+        expected = x.clone()
+        expected[..., [2, 3], :] = 2.5 * prediction[..., [2, 3], :2] / prediction[..., [2, 3], 2:].clamp(min=0.01)
+        coordinates, mask = model.train().reconstruct(x, mask=hidden)
+        self.assertTrue(model.training and model.encoder.training)
+        equal(mask, hidden)
+        close(coordinates, expected)
+
+    def test_absent_persons(self):
+        """Three persons in two sequences equal three sequences of one, loss and running statistics (METHOD, Presence); it does not
+        matter what an absent person's coordinates hold."""
+        model, x = tiny_mae(dropout=0, motion=True), people(2, 2, 4, 5, 2)
+        x[1, 1] = float("nan")
+        apart = copy.deepcopy(model)
+        close(model(x, present=torch.tensor([[True, True], [True, False]]))[0], apart(torch.stack([x[0, 0], x[0, 1], x[1, 0]])[:, None])[0])
+        close(statistics(model), statistics(apart))
+
+    def test_learns(self):
+        """Every layout, with C, M and the streams varied, trains all parameters; one batch is learned in 60 steps of Adam."""
+        for i, layout in enumerate(SKELETONS.values()):
+            C, M, score, V = 2 + i % 2, 1 + i // 2 % 2, i % 2, len(layout["joints"])
+            model = SkeletonMAE(layout, C, **SMALL, motion=i % 3 == 0, bone=i % 3 == 1, score=bool(score))
+            loss, prediction, _ = model(people(2, M, 3, V, C + score).abs())
+            loss.backward()
+            self.assertEqual(prediction.shape, (2, M, 3, V, C + 1))
+            self.assertFalse([name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()])
+        model, x, losses = tiny_mae(dropout=0), people(8, 1, 4, 5, 2), []
+        optimizer = torch.optim.Adam(model.parameters(), 2e-2)
+        for _ in range(60):
+            losses.append(model(x)[0])
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        self.assertLess(losses[-1], 0.3 * losses[0])
+
+
+# ---------------------------------------------------------------------------------------------- fine-tuning
+
+class FinetuningTest(Seeded):
+    def test_packing(self):
+        """Unpacking undoes packing; swapping gives the other person's rows; the mean is over the persons present (METHOD)."""
+        x, present = people(4, 2, 3, 5, 2, absent=[(0, 1), (2, 0)]), torch.tensor([[1, 0], [1, 1], [0, 1], [1, 1]]).bool()
+        equal(find_present(x, 2), present)
+        equal(find_present(0 * x, 2), torch.tensor([[True, False]] * 4))  # the first person always counts
+        packing = Packing(present, "cpu")
+        packed = packing.pack(x)
+        self.assertEqual((packed.shape, packing.pairs), ((5, 6, 3, 2), 2))
+        equal(packing.unpack(packed), x)
+        equal(packing.unpack(torch.cat([packing.swap(packed[:, :4]), packed[:, 4:]], 1))[[1, 3]], x[[1, 3]].flip(1))
+        expected = [sum(x[n, m].flatten() for m in range(2) if present[n, m]) / present[n].sum() for n in range(4)]
+        close(packing.mean(packed.permute(1, 2, 0, 3).flatten(1)), torch.stack(expected))
+        with self.assertRaisesRegex(ValueError, "sequence 1 "):
+            Packing(torch.tensor([[True, False], [False, False]]), "cpu")
+
+    def test_shapes_are_checked(self):
+        """Another number of axes, joints, coordinates or persons is a ValueError that names the expected shape."""
+        for model, shape in ((tiny_mae(), (2, 4, 5, 2)), (tiny_mae(), (2, 3, 4, 5, 2)), (tiny_mae(), (2, 1, 4, 6, 2)),
+                             (tiny_classifier(STAR, 2, 3, persons=2), (2, 1, 4, 5, 2)), (tiny_classifier(STAR, 2, 3), (2, 1, 4, 5, 4)),
+                             (tiny_classifier(STAR, 2, 3, score=True), (2, 1, 4, 5, 2))):
+            with self.assertRaisesRegex(ValueError, r"\(N, M, T, 5, 2"):
+                model(torch.randn(shape))
+
+    def test_equations(self):
+        """P Eq. 3, P Eq. 4 and S Eq. 2 through the whole classifier, sequence by sequence with the concatenations written out."""
+        x, present = people(4, 2, 6, 5, 2, absent=[(1, 1), (2, 0)]), torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1]])
+        for stride in (1, 2):
+            model = shaken(tiny_classifier(STAR, 2, 3, persons=2, stride=stride, strl_layers=3, frames=4))
+            close(model(x), plain_classifier(model, x, present, strides=(stride, stride, 1)))
+        model = shaken(tiny_classifier(STAR, 2, 3, persons=1))
+        close(model(x[:, :1]), plain_classifier(model, x[:, :1], torch.ones(4, 1), strides=(2, 1)))
+        self.assertFalse([name for name, _ in model.named_parameters() if ".other" in name])
+
+    def test_persons_swapped(self):
+        """S Eq. 2 treats both persons alike: their order does not change the logits, another partner does."""
+        model, x = shaken(tiny_classifier(STAR, 2, 3, persons=2)), people(3, 2, 6, 5, 2)
+        close(model(x), model(x.flip(1)))
+        self.assertGreater((model(x) - model(torch.stack([x[:, 0], x[:, 1].flip(0)], 1)))[[0, 2]].abs().max(), 1e-2)
+
+    def test_person_absent(self):
+        """Without a second person the W_other term is exactly 0, and neither its values nor the rest of the batch matter."""
+        model, x = shaken(tiny_classifier(STAR, 2, 3, persons=2)), people(2, 2, 6, 5, 2, absent=[(1, 1)])
+        logits, garbage = model(x), x.clone()
+        garbage[1, 1] = float("nan")
+        equal(model(garbage, torch.tensor([[True, True], [True, False]])), logits)
+        close(model(x[1:]), logits[1:])
+        for layer in model.strl:
+            layer.other.weight.data.mul_(-3)
+        equal(model(x)[1], logits[1])
+        self.assertGreater((model(x)[0] - logits[0]).abs().max(), 1e-3)
+
+    def test_absent_persons_leave_no_statistics(self):
+        """In training, batch norm sees the persons present alone (METHOD): three of them in two sequences leave the statistics of
+        three sequences of one. (W_other is 0 here, for it would tell the two batches apart.)"""
+        model, x = tiny_classifier(STAR, 2, 3, persons=2, dropout=0, attention_dropout=0), people(2, 2, 6, 5, 2, absent=[(1, 1)])
+        for layer in model.strl:
+            layer.other.weight.data.zero_()
+        apart, nobody = copy.deepcopy(model), torch.zeros(6, 5, 2)
+        model(x)
+        apart(torch.stack([torch.stack([person, nobody]) for person in (x[0, 0], x[0, 1], x[1, 0])]))
+        close(statistics(model), statistics(apart))
+
+    def test_size(self):
+        """S A: about 1.5 M parameters, for 60 classes and two persons of 17 joints; 3 STRL layers of 3 graph layers."""
+        model = SkeletonClassifier(COCO, 2, classes=60, persons=2, frames=64)
+        self.assertAlmostEqual(sum(parameter.numel() for parameter in model.parameters()), 1.5e6, delta=0.1e6)
+        self.assertEqual([len(layer.encoder.layers) for layer in model.strl], [3, 3, 3])
+
+    def test_any_input(self):
+        """Any layout, T, M, C and streams: float32 logits (N, K), also under autocast; the loss reaches every parameter."""
+        for i, layout in enumerate([*SKELETONS.values(), STAR]):
+            M, C, score, T, V = 1 + i % 2, 2 + i // 2 % 2, i % 3 == 0, (1, 4, 9)[i % 3], len(layout["joints"])
+            model, x = tiny_classifier(layout, C, 4, M, motion=i % 3 == 1, bone=i % 4 == 1, score=score), people(3, M, T, V, C + score)
+            F.cross_entropy(model(x), torch.tensor([0, 1, 2])).backward()
+            still = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+            self.assertEqual(still, {"embedding.mask_token"})  # for pre-training alone
+            logits = model.eval()(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                half = model(x)
+            self.assertEqual((logits.shape, logits.dtype, half.dtype), ((3, 4), torch.float32, torch.float32))
+            self.assertLess((half - logits).norm() / logits.norm(), 0.05)
+
+    def test_own_skeleton(self):
+        """A user's skeleton of 5 joints is pre-trained, loaded and fine-tuned: 40 steps tell two classes apart."""
+        x, labels = people(16, 2, 6, 5, 2), torch.tensor([0, 1] * 8)
+        x[labels == 1, :, 3:, 3] += 2  # the left hand jumps
+        mae, model = tiny_mae(), tiny_classifier(STAR, 2, 2, persons=2)
+        for network, loss, steps in ((mae, lambda: mae(x)[0], 5), (model, lambda: F.cross_entropy(model(x), labels), 40)):
+            optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+            for _ in range(steps):
+                optimizer.zero_grad()
+                loss().backward()
+                optimizer.step()
+            model.load_pretrained(mae.state_dict()) if network is mae else None
+        self.assertGreater((model.eval()(x).argmax(1) == labels).float().mean(), 0.9)
+
+    def test_load_pretrained(self):
+        """Embedding and encoder are copied, the encoder into every STRL layer; their names are returned; nothing else changes."""
+        mae, model = shaken(tiny_mae()), tiny_classifier(STAR, 2, 3)
+        state, before = mae.state_dict(), copy.deepcopy(model.state_dict())
+        names = model.load_pretrained(state)
+        self.assertCountEqual(names, [name for name in before if name.startswith("embedding.") or ".encoder." in name])
+        for name, value in model.state_dict().items():
+            equal(value, state[name.split(".", 2)[2] if "strl" in name else name] if name in names else before[name])
+        model.strl[0].encoder.layers[0].linear.weight.data.zero_()
+        equal(model.strl[1].encoder.layers[0].linear.weight, mae.encoder.layers[0].linear.weight)  # its own copy
+
+    def test_load_pretrained_refuses(self):
+        """Another width, depth, number of coordinates, number of joints or stream does not fit: ValueError, and nothing is loaded."""
+        model = tiny_classifier(STAR, 2, 3)
+        before = copy.deepcopy(model.state_dict())
+        for how in (dict(width=16), dict(hidden=16), dict(layers=1), dict(layers=3), dict(channels=3), dict(skeleton=COCO),
+                    dict(motion=True)):
+            mae = SkeletonMAE(**{**SMALL, "skeleton": STAR, "channels": 2, "mask_parts": ["head"], **how})
+            with self.assertRaisesRegex(ValueError, "does not fit", msg=how):
+                model.load_pretrained(mae.state_dict())
+            equal(model.state_dict(), before)
+
+    def test_load_pretrained_refuses_equal_shapes(self):
+        """Streams or layouts that differ at equal shapes do not fit either: motion for bones, JHMDB's joints for SBU's."""
+        state = SkeletonMAE(SKELETONS["sbu15"], 2, **SMALL, motion=True).state_dict()
+        for layout, stream in (("sbu15", "bone"), ("jhmdb15", "motion")):
+            with self.assertRaises(ValueError, msg=(layout, stream)):
+                tiny_classifier(SKELETONS[layout], 2, 3, **{stream: True}).load_pretrained(state)
+
+    def train_probe(self, mae, probe):
+        """One step of the linear probe must leave the encoder as it was, weights and running statistics."""
+        before, optimizer = copy.deepcopy(mae.state_dict()), torch.optim.SGD(probe.parameters(), 0.1, weight_decay=0.1)
+        F.cross_entropy(probe(people(4, 1, 3, 5, 2)), torch.tensor([0, 1, 2, 0])).backward()
+        optimizer.step()
+        equal(mae.state_dict(), before)
+
+    def test_linear_probe_is_frozen(self):
+        """Issue 2: the encoder is frozen in training; only the linear layer has gradients."""
+        mae = tiny_mae()
+        probe = LinearProbe(mae, classes=3).train()
+        self.assertEqual([name for name, p in probe.named_parameters() if p.requires_grad], ["head.weight", "head.bias"])
+        self.train_probe(mae, probe)
+
+    def test_linear_probe_is_frozen_from_the_start(self):
+        """The same without a call of train() before the first step, as a module that was just made is in training mode."""
+        mae = tiny_mae()
+        self.train_probe(mae, LinearProbe(mae, classes=3))
+
+    def test_linear_probe_features(self):
+        """Issue 2: the encoder's output averaged over joints, then mean and maximum over frames; averaged over the persons."""
+        mae, x, pooled = shaken(tiny_mae()), people(4, 2, 3, 5, 2, absent=[(1, 1)]), []
+        for n, persons in enumerate((2, 1, 2, 2)):
+            features = []
+            for m in range(persons):
+                h = mae.embedding(x[n, m].transpose(0, 1)[:, None])[:, 0]  # (V, T, D)
+                for layer in mae.encoder.layers:
+                    h = plain_graph_layer(layer, h, STAR["edges"])
+                features.append(torch.cat([h.sum((0, 1)) / 15, h.mean(0).amax(0)]))
+            pooled.append(sum(features) / len(features))
+        close(LinearProbe(mae, classes=3).train().pooled(x), torch.stack(pooled))
+
+
+class FileTest(unittest.TestCase):
+    source = Path(skeletonmae.__file__)
+
+    def test_imports(self):
+        """skeletonmae.py imports torch and the standard library, nothing else."""
+        names = set()
+        for node in ast.walk(ast.parse(self.source.read_text())):
+            names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+        self.assertLessEqual({name.split(".")[0] for name in names}, {"torch", *sys.stdlib_module_names})
+
+    def test_copied_alone(self):
+        """The file works copied alone into an empty folder, in a fresh Python, and prints no warning."""
+        program = ("from skeletonmae import *; model = SkeletonMAE(SKELETONS['coco17'], channels=2); x = torch.randn(2, 1, 4, 17, 2)\n"
+                   "classifier = SkeletonClassifier(SKELETONS['coco17'], channels=2, classes=5); model(x)[0].backward()\n"
+                   "classifier.load_pretrained(model.state_dict()); print(tuple(classifier(x).shape))")
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(self.source, folder)
+            done = subprocess.run([sys.executable, "-E", "-c", program], cwd=folder, capture_output=True, text=True)
+        self.assertEqual((done.stdout, done.stderr), ("(2, 5)\n", ""))
+
+
+# ---------------------------------------------------------------------------------------------- files written byte by byte
+
+class Case(unittest.TestCase):
+    """A test with a temporary folder of its own."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def write(self, name: str, content: bytes) -> str:
+        path = Path(self.folder, name)
+        path.write_bytes(content)
+        return str(path)
+
+    def refused(self, path: str, *words: str, **options):
+        """data.load raises DataError with a message of one line that holds all words."""
+        with self.assertRaises(DataError) as caught:
+            data.load(path, **options)
+        message = str(caught.exception)
+        self.assertNotIn("\n", message)
+        for word in words:
+            self.assertIn(word, message)
+
+    def same(self, a, b):
+        """Equal to the last bit: tensors, and dicts and lists of them."""
+        self.assertIs(type(a), type(b))
+        if isinstance(a, torch.Tensor):
+            self.assertTrue(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+        elif isinstance(a, (dict, list, tuple)):
+            self.assertEqual(list(a) if isinstance(a, dict) else len(a), list(b) if isinstance(b, dict) else len(b))
+            for key in a if isinstance(a, dict) else range(len(a)):
+                self.same(a[key], b[key])
+        else:
+            self.assertEqual(a, b)
+
+    def close(self, a, b, tolerance=1e-5):
+        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance)
+
+
+def raw(code: str, values: list) -> bytes:
+    """Numbers as numpy lays them out in memory."""
+    return struct.pack((">" if code[0] == ">" else "<") + str(len(values)) + {"f2": "e", "f4": "f", "f8": "d", "i8": "q", "u1": "B", "i2": "h", "b1": "?"}[code[1:]], *values)
+
+
+def npy(code: str, shape: tuple, values: list, fortran: bool = False, version: int = 1, body: bytes | None = None) -> bytes:
+    """A .npy file, written byte by byte; values are in C order, and so reordered for a Fortran file."""
+    if fortran:
+        index = [sum(i * math.prod(shape[d + 1:]) for d, i in enumerate(place)) for place in
+                 ([(n // math.prod(shape[:d])) % shape[d] for d in range(len(shape))] for n in range(math.prod(shape)))]
+        values = [values[i] for i in index]
+    header = f"{{'descr': '{code}', 'fortran_order': {fortran}, 'shape': {shape}, }}".encode()
+    header += b" " * (-(len(header) + 11) % 64) + b"\n"
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(header)) + header + (raw(code, values) if body is None else body)
+
+
+def zipped(compression: int = zipfile.ZIP_STORED, **entries: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name + ".npy", content)
+    return file.getvalue()
+
+
+def ctr_gcn(columns: int = 60, code: str = "<f4", compression: int = zipfile.ZIP_STORED, fortran: bool = False, version: int = 1, **other: bytes) -> bytes:
+    """An npz of 2 + 1 sequences of 3 frames whose value at [n, t, k] is 1 + (3 n + t) columns + k, labels 1, 0 and 1."""
+    x = npy(code, (2, 3, columns), [1.0 + i for i in range(6 * columns)], fortran, version)
+    entries = dict(x_train=x, y_train=npy("<f8", (2, 2), [0.0, 1, 1, 0]), x_test=npy(code, (1, 3, columns), [1.0 + i for i in range(3 * columns)], fortran, version),
+                   y_test=npy("<f8", (1, 2), [0.0, 1]))
+    return zipped(compression, **{**entries, **other})
+
+
+class Global:
+    """Pickles as the global module.name, whether or not there is such a module."""
+
+    def __init__(self, path: str):
+        self.module, self.name = path.rsplit(".", 1)
+
+    def __call__(self):
+        raise NotImplementedError
+
+
+class Made:
+    """Pickles as function(*args) and, where there is a state, a BUILD with it."""
+
+    def __init__(self, path: str, *args, state=None):
+        self.reduced = (Global(path), args, state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+class Pickler(pickle._Pickler):
+    def save_named(self, made: Global):
+        if self.proto >= 4:
+            self.save(made.module), self.save(made.name), self.write(pickle.STACK_GLOBAL)
+        else:
+            self.write(f"c{made.module}\n{made.name}\n".encode())
+        self.memoize(made)
+
+    dispatch = {**pickle._Pickler.dispatch, Global: save_named}
+
+
+def pickled(content, protocol: int = 4) -> bytes:
+    file = io.BytesIO()
+    Pickler(file, protocol).dump(content)
+    return file.getvalue()
+
+
+def dtype(code: str) -> Made:
+    """As numpy does it: numpy.dtype("f4", False, True), then a BUILD that sets the byte order."""
+    return Made("numpy.dtype", code[1:], False, True, state=(3, code[0], None, None, None, -1, -1, 0))
+
+
+def rebuilt(*state, core: str = "numpy.core") -> Made:
+    """An empty array that BUILD fills: state is shape, dtype, Fortran order, bytes."""
+    return Made(f"{core}.multiarray._reconstruct", Global("numpy.ndarray"), (0,), b"b", state=(1, *state) if state else None)
+
+
+def ndarray(shape: tuple, values: list, kind: Made, core: str = "numpy.core", frombuffer: bool = False) -> Made:
+    content = raw(kind.reduced[2][1] + kind.reduced[1][0], values)
+    if frombuffer:
+        return Made(f"{core}.numeric._frombuffer", pickle.PickleBuffer(bytearray(content)), kind, shape, "C")
+    return rebuilt(shape, kind, False, content, core=core)
+
+
+def pyskl(count: int = 4, persons: int = 1, first_label: int = 0, score=None, **extra) -> list:
+    """Annotations "a0", "a1", ... of 2 frames of 13 joints in 2D, whose value number i of annotation n is 10 n + i + 2."""
+    f4, size = dtype("<f4"), persons * 2 * 13 * 2
+    result = [dict(frame_dir=f"a{n}", label=first_label + n % 2, keypoint=ndarray((persons, 2, 13, 2), [10.0 * n + i + 2 for i in range(size)], f4), **extra) for n in range(count)]
+    if score is not None:
+        result = [{**a, "keypoint_score": ndarray((persons, 2, 13), score, f4)} for a in result]
+    return result
+
+
+def sequences(lengths=(5, 9, 3, 12), persons=2, joints=5, channels=3, seed=0) -> Sequences:
+    """Random sequences; the second person of every other one is absent."""
+    draw = torch.Generator().manual_seed(seed)
+    length, present = torch.tensor(lengths), torch.ones(len(lengths), persons, dtype=torch.bool)
+    frames = 3 * torch.randn(sum(lengths), persons, joints, channels, generator=draw) + 20
+    start = length.cumsum(0) - length
+    for n in range(1, len(lengths), 2):
+        present[n, 1:] = False
+        frames[start[n]:start[n] + length[n], 1:] = 0
+    return Sequences(frames, start, length, torch.arange(len(lengths)) % 2, present, [f"s{n}" for n in range(len(lengths))])
+
+
+FIVE = dict(joints=["root", "left_hand", "right_hand", "left_foot", "right_foot"], edges=[[0, 1], [0, 2], [0, 3], [0, 4]], centre=[0], pairs=[[1, 2], [3, 4]],
+            parts=dict(torso=[0], left_arm=[1], right_arm=[2], left_leg=[3], right_leg=[4]))
+TINY_RUN = "--width 8 --hidden 8 --layers 1"
+
+
+def plain_normalise(x, centre: list, channels: int):
+    """One raw sequence (M, T, V, C [+ score]) centred and scaled with loops. Returns (x, origin, unit)."""
+    people = [(m, t) for m in range(x.shape[0]) for t in range(x.shape[1]) if x[m, t, :, :channels].any()]
+    origin = torch.stack([x[m, t, j, :channels] for m, t in people for j in centre]).mean(0)
+    joints = [(m, t, v) for m, t in people for v in range(x.shape[2])]
+    seen = [j for j in joints if x.shape[3] == channels or x[j][channels] > 0] or joints
+    square = [(x[j][:channels] - origin).square().sum() for j in seen]
+    unit, y = torch.stack(square).mean().sqrt(), x.clone()
+    for m, t in people:
+        y[m, t, :, :channels] = (x[m, t, :, :channels] - origin) / unit
+    return y, origin, unit
+
+
+# ---------------------------------------------------------------------------------------------- readers
+
+class NpzTest(Case):
+    def test_every_encoding_gives_the_same_numbers(self):
+        """Stored and deflated, C and Fortran order, either byte order, three float types, .npy versions 1 and 2."""
+        expected = torch.arange(1.0, 1 + 6 * 60).view(6, 1, 20, 3)
+        variants = [dict(code=code, compression=zip_type) for code in ("<f2", "<f4", "<f8", ">f2", ">f4", ">f8") for zip_type in (0, 8)]
+        for variant in variants + [dict(fortran=True), dict(fortran=True, code=">f8", compression=8), dict(version=2), dict(version=3)]:
+            with self.subTest(**variant):
+                loaded = data.load(self.write("a.npz", ctr_gcn(**variant)))
+                self.assertTrue(torch.equal(loaded.train.frames.float(), expected))
+                self.assertEqual((loaded.layout, loaded.train.label.tolist(), loaded.test.label.tolist(), loaded.classes), ("kinect20", [1, 0], [1], [0, 1]))
+
+    def test_label_encodings(self):
+        """One-hot floats, booleans and integers, and plain integers from 0 or 1 on; arrays nobody asked for are not read."""
+        for y_train, y_test in ((npy("<f8", (2, 2), [0.0, 1, 1, 0]), npy("<f8", (1, 2), [0.0, 1])), (npy("|b1", (2, 2), [0, 1, 1, 0]), npy("|b1", (1, 2), [0, 1])),
+                                (npy("<i8", (2, 2), [0, 1, 1, 0]), npy("<i8", (1, 2), [0, 1])), (npy("<i8", (2,), [1, 0]), npy(">i8", (1,), [1])),
+                                (npy("|u1", (2,), [2, 1]), npy("<i2", (1,), [2]))):
+            loaded = data.load(self.write("a.npz", ctr_gcn(y_train=y_train, y_test=y_test, junk=npy("|O", (1,), [], body=b"cos\nsystem\n."), note=b"no array")))
+            self.assertEqual((loaded.train.label.tolist(), loaded.test.label.tolist(), len(loaded.classes)), ([1, 0], [1], 2))
+
+    @unittest.skipUnless(os.path.exists("/proc/self/maps"), "needs Linux's list of memory maps")
+    def test_stored_array_stays_in_the_file(self):
+        """The frames of a stored entry lie in the mapping of the file, of a deflated one in memory; writing never reaches the file."""
+        for compression, inside in ((zipfile.ZIP_STORED, True), (zipfile.ZIP_DEFLATED, False)):
+            content = ctr_gcn(150, compression=compression)
+            path = self.write("a.npz", content)
+            frames = data.load(path).train.frames
+            with open("/proc/self/maps") as maps:
+                spans = [[int(n, 16) for n in line.split()[0].split("-")] for line in maps if path in line]
+            self.assertEqual(any(low <= frames.data_ptr() < high for low, high in spans), inside)
+            frames.zero_()
+            self.assertEqual(Path(path).read_bytes(), content)
+
+    def test_columns_become_persons_joints_coordinates(self):
+        """150 columns are two persons of NTU, value m 75 + v 3 + c at [m, v, c]; 60 are Kinect v1; --layout decides."""
+        frames = data.load(self.write("a.npz", ctr_gcn(150))).train.frames
+        self.assertEqual(frames.shape, (6, 2, 25, 3))
+        for f, m, v, c in ((0, 0, 0, 0), (0, 1, 0, 1), (4, 0, 24, 2), (5, 1, 13, 0)):
+            self.assertEqual(float(frames[f, m, v, c]), 1 + f * 150 + m * 75 + v * 3 + c)
+        path = self.write("b.npz", ctr_gcn(90))
+        for columns, layout, wanted, shape in ((60, "kinect20", None, (1, 20, 3)), (90, "sbu15", None, (2, 15, 3)), (30, "jhmdb15", None, (1, 15, 2)),
+                                               (34, "coco17", None, (1, 17, 2)), (90, "jhmdb15", "jhmdb15", (2, 15, 3))):
+            loaded = data.load(self.write("b.npz", ctr_gcn(columns)), layout=wanted)
+            self.assertEqual((loaded.layout, tuple(loaded.train.frames.shape[1:]), loaded.channels), (layout, shape, shape[2]))
+        self.refused(path, "coco17", layout="coco17")
+
+    def test_padding_is_cut_and_presence_is_read(self):
+        """Trailing zero frames go, zero frames within stay; a person without a number is absent, an empty sequence keeps one frame."""
+        x = torch.ones(4, 5, 2, 25, 3)
+        x[0, 3:], x[1, 1], x[1, 4], x[2, :, 1], x[2, 2:], x[3] = 0, 0, 0, 0, 0, 0
+        x, y = npy("<f4", (4, 5, 150), x.flatten().tolist()), npy("<i8", (4,), [0, 1, 2, 3])
+        train = data.load(self.write("a.npz", zipped(x_train=x, y_train=y, x_test=x, y_test=y))).train
+        self.assertEqual(train.length.tolist(), [3, 4, 2, 1])
+        self.assertEqual(train.start.tolist(), [0, 5, 10, 15])
+        self.assertEqual(train.present.tolist(), [[True, True], [True, True], [True, False], [True, False]])
+
+    def test_bad_files_are_refused(self):
+        """Every kind of damage is a DataError of one line that names what is wrong."""
+        good, deflated = ctr_gcn(), ctr_gcn(compression=8)
+        nan = [1.0] * 360
+        nan[200] = math.nan
+        lie = bytearray(deflated)
+        at = lie.index(b"PK\1\2")
+        lie[at + 24:at + 28] = struct.pack("<I", 2**31)
+        for what, content, words in (
+                ("not a zip", b"hello" * 100, ["readable npz"]), ("empty file", b"", []), ("cut in half", good[:len(good) // 2], ["readable npz"]),
+                ("end cut", good[:-30], []),
+                ("no x_train", zipped(y_train=b""), ["no x_train", "found y_train"]),
+                ("cut npy", ctr_gcn(x_train=npy("<f4", (2, 3, 60), [1.0] * 359)), ["x_train", "truncated"]),
+                ("cut deflated npy", ctr_gcn(compression=8, x_train=npy("<f4", (2, 3, 60), [1.0] * 359)), ["x_train", "truncated"]),
+                ("cut header", ctr_gcn(x_train=npy("<f4", (2, 3, 60), [])[:40]), ["x_train", "header"]), ("no npy", ctr_gcn(x_train=b"x" * 500), ["x_train"]),
+                ("objects", ctr_gcn(x_train=npy("|O", (2, 3, 60), [], body=b"\x80\x04N.")), ["x_train", "object"]),
+                ("text", ctr_gcn(x_train=npy("<U9", (2, 3, 60), [], body=b"")), ["x_train", "<U9"]),
+                ("columns", ctr_gcn(61), ["61 columns", "ntu25"]), ("integers", ctr_gcn(x_train=npy("<i8", (2, 3, 60), [1] * 360)), ["x_train", "float"]),
+                ("label count", ctr_gcn(y_train=npy("<i8", (3,), [0, 1, 0])), ["y_train", "3 labels", "2 sequences"]),
+                ("negative", ctr_gcn(y_train=npy("<i8", (2,), [-1, 0])), ["y_train", "-1"]),
+                ("two hot", ctr_gcn(y_train=npy("<f8", (2, 2), [1.0, 1, 0, 1])), ["y_train", "one-hot"]),
+                ("part label", ctr_gcn(y_train=npy("<f8", (2,), [0.5, 1])), ["y_train"]),
+                ("NaN", ctr_gcn(x_train=npy("<f4", (2, 3, 60), nan)), ["train[1]", "NaN"]),
+                ("infinite", ctr_gcn(x_test=npy("<f4", (1, 3, 60), [math.inf] * 180)), ["test[0]", "infinite"]),
+                ("empty split", ctr_gcn(x_test=npy("<f4", (0, 3, 60), []), y_test=npy("<i8", (0,), [])), ["x_test"]),
+                ("2^60 elements", ctr_gcn(x_train=npy("<f4", (2**60, 3, 60), [1.0])), ["x_train"]),
+                ("none of 2^63", ctr_gcn(x_train=npy("<f4", (0, 2**63), [])), ["x_train"]),
+                ("deflate lie", bytes(lie), ["claims"]), ("other columns", ctr_gcn(x_test=npy("<f4", (1, 3, 150), [1.0] * 450)), ["x_train", "x_test"]),
+                ("label without shape", ctr_gcn(y_train=npy("<i8", (), [1])), ["y_train"]),
+                ("infinite label", ctr_gcn(y_train=npy("<f8", (2,), [math.inf, 0])), ["y_train"]),
+                ("huge label", ctr_gcn(y_train=npy("<i8", (2,), [2**62, 0])), []),
+                ("damaged LZMA", ctr_gcn(compression=14).replace(b"\x5d\0\0\x80\0", b"\xff" * 5), [])):
+            with self.subTest(what):
+                self.refused(self.write("a.npz", content), *words)
+        with self.assertRaises(OSError):
+            data.load(os.path.join(self.folder, "absent.npz"))
+        self.refused(self.write("a.txt", b"x"), ".npz")
+
+
+class PickleTest(Case):
+    def test_every_encoding_gives_the_same_numbers(self):
+        """Protocols 2 to 5, both numpy module names, _frombuffer, scalar labels; one dtype object is shared by all arrays."""
+        for protocol in (2, 3, 4, 5):
+            for core in ("numpy.core", "numpy._core"):
+                for frombuffer in (False, True)[:1 + (protocol == 5)]:
+                    with self.subTest(protocol=protocol, core=core, frombuffer=frombuffer):
+                        f4, i8, size = dtype("<f4"), dtype("<i8"), (480, 854)
+                        annotations = [dict(frame_dir=f"a{n}", label=Made(f"{core}.multiarray.scalar", i8, raw("<i8", [n + 1])), img_shape=size, original_shape=size, total_frames=2,
+                                            keypoint=ndarray((1, 2, 13, 2), [float(100 * n + i + 2) for i in range(52)], f4, core, frombuffer),
+                                            keypoint_score=ndarray((1, 2, 13), [0.5] * 26, f4, core, frombuffer)) for n in range(3)]
+                        content = pickled({"split": {"train": ["a0", "a2"], "val": ["a1"]}, "annotations": annotations}, protocol)
+                        self.assertEqual(b"_codecs" in content, protocol == 2)
+                        loaded = data.load(self.write("a.pkl", content))
+                        self.assertEqual(loaded.train.frames.shape, (6, 1, 13, 3))
+                        self.assertEqual(loaded.train.frames[..., :2].flatten().tolist(), [float(100 * n + i + 2) for n in range(3) for i in range(52)])
+                        self.assertTrue((loaded.train.frames[..., 2] == 0.5).all() and loaded.score)
+                        self.assertEqual((loaded.train.start.tolist(), loaded.train.label.tolist(), loaded.test.label.tolist(), loaded.classes),
+                        ([0, 4], [0, 2], [1], [1, 2, 3]))
+
+    def test_array_dtypes(self):
+        """Half, double and big-endian coordinates, integer and boolean arrays, Fortran order."""
+        for code, values in (("<f2", [0.5, -2.0]), (">f4", [0.5, 1e9]), ("<f8", [0.1, -3.0]), ("<i2", [-300, 7]), ("|u1", [255, 3]), ("|b1", [True, False])):
+            loaded = data.read_pickle(self.write("a.pkl", pickled(ndarray((2,), values, dtype(code))))).tensor
+            self.assertEqual(loaded.tolist(), torch.tensor(values, dtype=loaded.dtype).tolist())
+            self.assertEqual(loaded.dtype.itemsize, int(code[2:]))
+        fortran = rebuilt((2, 3), dtype("<f4"), True, raw("<f4", [1, 4, 2, 5, 3, 6]))
+        self.assertEqual(data.read_pickle(self.write("a.pkl", pickled(fortran))).tensor.tolist(), [[1, 2, 3], [4, 5, 6]])
+
+    def test_bare_list_is_split_by_fraction(self):
+        """Without `split` test_fraction of the annotations are for testing, always the same, none in both halves."""
+        path = self.write("a.pkl", pickled(pyskl(20, first_label=1)))
+        halves = [data.load(path, test_fraction=0.3) for _ in range(2)]
+        self.assertEqual((len(halves[0].train), len(halves[0].test), halves[0].score, halves[0].classes), (14, 6, False, [1, 2]))
+        self.assertEqual(sorted(halves[0].train.names + halves[0].test.names), sorted(f"a{n}" for n in range(20)))
+        self.assertEqual(halves[0].test.names, halves[1].test.names)
+        self.refused(path, "xsub", split="xsub")
+        self.refused(self.write("a.pkl", pickled(pyskl(1))), "a.pkl")
+
+    def test_two_persons_are_kept(self):
+        """Of up to four persons the two of the highest mean score stay, in their order; without scores the two that move most."""
+        score = [s for person in (0.2, 0.6, 0.1, 0.9) for s in [person] * 26]
+        scored = data.load(self.write("a.pkl", pickled(pyskl(2, 4, score=score)))).train.frames
+        self.assertEqual(scored.shape, (4, 2, 13, 3))
+        self.close(scored[0, :, 0, 2], [0.6, 0.9])
+        still = [m * 1000.0 + t * 26 * (0, 3, 1, 2)[m] + i + 2 for m in range(4) for t in range(2) for i in range(26)]
+        annotations = [{**a, "keypoint": ndarray((4, 2, 13, 2), still, dtype("<f4"))} for a in pyskl(2)]
+        self.assertEqual(data.load(self.write("a.pkl", pickled(annotations))).train.frames[0, :, 0, 0].tolist(), [1002.0, 3002.0])
+        for persons in (1, 2, 3):
+            self.assertEqual(data.load(self.write("a.pkl", pickled(pyskl(2, persons)))).persons, min(persons, 2))
+
+    def test_nobody_there(self):
+        """A person of zero coordinates, or of zero score throughout, is absent, in a file where other annotations have scores too."""
+        annotations = pyskl(3, 2, score=[0.5] * 26 + [0.0] * 26)
+        zeros = dict(frame_dir="zeros", label=0, keypoint=ndarray((2, 2, 13, 2), [3.0] * 52 + [0.0] * 52, dtype("<f4")))
+        loaded = data.load(self.write("a.pkl", pickled({"annotations": annotations + [zeros], "split": {"train": ["a0", "zeros"], "test": ["a1"]}})))
+        self.assertEqual(loaded.train.present.tolist(), [[True, False], [True, False]])
+        self.assertFalse(loaded.train.frames[:2, 1].any())
+
+    def test_find_split(self):
+        """The obvious pair is found, a named one is taken, anything else lists what the file has."""
+        ntu, folds = ["xsub_train", "xsub_val", "xview_train", "xview_val"], ["f1_train", "f1_test", "f2_train", "f2_test"]
+        for present, wanted, expected in ((ntu, None, ("xsub_train", "xsub_val")), (ntu, "xview", ("xview_train", "xview_val")), (ntu, "xview_val", ("xview_train", "xview_val")),
+                                          (["val", "train", "test"], None, ("train", "val")),
+                                          (["test", "train", "validation_train", "validation_test"], None, ("train", "test")),
+                                          (folds[:2], None, ("f1_train", "f1_test")), (folds, "f2", ("f2_train", "f2_test")),
+                                          (folds, "f2_test, f1_train", ("f2_test", "f1_train"))):
+            self.assertEqual(data.find_split(present, wanted, "file"), expected)
+        for present, wanted in ((folds, None), (ntu, "xset"), (folds, "f1_train,f9_test"), (["all"], None)):
+            with self.assertRaises(DataError) as caught:
+                data.find_split(present, wanted, "file")
+            self.assertTrue(all(name in str(caught.exception) for name in present))
+
+    def test_bad_content_is_refused(self):
+        """Wrong types, shapes, labels and splits; numbers, nesting and cycles no honest file holds."""
+        def one(**change):
+            return [*pyskl(2), {**pyskl(1)[0], "frame_dir": "bad", **change}]
+
+        f4, deep, cycle = dtype("<f4"), [], []
+        cycle.append(cycle)
+        for _ in range(300):
+            deep = [deep]
+        deepest = b"(" * 200_000 + b"t" * 200_000
+        label = pickled(one(label="hole"), 2).replace(b"X\4\0\0\0hole", deepest)
+        name = pickled(one(), 2).replace(b"X\3\0\0\0bad", deepest)
+        for what, content, words in (
+                ("number", 3, ["int"]), ("empty", [], []), ("no annotations", {"split": {}}, ["annotations"]),
+                ("keypoint is a list", one(keypoint=[1.0]), ["bad", "keypoint", "list"]),
+                ("never filled", one(keypoint=rebuilt()), ["bad", "keypoint"]),
+                ("shape", one(keypoint=ndarray((2, 13, 2), [1.0] * 52, f4)), ["bad", "(2, 13, 2)"]),
+                ("joints", one(keypoint=ndarray((1, 2, 14, 2), [1.0] * 56, f4)), ["bad", "14"]),
+                ("score", one(keypoint_score=ndarray((1, 1, 13), [1.0] * 13, f4)), ["bad", "keypoint_score"]),
+                ("NaN", one(keypoint=ndarray((1, 2, 13, 2), [math.nan] * 52, f4)), ["bad", "NaN"]),
+                ("label text", one(label="run"), ["bad", "str"]), ("label below 0", one(label=-1), ["bad", "-1"]),
+                ("label 10^30", one(label=10**30), ["bad"]), ("label 2^62", one(label=2**62), []),
+                ("cycle", one(label=cycle), ["bad", "label"]), ("deep", one(label=deep), ["bad", "label"]), ("deepest label", label, []), ("deepest name", name, []),
+                ("objects", one(keypoint=rebuilt((1,), dtype("|O8"), False, [1])), ["O8", "numbers"]),
+                ("empty half", {"annotations": pyskl(), "split": {"train": ["a0"], "val": []}}, ["val", "empty"]),
+                ("absent names", {"annotations": pyskl(), "split": {"train": ["a0"], "val": ["b"]}}, ["val"]),
+                ("no split dict", {"annotations": pyskl(), "split": [1]}, ["split"]), ("cut", pickled(pyskl())[:-40], []),
+                ("2^60 bytes", b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"x.", []),
+                ("2^60 elements", one(keypoint=rebuilt((2**60, 2, 13, 2), f4, False, b"1234")), ["needs"]),
+                ("a memo that holds itself", b"\x80\x04]\x94(h\x00e.", []), ("list of a cycle", b"\x80\x04}\x94X\x0b\0\0\0annotationsh\x00s.", ["annotations"])):
+            with self.subTest(what):
+                self.refused(self.write("a.pkl", content if isinstance(content, bytes) else pickled(content)), *words)
+        self.refused(self.write("a.pkl", pickled({"annotations": pyskl(), "split": {1: ["a0"], 2: ["a1"]}})), "a.pkl", split="1,2")
+
+    def test_a_large_memo_index_costs_no_memory(self):
+        """One flipped byte of a PUT must not make the reader set up a memo of millions of entries."""
+        path = self.write("a.pkl", b"\x80\x02]r" + struct.pack("<I", 2**22) + b".")
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        self.refused(path)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 10e6)
+
+
+class HostilePickleTest(Case):
+    def test_nothing_runs_and_the_global_is_named(self):
+        """Payloads that would leave a file: none does, each is a DataError, and those with a foreign global name it."""
+        marker = os.path.join(self.folder, "ran")
+        command, text = f"touch {marker}", f"S'touch {marker}'\n".encode()
+        code = f"open({marker!r}, 'w')"
+        allowed = b"cnumpy.core.multiarray\n_reconstruct\n"
+        copyreg.add_extension("os", "system", 240)
+        self.addCleanup(copyreg.remove_extension, "os", "system", 240)
+        nested = [dict(frame_dir="a", label=Made("os.system", command))]
+        payloads = [  # (what, pickle, global named in the message)
+            ("REDUCE", b"cos\nsystem\n(" + text + b"tR.", "os.system"), ("posix", b"cposix\nsystem\n(" + text + b"tR.", "posix.system"),
+            ("INST", b"(" + text + b"ios\nsystem\n.", "os.system"),
+            ("OBJ", b"(cos\nsystem\n" + text + b"o.", "os.system"), ("NEWOBJ", b"\x80\x02cos\nsystem\n(" + text + b"t\x81.", "os.system"),
+            ("NEWOBJ_EX", b"\x80\x04cos\nsystem\n(" + text + b"t}\x92.", "os.system"), ("EXT1", b"\x80\x02\x82\xf0(" + text + b"tR.", "os.system"),
+            ("EXT2", b"\x80\x02\x83\xf0\0(" + text + b"tR.", "os.system"), ("EXT4", b"\x80\x02\x84\xf0\0\0\0(" + text + b"tR.", "os.system"),
+            ("deep in the data", pickled(nested), "os.system"), ("in a dict's key", pickled({Made("os.system", command): 1}, 2), "os.system"),
+            *((path, pickled(Made(path, *args), protocol), path) for protocol, path, args in (
+                (4, "builtins.eval", [code]), (2, "__builtin__.eval", [code]), (4, "builtins.exec", [code]), (5, "subprocess.Popen", [command]),
+                (4, "runpy.run_path", [marker]),
+                (4, "builtins.getattr", [Global("os.system"), "__call__"]), (4, "importlib.import_module", ["os"]), (4, "operator.attrgetter", ["system"]),
+                (4, "functools.partial", [command]),
+                (4, "numpy.load", [marker, None, True]), (4, "numpy.fromfile", [marker]), (2, "numpy.core.multiarray.fromfile", [marker]),
+                (4, "numpy.memmap", [marker]),
+                (4, "numpy.core.numeric.load", [marker]), (4, "numpy.f2py.capi_maps.getinit", [code]),
+                (4, "numpy.testing._private.utils.runstring", [code, {}]), (4, "builtins.open", [marker, "w"]),
+                (4, "torch.load", [marker]), (4, "pickle.loads", [b"."]), (4, "copyreg._reconstructor", []), (4, "_codecs.decode", [b"x"]),
+                (4, "data._Call", [code]))),
+            ("dotted name", b"\x80\x04\x8c\x05numpy\x8c\x1cndarray.__init__.__globals__\x93.", "numpy.ndarray.__init__"),
+            ("attribute of an allowed function", b"\x80\x04\x8c\x07_codecs\x8c\x0fencode.__self__\x93.", "encode.__self__"),
+            ("encoding", pickled(Made("_codecs.encode", "x", "rot13")), "encoding"),
+            ("text in no array", pickled(Made("_codecs.encode", b"x", "latin1")), "encoding"),
+            ("persistent id", b"\x80\x02K\1Q.", ""), ("persistent id, text", b"Pid\n.", ""),
+            ("BUILD on a function", allowed + b"}S'function'\ncos\nsystem\nsb.", "os.system"),
+            ("dict state on a function", allowed + b"}S'function'\nNsb.", "function"),
+            ("slot state on a function", allowed + b"N}S'function'\nNs\x86b.", "function"), ("BUILD on a class", b"cnumpy\ndtype\n}S'__init__'\nNsb.", ""),
+            ("slot state on a class", b"cnumpy\nndarray\nN}S'__setstate__'\nNs\x86b.", ""), ("slot state on an array", allowed + b"(tRN}S'tensor'\nNs\x86b.", ""),
+            ("slot state on a dtype", b"cnumpy\ndtype\n(S'f4'\ntRN}S'code'\nS'f8'\ns\x86b.", ""),
+            ("a function as dtype", pickled(ndarray((1,), [1.0], dtype("<f4"))).replace(b"\x8c\x05dtype", b"\x8c\x07ndarray"), ""),
+            ("scalar of objects", pickled(Made("numpy.core.multiarray.scalar", dtype("|O8"), b"cos\nsystem\n.")), "O8"),
+            ("class called as data", b"cnumpy\nndarray\n(" + text + b"tR.", "")]
+        for _, content, _ in payloads[:4]:  # they do run where a plain unpickler reads them
+            pickle.loads(content)
+            os.remove(marker)
+        for what, content, word in payloads:
+            with self.subTest(what):
+                self.refused(self.write("a.pkl", content), word)
+                self.assertFalse(os.path.exists(marker))
+        self.assertEqual(len(data.load(self.write("a.pkl", pickled(pyskl()))).train), 3)  # the reader is unharmed
+
+
+class PtTest(Case):
+    def test_round_trip(self):
+        """Lists of tensors of any T and M come back frame by frame; a missing second person is absent."""
+        draw, content = torch.Generator().manual_seed(0), {}
+        shapes = dict(train=[(4, 1, 17, 2), (6, 2, 17, 2), (1, 1, 17, 2)], test=[(3, 1, 17, 2)])
+        for half, wanted in shapes.items():
+            content |= {f"x_{half}": [torch.randn(s, generator=draw, dtype=torch.float64) for s in wanted], f"y_{half}": [n + 3 for n in range(len(wanted))]}
+        path = os.path.join(self.folder, "a.pt")
+        torch.save(content, path)
+        loaded = data.load(path)
+        self.assertEqual((loaded.layout, loaded.persons, loaded.classes, loaded.train.label.tolist()), ("coco17", 2, [3, 4, 5], [0, 1, 2]))
+        for half, part in (("train", loaded.train), ("test", loaded.test)):
+            for n, x in enumerate(content[f"x_{half}"]):
+                frames = part.frames[part.start[n]:part.start[n] + part.length[n]]
+                self.assertTrue(torch.equal(frames[:, :x.shape[1]], x.float()))
+                self.assertFalse(frames[:, x.shape[1]:].any())
+                self.assertEqual(part.present[n].tolist(), [True, x.shape[1] == 2])
+
+    def test_bad_files_are_refused(self):
+        """Nothing but plain tensors is loaded, and their shapes are checked."""
+        x, y = torch.ones(2, 4, 1, 17, 2), [0, 1]
+        good = dict(x_train=x, y_train=y, x_test=x, y_test=y)
+        for what, content, words in (("a module", torch.nn.Linear(1, 1), ["tensors"]), ("a list", [x], ["x_train"]), ("no test", dict(x_train=x, y_train=y), ["x_test"]), ("empty", good | {"x_test": []}, ["x_test"]),
+                                     ("rank", good | {"x_train": x[0]}, ["x_train[0]", "(1, 17, 2)"]),
+                                     ("three persons", good | {"x_train": torch.ones(2, 4, 3, 17, 2)}, ["x_train[0]"]),
+                                     ("joints differ", good | {"x_train": [x[0], torch.ones(4, 1, 13, 2)]}, ["x_train[1]", "13"]),
+                                     ("labels", good | {"y_train": [0]}, ["y_train", "1 labels"]),
+                                     ("halves differ", good | {"x_test": torch.ones(2, 4, 1, 13, 2)}, ["x_test"]),
+                                     ("infinite", good | {"x_test": x / 0}, ["test[0]", "infinite"]),
+                                     ("a number", good | {"x_train": 3}, ["x_train"]), ("a dict", good | {"x_train": {"a": x}}, ["x_train"]),
+                                     ("label text", good | {"y_train": "ab"}, ["y_train"]),
+                                     ("a label list", good | {"y_train": [[0], [1, 2]]}, ["y_train"])):
+            with self.subTest(what):
+                path = os.path.join(self.folder, "a.pt")
+                torch.save(content, path)
+                self.refused(path, *words)
+        self.refused(self.write("a.pt", pickled(Made("os.system", "true"))), "a.pt")
+        self.refused(self.write("a.pt", b""), "a.pt")
+
+    def test_own_layout(self):
+        """A JSON file is a layout; a bad one, an unknown name and the wrong number of joints are refused."""
+        path, layout = os.path.join(self.folder, "a.pt"), self.write("five.json", json.dumps(FIVE).encode())
+        torch.save(dict(x_train=torch.ones(2, 4, 1, 5, 3), y_train=[0, 1], x_test=torch.ones(1, 4, 1, 5, 3), y_test=[0]), path)
+        self.assertEqual(data.load(path, layout=layout).skeleton, FIVE)
+        self.refused(path, "5 joints", "--layout")
+        self.refused(path, "coco18", layout="coco18")
+        self.refused(path, "17", layout="coco17")
+        for bad in (b"[", b"[1]", b'{"joints": "a"}', json.dumps(FIVE | {"edges": [[0, 9]]}).encode()):
+            self.refused(path, "five.json", layout=self.write("five.json", bad))
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+class BatchTest(Case):
+    def test_flatten(self):
+        """Sequences follow each other without their trailing zero frames; T and M may differ."""
+        parts = [torch.randn(4, 1, 5, 3), torch.randn(6, 2, 5, 3), torch.randn(2, 2, 5, 3)]
+        parts[1][4:], parts[2][:, 1] = 0, 0
+        flat = data.flatten(parts, torch.tensor([0, 1, 0]), ["a", "b", "c"], "file")
+        self.assertEqual((flat.start.tolist(), flat.length.tolist(), flat.present.tolist()), ([0, 4, 8], [4, 4, 2], [[True, False], [True, True], [True, False]]))
+        self.assertTrue(torch.equal(flat.frames[:4, :1], parts[0]) and torch.equal(flat.frames[4:8], parts[1][:4]) and torch.equal(flat.frames[8:], parts[2]))
+        self.assertFalse(flat.frames[:4, 1].any())
+        self.assertEqual(flat.subset([2, 0]).names, ["c", "a"])
+
+    def test_sample_frames_against_segments(self):
+        """Testing takes the middle of each of T segments; training any frame of each, and only those; short sequences repeat."""
+        T, lengths = 8, [1, 3, 8, 20, 77]
+        middle = [[int((t + 0.5) / T * L) for t in range(T)] for L in lengths]
+        self.assertEqual(data.sample_frames(torch.tensor(lengths), T, False, crop=0.5).tolist(), middle)
+        drawn = data.sample_frames(torch.tensor(lengths * 400), T, True, generator=torch.Generator().manual_seed(0)).view(400, len(lengths), T)
+        for i, L in enumerate(lengths):
+            for t in range(T):
+                self.assertEqual(set(drawn[:, i, t].tolist()), set(range(math.floor(t * L / T), math.ceil((t + 1) * L / T))))
+
+    def test_crop_is_a_random_window(self):
+        """With crop 0.5 the frames fill a window of half to all of the sequence that begins anywhere, and stay in range."""
+        drawn = data.sample_frames(torch.full((2000,), 1000), 100, True, 0.5, torch.Generator().manual_seed(0))
+        first, span = drawn[:, 0], (drawn[:, -1] - drawn[:, 0]) / 1000
+        self.assertTrue((drawn.diff(dim=1) >= 0).all() and drawn.min() >= 0 and drawn.max() <= 999)
+        self.assertTrue(0.48 < span.min() < 0.52 and 0.97 < span.max() <= 1 and first.max() > 400)
+
+    def test_normalise_against_loops(self):
+        """Origin: the centre joints over persons and frames; unit: the RMS distance of seen joints; zeros stay; it can be undone."""
+        for C, score in ((3, False), (2, False), (2, True)):
+            skeleton = FIVE | {"centre": [0, 3]}
+            x = 5 * torch.randn(4, 2, 6, 5, C + score, generator=torch.Generator().manual_seed(C)) + 30
+            x[1, 1], x[2, :, 3], x[3] = 0, 0, 0
+            if score:
+                x[..., C] = (x[..., C] > 30).float()
+                x[0, ..., C] = 0
+            y, origin, unit = data.normalise(x, skeleton, C)
+            for n in range(3):
+                expected, centre, size = plain_normalise(x[n], [0, 3], C)
+                self.close(y[n], expected), self.close(origin[n].flatten(), centre), self.close(float(unit[n]), float(size))
+            self.assertFalse(y[1, 1, ..., :C].any() or y[2, :, 3, :, :C].any() or y[3, ..., :C].any())
+            self.close((y[0, ..., :C] * unit[0] + origin[0]), x[0, ..., :C], 1e-4)
+
+    def test_batch_against_plain_indexing(self):
+        """A test batch is, sequence by sequence, the middle frames, normalised; label, presence and unit go along."""
+        source = sequences()
+        loader = Loader(source, FIVE, 3, batch_size=4, frames=6, training=False)
+        batch = next(iter(loader.epoch()))
+        for n in range(4):
+            L = int(source.length[n])
+            picked = torch.stack([source.frames[int(source.start[n]) + int((t + 0.5) / 6 * L)] for t in range(6)]).transpose(0, 1)
+            expected, _, unit = plain_normalise(picked, [0], 3)
+            self.close(batch.x[n], expected, 1e-4), self.close(float(batch.unit[n]), float(unit), 1e-4)
+        self.assertTrue(torch.equal(batch.label, source.label) and torch.equal(batch.present, source.present) and batch.index.tolist() == [0, 1, 2, 3])
+
+    def test_batches_depend_on_seed_epoch_and_step_alone(self):
+        """Two worker processes build the same tensors as none; drawing epoch 1 first changes nothing; seeds and epochs differ."""
+        def epochs(*which, **options):
+            loader = Loader(sequences(range(2, 13)), FIVE, 3, 4, 6, True, augmentation=Augmentation(60, 0.1, 0.1, 0.5, 0.1, 0.8), **options)
+            return [[vars(b) for b in loader.epoch(e)] for e in which]
+
+        torch.manual_seed(1)
+        expected = epochs(0, 1)
+        torch.manual_seed(2)
+        self.same(epochs(1, 0), expected[::-1])
+        self.same(epochs(0, workers=2), expected[:1])
+        for other in (epochs(0, seed=1)[0], expected[1]):
+            self.assertFalse(torch.equal(other[0]["x"], expected[0][0]["x"]))
+        self.assertNotEqual(*([int(i) for b in epoch for i in b["index"]] for epoch in expected))
+        alone = Loader(sequences([9]), FIVE, 3, 2, 6, True, augmentation=Augmentation(noise=1), repeat=4)
+        first, second, later = (b.x[0] for e in (0, 1) for b in list(alone.epoch(e))[:2 - e])
+        self.assertFalse(torch.equal(first, second) or torch.equal(first, later))
+
+    def test_no_sequence_is_dropped(self):
+        """Each pass holds every sequence once; a last batch of one joins its neighbour; testing keeps the file's order."""
+        for count, size, repeat, sizes in ((9, 4, 1, [4, 5]), (10, 4, 1, [4, 4, 2]), (3, 4, 1, [3]), (5, 4, 3, [4, 4, 4, 3]), (1, 4, 1, [1]), (8, 4, 2, [4] * 4)):
+            loader = Loader(sequences([3] * count), FIVE, 3, size, 4, True, repeat=repeat)
+            indices = [b.index.tolist() for b in loader.epoch(3)]
+            drawn = sum(indices, [])
+            self.assertEqual(([len(i) for i in indices], loader.steps), (sizes, len(sizes)))
+            for first in range(0, count * repeat, count):
+                self.assertEqual(sorted(drawn[first:first + count]), list(range(count)))
+            self.assertEqual(sum((b.index.tolist() for b in Loader(sequences([3] * count), FIVE, 3, size, 4, False).epoch()), []), list(range(count)))
+
+    def test_processes_share_each_batch(self):
+        """The parts of two or three processes are disjoint, none is empty, and together they are the batch of one process."""
+        for world in (2, 3):
+            whole, *parts = [[b.index.tolist() for b in Loader(sequences([3] * 17), FIVE, 3, 5, 4, True, rank=rank, world=of).epoch(1)]
+                             for rank, of in [(0, 1), *((r, world) for r in range(world))]]
+            if world == 2:
+                self.assertEqual([len(step) for step in whole], [5, 5, 5, 2])
+            else:
+                whole = whole[:-2] + [whole[-2] + whole[-1]]  # two sequences are too few for three processes
+            self.assertEqual([sorted(i) for i in whole], [sorted(sum(step, [])) for step in zip(*parts)])
+            self.assertTrue(all(step for part in parts for step in part))
+
+    def test_fill_missing_against_loops(self):
+        """A placeholder of score 0 takes the nearest earlier seen position of its sequence, else the nearest later one."""
+        draw = random.Random(0)
+        source = sequences([7, 1, 9, 6], channels=3)
+        for place in [(f, m, v) for f in range(23) for m in range(2) for v in range(5)]:
+            source.frames[place][2] = draw.choice([0.0, 0.0, 0.7])
+            if draw.random() < 0.6:
+                source.frames[place][:2] = draw.choice([0.0, 1.0])
+        source.frames[:7, 0, 0] = torch.tensor([1.0, 1.0, 0.0])
+        before, expected = source.frames, source.frames.clone()
+        for start, length in zip(source.start.tolist(), source.length.tolist()):
+            for f, m, v in [(f, m, v) for f in range(start, start + length) for m in range(2) for v in range(5)]:
+                seen = [t for t in range(start, start + length) if before[t, m, v, 2] > 0 or before[t, m, v, :2].tolist() not in ([0, 0], [1, 1])]
+                if f not in seen and seen:
+                    expected[f, m, v, :2] = before[max([t for t in seen if t < f], default=seen[0]), m, v, :2]
+        self.assertFalse(torch.equal(before, expected))
+        data.fill_missing(source)
+        self.assertTrue(torch.equal(source.frames, expected))
+
+
+class AugmentationTest(Case):
+    def setUp(self):
+        self.x = torch.randn(300, 2, 4, 5, 3, generator=torch.Generator().manual_seed(0))
+        self.x[::2, 1], self.x[3, 0, 2] = 0, 0
+        self.there = self.x.flatten(3).any(3)[..., None, None]
+        self.draw = torch.Generator().manual_seed(1)
+
+    def test_off_by_default(self):
+        """Without settings nothing changes, and whatever is on, zeros stay zero and the score passes through."""
+        self.assertTrue(torch.equal(Augmentation()(self.x, FIVE, 3, self.draw), self.x))
+        scored = torch.cat([self.x, torch.rand(300, 2, 4, 5, 1)], -1)
+        y = Augmentation(60, 0.1, 0.1, 0.0, 0.1)(scored, FIVE, 3, self.draw)
+        self.assertFalse((y[..., :3] * ~self.there).any())
+        self.assertTrue(torch.equal(y[..., 3], scored[..., 3]) and (y[..., :3] != scored[..., :3])[self.there.expand(self.x.shape)].all())
+
+    def test_rotation(self):
+        """One rotation a sequence: R_x(r) R_y(y), y up to 60 degrees to either side, r up to 30, and 2D data stay as they are."""
+        y = Augmentation(rotation=60)(self.x, FIVE, 3, self.draw)
+        angles = []
+        for n in range(300):
+            R = torch.linalg.lstsq(self.x[n].reshape(-1, 3), y[n].reshape(-1, 3)).solution.T
+            about_y, about_x = math.atan2(R[0, 2], R[0, 0]), math.atan2(R[2, 1], R[1, 1])
+            c, s, k, z = math.cos(about_y), math.sin(about_y), math.cos(about_x), math.sin(about_x)
+            self.close(R, torch.tensor([[c, 0, s], [z * s, k, -z * c], [-k * s, z, k * c]]), 1e-4)
+            self.close(self.x[n] @ R.T, y[n], 1e-4)
+            angles.append((math.degrees(about_y), math.degrees(about_x)))
+        for found, limit in zip(zip(*angles), (60, 30)):
+            self.assertTrue(-limit <= min(found) < -0.9 * limit and 0.9 * limit < max(found) <= limit)
+        self.assertTrue(torch.equal(Augmentation(rotation=60)(self.x[..., :2], FIVE, 2), self.x[..., :2]))
+
+    def test_flip(self):
+        """A mirror image negates x and swaps left and right joints, scores too; it is drawn for half of the sequences."""
+        scored = torch.cat([self.x, torch.rand(300, 2, 4, 5, 1)], -1)
+        mirror = scored[..., [0, 2, 1, 4, 3], :] * torch.tensor([-1.0, 1, 1, 1])
+        self.assertTrue(torch.equal(Augmentation(flip=1)(scored, FIVE, 3, self.draw), mirror))
+        y, flipped = Augmentation(flip=0.5)(scored, FIVE, 3, self.draw), 0
+        for n in range(300):
+            self.assertTrue(torch.equal(y[n], scored[n]) or torch.equal(y[n], mirror[n]))
+            flipped += torch.equal(y[n], mirror[n])
+        self.assertTrue(110 < flipped < 190)
+
+    def test_scaling_shift_and_noise(self):
+        """Scaling and shift are one number per sequence and axis within their reach; noise is Gaussian and differs everywhere."""
+        there = self.there.expand(self.x.shape)
+        for setting, change in (("scaling", lambda y: y / self.x - 1), ("shift", lambda y: y - self.x)):
+            found = change(Augmentation(**{setting: 0.1})(self.x, FIVE, 3, self.draw)).masked_fill(~there, math.nan)
+            mean = found.flatten(1, 3).nanmean(1)  # (N, C)
+            self.close((found - mean[:, None, None, None]).nan_to_num(), torch.zeros_like(found), 1e-3)
+            self.assertTrue(-0.101 < mean.min() < -0.095 and 0.095 < mean.max() < 0.101 and (mean[:, 0] - mean[:, 1]).abs().max() > 0.05)
+        noise = (Augmentation(noise=0.2)(self.x, FIVE, 3, self.draw) - self.x)[there]
+        self.assertTrue(abs(noise.mean()) < 0.01 and abs(noise.std() - 0.2) < 0.01 and len(noise.unique()) > 0.9 * len(noise))
+
+
+class StickFigureTest(Case):
+    def test_set(self):
+        """Always the same; at least 12 actions, some of two persons, all in both halves; --synthetic-size decides how many."""
+        figures, again = data.load(synthetic_size=160), data.load(synthetic_size=160)
+        self.same(vars(figures.train), vars(again.train)), self.same(vars(figures.test), vars(again.test))
+        self.assertEqual((len(figures.train), len(figures.test), figures.layout, figures.train.frames.shape[1:]), (128, 32, "coco17", (2, 17, 2)))
+        self.assertFalse(set(figures.train.names) & set(figures.test.names))
+        figures = data.load()
+        self.assertGreaterEqual(len(figures.classes), 12)
+        for half in (figures.train, figures.test):
+            self.assertEqual(set(half.label.tolist()), set(range(len(figures.classes))))
+            pairs = {c: half.present[half.label == c, 1].unique().tolist() for c in range(len(figures.classes))}
+            self.assertTrue(all(len(p) == 1 for p in pairs.values()) and 2 <= sum(p == [True] for p in pairs.values()) < len(pairs))
+        with self.assertRaises(DataError):
+            data.load(synthetic_size=16)
+
+    def test_one_pose_does_not_tell(self):
+        """A linear classifier of the mean normalised pose of both persons stays below 40 % on the test half."""
+        figures, pose = data.load(), {}
+        for half in ("train", "test"):
+            loader = Loader(getattr(figures, half), figures.skeleton, 2, 2000, 80, False)
+            pose[half] = next(iter(loader.epoch())).x.mean(2).flatten(1)
+        mean, std = pose["train"].mean(0), pose["train"].std(0) + 1e-6
+        layer = torch.nn.Linear(len(mean), len(figures.classes))
+        fit = torch.optim.LBFGS(layer.parameters(), max_iter=150)
+
+        def loss():
+            fit.zero_grad()
+            value = torch.nn.functional.cross_entropy(layer((pose["train"] - mean) / std), figures.train.label) + 1e-4 * layer.weight.square().sum()
+            value.backward()
+            return value
+
+        fit.step(loss)
+        right = [(layer((pose[half] - mean) / std).argmax(1) == getattr(figures, half).label).float().mean() for half in ("train", "test")]
+        self.assertGreater(right[0], 0.15)  # the classifier did learn something
+        self.assertLess(right[1], 0.4)
+
+
+# ---------------------------------------------------------------------------------------------- scripts
+
+class SettingsTest(Case):
+    def test_defaults_are_supplement_a(self):
+        """Without flags: Adam 1.5e-4, batch 1024, 50 epochs; SGD 0.1, 0.9, 0.005, batch 128, 110 epochs, the schedule and smoothing."""
+        first, second = train_pretrain.parse(train_pretrain.Settings, "", [])[0], train_pretrain.parse(train_finetune.Settings, "", [])[0]
+        self.assertEqual((first.lr, first.batch_size, first.epochs, first.dropout, first.mask_parts, first.beta, first.frames, first.layers),
+                         (1.5e-4, 1024, 50, 0.2, ("right_arm", "right_leg"), 2, 64, 3))
+        self.assertEqual((second.lr, second.momentum, second.weight_decay, second.batch_size, second.epochs, second.warmup, second.milestones, second.label_smoothing),
+                         (0.1, 0.9, 0.005, 128, 110, 5, (90, 100), 0.1))
+        self.assertEqual((second.dropout, second.attention_dropout, second.strl_layers, second.layers, second.frames), (0.2, 0.1, 3, 3, 64))
+
+    def test_parse(self):
+        """Flags are typed and checked; a misspelled one names the nearest; nothing is abbreviated."""
+        settings, given = train_pretrain.parse(train_finetune.Settings, "", "--milestones 3,5 --no-amp --nesterov --ckpt --label-fraction 0.5".split())
+        self.assertEqual((settings.milestones, settings.amp, settings.nesterov, settings.ckpt, settings.label_fraction), ((3, 5), False, True, "newest", 0.5))
+        self.assertEqual(given, {"milestones", "amp", "nesterov", "ckpt", "label_fraction"})
+        for line, words in (("--epoch 3", ["--epochs"]), ("--lable-fraction=1", ["--label-fraction"]), ("--zzz", ["--zzz"]), ("--epochs 0", ["--epochs", "out of range"]), ("--lr nan", ["--lr"]),
+                            ("--momentum 1.5", ["0 to 1"]), ("--epochs many", ["--epochs", "many"]), ("--batch-size", ["--batch-size"]), ("stray", ["stray"])):
+            with self.assertRaises(train_pretrain.Failure) as caught:
+                train_pretrain.parse(train_finetune.Settings, "", line.split())
+            self.assertTrue(all(word in str(caught.exception) for word in words) and "\n" not in str(caught.exception), str(caught.exception))
+
+    def test_learning_rate_of_all_epochs(self):
+        """METHOD.md: 0.1 (e + 1) / 5 for e < 5, 0.1 until 89, 0.01 from 90, 0.001 from 100."""
+        expected = [0.02, 0.04, 0.06, 0.08, 0.1] + [0.1] * 85 + [0.01] * 10 + [0.001] * 10
+        self.close(torch.tensor([train_finetune.learning_rate(e, 0.1, 5, (90, 100)) for e in range(110)]), torch.tensor(expected), 1e-7)
+
+    def test_augmentation_suits_the_data(self):
+        """-1 is what suits 2D or 3D data, any other value stands as it is."""
+        settings = train_pretrain.Settings(shift=0.3, noise=0)
+        self.assertEqual(train_pretrain.augmentation(settings, 3), Augmentation(rotation=60, scaling=0.1, shift=0.3))
+        self.assertEqual(train_pretrain.augmentation(settings, 2), Augmentation(scaling=0.1, shift=0.3, flip=0.5))
+
+
+class MeasureTest(Case):
+    def test_label_subset(self):
+        """Of each class round(fraction x size), at least one; sorted, without doubles, another choice for another seed."""
+        labels = torch.tensor([0] * 40 + [3] * 11 + [2] * 2)[torch.randperm(53, generator=torch.Generator().manual_seed(0))]
+        for fraction in (0.1, 0.26, 0.5, 0.01):
+            kept = train_finetune.label_subset(labels, fraction, 0)
+            self.assertEqual(Counter(labels[kept].tolist()), {c: max(1, round(fraction * n)) for c, n in ((0, 40), (3, 11), (2, 2))})
+            self.assertEqual(kept.tolist(), sorted(set(kept.tolist())))
+            self.assertTrue(torch.equal(kept, train_finetune.label_subset(labels, fraction, 0)))
+        self.assertFalse(torch.equal(train_finetune.label_subset(labels, 0.5, 0), train_finetune.label_subset(labels, 0.5, 1)))
+
+    def test_metrics_against_loops(self):
+        """Top-1, top-5 and the mean over the classes present of each class's accuracy, in percent."""
+        logits = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+        labels = torch.tensor([0] * 30 + [1] * 20 + [5] * 10)
+        logits[torch.arange(60), labels] += 1
+        order = [sorted(range(8), key=lambda k: -row[k]) for row in logits.tolist()]
+        right = [ranked[0] == label for ranked, label in zip(order, labels.tolist())]
+        expected = dict(top1=100 * sum(right) / 60, top5=100 * sum(label in ranked[:5] for ranked, label in zip(order, labels.tolist())) / 60,
+                        mean_class=100 * (sum(right[:30]) / 30 + sum(right[30:50]) / 20 + sum(right[50:]) / 10) / 3)
+        self.assertEqual(len({round(v, 3) for v in expected.values()}), 3)
+        found = train_finetune.metrics({"logits": logits, "labels": labels})
+        for name, value in expected.items():
+            self.assertAlmostEqual(found[name], value, 3)
+
+    def test_neighbours_against_loops(self):
+        """Distances by breadth-first search; each joint's guess is the mean of its nearest visible joints."""
+        for skeleton in (FIVE, SKELETONS["coco17"], FIVE | {"edges": [[0, 1], [3, 4]]}):
+            V = len(skeleton["joints"])
+            hops = train_pretrain.joint_distances(skeleton)
+            near = {v: {w for e in skeleton["edges"] for w in e if v in e} for v in range(V)}
+            expected = torch.full((V, V), float(V))
+            for v in range(V):
+                reached, ring, distance = set(), {v}, 0
+                while ring:
+                    expected[v, list(ring)] = float(distance)
+                    reached |= ring
+                    ring, distance = {w for u in ring for w in near[u]} - reached, distance + 1
+            self.assertTrue(torch.equal(hops, expected))
+            x, mask = torch.randn(6, 2, 3, V, 2), draw_mask(6, skeleton, ratio=0.4, generator=torch.Generator().manual_seed(0))
+            guess = train_pretrain.neighbour_mean(x, mask, hops)
+            for n in range(6):
+                visible = [v for v in range(V) if not mask[n, v]]
+                for v in range(V):
+                    best = min(expected[v, w] for w in visible)
+                    self.close(guess[n, :, :, v], torch.stack([x[n, :, :, w] for w in visible if expected[v, w] == best]).mean(0))
+
+    def test_reconstruction_errors_are_in_the_units_of_the_file(self):
+        """Against loops over the masked joints of present persons; data ten times as large give errors ten times as large."""
+        model, results, pose = SkeletonMAE(FIVE, 3, 8, 8, mask_parts=("right_arm", "left_leg")).eval(), [], torch.randn(2, 5, 3)
+        for factor in (1, 10):
+            source = sequences([5, 9, 3, 12, 2])
+            source.frames *= factor
+            loader = Loader(source, FIVE, 3, 3, 6, False)
+            results.append(train_pretrain.reconstruction_error(model, loader, pose))
+            sums, count = [0, 0], 0
+            for batch in loader.epoch():
+                for n, m, t, v in [(n, m, t, v) for n in range(len(batch.x)) for m in range(2) if batch.present[n, m] for t in range(6) for v in (2, 3)]:
+                    x, count = batch.x[n, m, t], count + 1
+                    for i, guess in enumerate((pose[m, v], x[0])):  # the root is the one neighbour of hands and feet
+                        sums[i] += float((guess - x[v]).norm() * batch.unit[n])
+            self.close([results[-1]["mean_pose_error"], results[-1]["neighbour_error"]], [s / count for s in sums], 1e-4)
+        self.assertGreater(results[0]["joint_error"], 0)
+        for name in results[0]:
+            self.assertAlmostEqual(results[1][name] / results[0][name], 10, 3)
+
+
+class ScriptTest(Case):
+    """Both scripts as a user runs them, on 24 + 12 sequences of the 5-joint skeleton, in a folder of their own."""
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        draw = torch.Generator().manual_seed(0)
+        self.content = {key: value for half, count in (("train", 25), ("test", 12)) for key, value in
+                        ((f"x_{half}", [torch.randn(6 + n % 5, 1 + n % 2, 5, 3, generator=draw) + n % 3 for n in range(count)]),
+                        (f"y_{half}", [n % 3 for n in range(count)]))}
+        torch.save(self.content, "tiny.pt")
+        Path("five.json").write_text(json.dumps(FIVE))
+        self.data = "--data tiny.pt --layout five.json"
+
+    def script(self, module, line: str, status: int = 0) -> str:
+        """Runs it in this process and returns its stdout, or, where it fails, its stderr of three lines at most."""
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            warnings.simplefilter("always")
+            try:
+                train_pretrain.run(lambda: module.main(line.split()))
+            except SystemExit as end:
+                code = end.code
+        self.assertEqual(code, status, err.getvalue())
+        self.assertLessEqual(len(err.getvalue().splitlines()), 3 if status else 0, err.getvalue())
+        return err.getvalue() if status else out.getvalue()
+
+    def pretrain(self, line: str, status: int = 0) -> str:
+        return self.script(train_pretrain, "--device cpu " + f"{TINY_RUN} --frames 8 --eval-every 1 " * ("--resume" not in line) + line, status)
+
+    def finetune(self, line: str, status: int = 0) -> str:
+        shape = "" if re.search("--eval-only|--resume", line) else "--strl-layers 2 --blocks 1 --frames 8 --eval-every 1 " + f"{TINY_RUN} " * ("--ckpt" not in line)
+        return self.script(train_finetune, "--device cpu " + shape + line, status)
+
+    def test_pretrain_then_finetune(self):
+        """Bare --ckpt takes the newest pre-training and its data; log, outputs and --eval-only agree with what was printed."""
+        self.pretrain(f"{self.data} --epochs 1 --out runs/old")
+        os.utime("runs/old/pretrain.pt", (1, 1))
+        self.assertIn("held-out joint error", self.pretrain(f"{self.data} --epochs 2 --batch-size 8"))
+        printed = self.finetune("--ckpt --epochs 3 --batch-size 8")
+        self.assertIn("runs/pretrain/pretrain.pt", printed)
+        accuracies = re.compile(r"top-1 ([\d.]+) %, top-5 ([\d.]+) %, mean class accuracy ([\d.]+) %")
+        shown = accuracies.findall(printed)
+        self.assertEqual(len(shown), 1)
+        for log, epochs in (("runs/pretrain/log.csv", 2), ("runs/finetune/log.csv", 3)):
+            with open(log, newline="") as file:
+                rows = list(csv.DictReader(file))
+            self.assertEqual([int(row["epoch"]) for row in rows], list(range(1, epochs + 1)))
+            self.assertTrue(all(math.isfinite(float(value)) for row in rows for value in row.values()))
+        self.assertEqual(tuple(f"{float(rows[-1][name]):.2f}" for name in ("top1", "top5", "mean_class")), shown[0])
+        trained = torch.load("runs/finetune/test_outputs.pt", weights_only=True)
+        self.assertEqual((trained["logits"].shape, trained["features"].shape, trained["labels"].tolist()), ((12, 3), (12, 16), self.content["y_test"]))
+        checkpoint = torch.load("runs/finetune/finetune.pt", weights_only=True)
+        self.close(trained["features"] @ checkpoint["model"]["head.weight"].T + checkpoint["model"]["head.bias"], trained["logits"])
+        self.assertEqual(accuracies.findall(self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --out again")), shown)
+        self.same(torch.load("again/test_outputs.pt", weights_only=True), trained)
+        self.assertFalse(os.path.exists("again/finetune.pt"))
+
+    def test_linear_probe_and_label_fraction(self):
+        """The probe leaves the encoder as it was and trains the rest; a fraction of 0.25 trains on two labels of each class."""
+        self.pretrain(f"{self.data} --epochs 1")
+        before = torch.load("runs/pretrain/pretrain.pt", weights_only=True)["model"]
+        self.finetune("--ckpt --linear-probe --epochs 2 --out probe")
+        after = torch.load("probe/finetune.pt", weights_only=True)["model"]
+        self.same({name: after["pretrained." + name] for name in before}, dict(before))
+        self.assertIn("head.weight", after)
+        self.finetune("--ckpt probe/finetune.pt --eval-only --out probe")
+        self.assertIn("6 labelled sequences", self.finetune("--ckpt --label-fraction 0.25 --epochs 1 --batch-size 8"))
+        self.assertEqual(torch.load("runs/finetune/test_outputs.pt", weights_only=True)["train_counts"].tolist(), [2, 2, 2])
+
+    def test_pretrained_weights_are_used(self):
+        """With a learning rate of 0 embedding and encoders equal the pre-trained ones; without --ckpt they do not."""
+        self.pretrain(f"{self.data} --epochs 1")
+        before = torch.load("runs/pretrain/pretrain.pt", weights_only=True)["model"]
+        for line, equal in (("--ckpt", True), (self.data, False)):
+            self.finetune(f"{line} --epochs 1 --lr 0")
+            after = torch.load("runs/finetune/finetune.pt", weights_only=True)["model"]
+            for name in ("embedding.linear.weight", "encoder.layers.0.linear.weight"):
+                for own in [name] if name.startswith("emb") else [f"strl.{i}.{name}" for i in range(2)]:
+                    self.assertEqual(torch.equal(after[own], before[name]), equal)
+
+    def test_resume_is_exact(self):
+        """2 + 2 epochs equal 4, bit for bit: weights, optimiser and log; another setting is refused by name."""
+        for module, name in ((self.pretrain, "pretrain"), (self.finetune, "finetune")):
+            lines = f"{self.data} --batch-size 8 --lr 0.01"
+            module(f"{lines} --epochs 4 --out whole")
+            module(f"{lines} --epochs 2 --out halves")
+            for wrong in ("--lr 0.1", "--seed 3", "--batch-size 4", "--data other.pt"):
+                self.assertIn(wrong.split()[0], module(f"--out halves --resume {wrong}", 2))
+            module("--out halves --resume --epochs 4")
+            whole, halves = (torch.load(f"{out}/{name}.pt", weights_only=True) for out in ("whole", "halves"))
+            for key in ("model", "optimizer", "log", "epoch", "kind", "skeleton"):
+                self.same(whole[key], halves[key])
+            self.assertEqual(*(Path(f"{out}/log.csv").read_text() for out in ("whole", "halves")))
+            self.assertIn("nowhere", module("--out nowhere --resume", 2))
+
+    def test_evaluation_sees_the_test_set_of_training(self):
+        """Where a pickle has no split, --eval-only of a run with another seed measures the sequences that run held out."""
+        self.write("bare.pkl", pickled(pyskl(20)))
+        self.finetune("--data bare.pkl --seed 1 --epochs 1 --out one")
+        self.finetune("--ckpt one/finetune.pt --eval-only --out two")
+        names = [torch.load(f"{out}/test_outputs.pt", weights_only=True)["names"] for out in ("one", "two")]
+        self.assertEqual(*names)
+
+    def test_bad_input_is_one_message_and_status_2(self):
+        """What a user can get wrong: one short message that names it, no traceback, and every file as it was."""
+        self.pretrain(f"{self.data} --epochs 1")
+        self.finetune("--ckpt --epochs 1")
+        torch.save({**self.content, "y_train": [n % 4 for n in range(25)]}, "four.pt")
+        torch.save({**self.content, **{f"x_{h}": [x[..., :2] for x in self.content[f"x_{h}"]] for h in ("train", "test")}}, "flat.pt")
+        torch.save({"kind": "finetune"}, "hollow.pt")
+        torch.save([1, 2], "list.pt")
+        self.write("splits.pkl", pickled({"annotations": pyskl(), "split": {"a_train": ["a0"], "a_val": ["a1"]}}))
+        self.write("text.txt", b"hello"), self.write("hostile.pt", pickled(Made("os.system", "touch ran"), 2))
+        self.write("broken.pt", b"PK\3\4 broken")
+        def kept():
+            return [Path(path).read_bytes() for path in ("runs/pretrain/pretrain.pt", "runs/finetune/finetune.pt", "runs/finetune/log.csv")]
+
+        before = kept()
+        pretrain, finetune = self.pretrain, self.finetune
+        for module, line, words in (
+                (pretrain, "--data absent.npz", ["absent.npz"]), (pretrain, "--data text.txt", ["text.txt"]), (pretrain, "--data .", ["."]),
+                (pretrain, "--data tiny.pt", ["--layout"]),
+                (pretrain, "--data splits.pkl --split xsub", ["xsub", "a_train", "a_val"]), (pretrain, f"{self.data} --device tpu", ["device", "tpu"]),
+                (pretrain, "--layout nonsense", ["nonsense"]), (pretrain, "--layout five.json", ["five.json", "17"]),
+                (pretrain, f"{self.data} --mask-parts right_arm,tail", ["tail"]), (pretrain, f"{self.data} --mask-ratio 1", ["ratio"]),
+                (pretrain, "--epoch 3", ["--epochs"]),
+                (pretrain, f"{self.data} --out text.txt --epochs 1", ["text.txt"]), (pretrain, f"{self.data} --out text.txt/deeper --epochs 1", ["text.txt"]),
+                (pretrain, f"{self.data} --lr -1", ["--lr"]),
+                (finetune, "--ckpt PRE --data flat.pt --layout five.json", ["2D", "3D"]),
+                (finetune, "--ckpt PRE --data splits.pkl --split a", ["five.json", "penn13"]),
+                (finetune, "--ckpt PRE --width 16", ["--width"]), (finetune, "--ckpt FINE --data four.pt --layout five.json --eval-only", ["3 classes", "4"]),
+                (finetune, "--ckpt text.txt", ["text.txt", "checkpoint"]), (finetune, "--ckpt list.pt", ["list.pt"]),
+                (finetune, "--ckpt tiny.pt", ["tiny.pt"]), (finetune, "--ckpt broken.pt", ["broken.pt"]),
+                (finetune, "--ckpt hostile.pt", ["hostile.pt"]), (finetune, "--ckpt hollow.pt", ["hollow.pt"]), (finetune, "--ckpt absent.pt", ["absent.pt"]),
+                (finetune, "--ckpt PRE --eval-only", ["pretrain"]), (finetune, "--eval-only", ["--ckpt"]),
+                (finetune, "--ckpt --epochs 1 --out text.txt", ["text.txt"])):
+            with self.subTest(line):
+                message = module(line.replace("PRE", "runs/pretrain/pretrain.pt").replace("FINE", "runs/finetune/finetune.pt"), 2)
+                self.assertTrue(all(word in message for word in words), message)
+                self.assertTrue(message.startswith("error: ") and "Traceback" not in message)
+        self.assertTrue(before == kept())
+        self.assertFalse(os.path.exists("ran"))
+        os.remove("runs/pretrain/pretrain.pt")
+        self.assertIn("train_pretrain.py", self.finetune("--ckpt", 2))
+
+    def test_a_loss_that_is_not_finite_stops_the_run(self):
+        """Epoch, step and sequences are named, and the checkpoint of the epoch before stays loadable."""
+        for module, name in ((self.pretrain, "pretrain"), (self.finetune, "finetune")):
+            message = module(f"{self.data} --lr 1e30 --epochs 5 --repeat 1 --out blown", 2)
+            epoch = int(re.search(r"loss is \S+ in epoch (\d+), step 1, sequences train\[\d+\], train", message)[1])
+            self.assertGreater(epoch, 1)
+            self.assertEqual(torch.load(f"blown/{name}.pt", weights_only=True)["epoch"], epoch - 2)
+            losses = [torch.tensor(0.5), torch.tensor(math.nan)]
+            with self.assertRaisesRegex(train_pretrain.Failure, "epoch 8, step 2, sequences c, a;"):
+                train_pretrain.check_finite(losses, [torch.tensor([0]), torch.tensor([2, 0])], ["a", "b", "c"], 7, "file")
+
+    def test_a_failed_write_keeps_the_file(self):
+        """Whatever the writer raises, the old file is whole and no other is left; a RuntimeError of torch is an OSError."""
+        path = self.write("kept", b"old")
+        for raised, expected in ((RuntimeError("disk full\nat 0x1"), OSError), (OSError(28, "No space left"), OSError), (KeyboardInterrupt(), KeyboardInterrupt)):
+            def write(file):
+                file.write(b"new")
+                raise raised
+
+            with self.assertRaises(expected) as caught:
+                train_pretrain.write_atomically(path, write)
+            self.assertNotIn("\n", str(caught.exception))
+            self.assertEqual([name for name in os.listdir(self.folder) if name.startswith("kept")], ["kept"])
+            self.assertEqual(Path(path).read_bytes(), b"old")
+        train_pretrain.write_atomically(path, lambda file: file.write(b"new"))
+        self.assertEqual(Path(path).read_bytes(), b"new")
+
+    def test_as_a_command(self):
+        """A normal run of the script prints nothing on stderr, not even torch's remark about numpy."""
+        done = subprocess.run([sys.executable, train_pretrain.__file__, *f"{self.data} --epochs 1 {TINY_RUN}".split()], capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
+
+class DependencyTest(unittest.TestCase):
+    def test_torch_and_the_standard_library_alone(self):
+        """No file at top level imports anything but torch, the standard library and its neighbours; numpy stays out."""
+        folder = os.path.dirname(data.__file__)
+        own = {name[:-3] for name in os.listdir(folder) if name.endswith(".py")}
+        for name in sorted(own):
+            tree = ast.parse(Path(folder, name + ".py").read_text())
+            modules = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names] + [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+            imported = {module.split(".")[0] for module in modules}
+            self.assertLessEqual(imported, sys.stdlib_module_names | own | {"torch"}, name)
+        self.assertNotIn("numpy", sys.modules)
+
+
+# ---------------------------------------------------------------------------------------------- running them
+
+class Result(unittest.TextTestResult):
+    """Counts whole tests: one with several failing sub-tests failed once."""
+
+    def line(self) -> str:
+        failed = {getattr(test, "test_case", test).id() for test, _ in self.failures + self.errors}
+        return f"{self.testsRun - len(failed) - len(self.skipped)} passed, {len(failed)} failed, {len(self.skipped)} skipped"
+
+
+class Runner(unittest.TextTestRunner):
+    resultclass = Result
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    result = unittest.main(exit=False, testRunner=Runner).result
+    print(result.line(), flush=True)
+    sys.exit(not result.wasSuccessful())
