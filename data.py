@@ -91,7 +91,8 @@ def scan(x: Tensor, names: list, what: str) -> tuple:
         peak = torch.linalg.vector_norm(x[first:first + 128].flatten(3).float(), math.inf, dim=-1)  # (n, T, M)
         if not peak.isfinite().all():
             bad = int((~peak.isfinite()).flatten(1).any(1).int().argmax())
-            raise DataError(f"{what}: sequence {names[first + bad]} holds NaN or infinite coordinates; expected finite numbers, repair or drop it")
+            raise DataError(f"{what}: sequence {names[first + bad]} holds NaN or infinite coordinates; expected finite numbers, "
+                            "repair or drop it")
         there = peak > 0
         steps = torch.arange(1, x.shape[1] + 1)
         lengths.append((there.any(2) * steps).amax(1).clamp(min=1))
@@ -174,14 +175,15 @@ def read_npz(path: str, wanted: tuple) -> dict:
             entries = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             for name in wanted:
                 if name not in entries:
-                    raise DataError(f"{path} has no {name}; expected x_train, y_train, x_test, y_test, found {', '.join(sorted(entries)) or 'nothing'}")
+                    raise DataError(f"{path} has no {name}; expected {', '.join(wanted)}, found {', '.join(sorted(entries)) or 'nothing'}")
                 info, what = entries[name], f"{name} in {path}"
                 if info.compress_type == zipfile.ZIP_STORED:
                     local = mapped[info.header_offset:info.header_offset + 30]  # local header: the name and extra lengths end it
                     first = info.header_offset + 30 + sum(struct.unpack("<26x2H", local))
                     body = memoryview(mapped)[first:first + info.file_size]
                 elif info.file_size > 1040 * info.compress_size + 1024:
-                    raise DataError(f"{what} claims {info.file_size} bytes from {info.compress_size}: deflate cannot do that; the file is damaged")
+                    raise DataError(f"{what} claims {info.file_size} bytes from {info.compress_size}: deflate cannot do that; "
+                                    "the file is damaged")
                 else:
                     body = memoryview(bytearray(info.file_size))
                     with archive.open(info) as stream:
@@ -196,7 +198,8 @@ def read_npz(path: str, wanted: tuple) -> dict:
                     raise DataError(f"{what}: {error}") from None
     except DataError:
         raise
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, TypeError, ValueError, struct.error, RuntimeError, MemoryError, OverflowError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, TypeError, ValueError, struct.error, RuntimeError, MemoryError,
+            OverflowError) as error:
         raise DataError(f"{path} is not a readable npz ({brief(error)}); expected a zip of .npy arrays, copy or save it again") from None
     return arrays
 
@@ -242,7 +245,8 @@ class _Call:
 
 def _tensor(data, dtype, shape, fortran) -> Tensor:
     if not isinstance(data, (bytes, bytearray)) or not isinstance(dtype, _DType):
-        raise DataError(f"an array of dtype {getattr(dtype, 'code', 'object')} is not stored as plain numbers, which alone are loaded; save a numeric array")
+        raise DataError(f"an array of dtype {getattr(dtype, 'code', 'object')} is not stored as plain numbers, which alone are loaded; "
+                        "save a numeric array")
     return array(bytearray(data), dtype.code, tuple(shape), bool(fortran))
 
 
@@ -268,7 +272,8 @@ for _core in ("numpy.core", "numpy._core"):
 class _Unpickler(pickle._Unpickler):  # the one written in Python: its memo is a dict, which a damaged index cannot blow up
     def find_class(self, module, name):
         if (module, name) not in _PICKLE_GLOBALS:
-            raise DataError(f"the pickle asks for {module}.{name}, which is not loaded; expected arrays, numbers, strings, lists and dicts alone")
+            raise DataError(f"the pickle asks for {module}.{name}, which is not loaded; expected arrays, numbers, strings, lists and "
+                            "dicts alone")
         return _PICKLE_GLOBALS[module, name]
 
 
@@ -316,7 +321,8 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
             raise DataError(f"{what}: keypoint has {tuple(keypoint.shape[2:])} joints and coordinates, those before it another number")
         label = annotation.get("label")
         if type(label) is not int or not 0 <= label <= MAX_LABEL:
-            raise DataError(f"{what}: label is {label if type(label) is int and abs(label) < 2**63 else type(label).__name__}; expected an integer from 0 to {MAX_LABEL}")
+            found = label if type(label) is int and abs(label) < 2**63 else type(label).__name__
+            raise DataError(f"{what}: label is {found}; expected an integer from 0 to {MAX_LABEL}")
         if scored:
             score = annotation.get("keypoint_score")
             score = _as_tensor(score, f"{what}: keypoint_score").float() if score is not None else keypoint.new_ones(keypoint.shape[:3])
@@ -364,7 +370,8 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
 def find_split(present: list, wanted: str | None, path: str) -> tuple:
     """The pair (training split, test split). wanted: None for the obvious pair, "xsub" for xsub_train and xsub_val or
     xsub_test, or "a,b" for two names as they stand in the file."""
-    pairs = [(name, name[:-5] + tail) for name in present if name.endswith("train") for tail in ("val", "test") if name[:-5] + tail in present]
+    pairs = [(name, name[:-5] + tail) for name in present if name.endswith("train") for tail in ("val", "test")
+             if name[:-5] + tail in present]
     if wanted is None:
         for obvious in (("xsub_train", "xsub_val"), ("train", "val"), ("train", "test")):
             if obvious in pairs:
@@ -472,7 +479,8 @@ def from_pt(path: str) -> tuple:
             if not isinstance(sequence, Tensor) or sequence.dim() != 4 or 0 in sequence.shape or sequence.shape[2:] != first.shape[2:] \
                     or sequence.shape[1] > 2 or sequence.shape[3] not in (2, 3):
                 shape = tuple(sequence.shape) if isinstance(sequence, Tensor) else type(sequence).__name__
-                raise DataError(f"{path}: x_{half}[{i}] is {shape}; expected a tensor (T, M, V, C), M 1 or 2, C 2 or 3, V and C the same in all")
+                raise DataError(f"{path}: x_{half}[{i}] is {shape}; expected a tensor (T, M, V, C), M 1 or 2, C 2 or 3, "
+                                "V and C the same in all")
         try:
             y = torch.as_tensor(y)
         except (TypeError, ValueError, RuntimeError):
@@ -561,12 +569,20 @@ def sample_frames(length: Tensor, frames: int, training: bool, crop: float = 1.0
     return torch.minimum(((first + share * (steps + within) / frames) * length).long(), length.long() - 1)
 
 
+def turn_about_vertical(x: Tensor, angle: Tensor) -> Tensor:
+    """Turns 3D coordinates x (N, ..., 3) about the y axis, angle (N,) in radians: positive from z towards x."""
+    cos, sin = (f(angle).view(-1, *[1] * (x.dim() - 2)) for f in (torch.cos, torch.sin))
+    return torch.stack([cos * x[..., 0] + sin * x[..., 2], x[..., 1], cos * x[..., 2] - sin * x[..., 0]], -1)
+
+
 def normalise(x: Tensor, skeleton: dict, channels: int) -> tuple:
-    """Centres and scales raw sequences x (N, M, T, V, C [+ score]), 2D and 3D alike.
+    """Centres and scales raw sequences x (N, M, T, V, C [+ score]), and turns 3D ones to face the viewer.
 
     The origin is the centre joint, averaged over frames and persons: one origin for both persons, or their distance would
     vanish. The unit is the root mean square distance of the seen joints (score above 0) from it: the size of the body and
-    of its path. Persons and frames that are all zero stay zero. Returns (x, origin (N, 1, 1, 1, C), unit (N, 1, 1, 1, 1)).
+    of its path. In 3D (y is vertical) the sequence is turned about the vertical so that the first person's left and right
+    torso joints (shoulders, hips) lie along x on the average over frames: what the camera's place adds is gone.
+    Persons and frames that are all zero stay zero. Returns (x, origin (N, 1, 1, 1, C), unit (N, 1, 1, 1, 1)).
     """
     joints = x[..., :channels]
     there = (joints != 0).flatten(3).any(3)[..., None, None]                      # (N, M, T, 1, 1)
@@ -574,6 +590,10 @@ def normalise(x: Tensor, skeleton: dict, channels: int) -> tuple:
     total = there.sum((1, 2), keepdim=True).clamp(min=1)
     origin = (centre * there).sum((1, 2), keepdim=True) / total
     joints = (joints - origin) * there
+    across = [(left, right) for left, right in skeleton["pairs"] if left in skeleton["parts"].get("torso", ())]
+    if channels == 3 and across:
+        left, right = (joints[:, 0][..., list(side), :].mean((1, 2)) for side in zip(*across))  # (N, 3)
+        joints = turn_about_vertical(joints, torch.atan2((left - right)[:, 2], (left - right)[:, 0]))
     seen = there.expand(*joints.shape[:-1], 1)
     if x.shape[-1] > channels:
         scored = seen & (x[..., channels:] > 0)
@@ -602,11 +622,9 @@ class Augmentation:
         joints, rest = x[..., :C], x[..., C:]
         there = (joints != 0).flatten(3).any(3)[..., None, None]
         if self.rotation and C == 3:
-            y, r = uniform(reach=math.radians(self.rotation)), uniform(reach=math.radians(self.rotation) / 2)
-            zero, one = torch.zeros_like(y), torch.ones_like(y)
-            about_y = torch.stack([y.cos(), zero, y.sin(), zero, one, zero, -y.sin(), zero, y.cos()], -1).view(N, 3, 3)
-            about_x = torch.stack([one, zero, zero, zero, r.cos(), -r.sin(), zero, r.sin(), r.cos()], -1).view(N, 3, 3)
-            joints = (joints.flatten(1, 3) @ (about_x @ about_y).mT).view(joints.shape)
+            joints = turn_about_vertical(joints, uniform(reach=math.radians(self.rotation)))
+            swapped = turn_about_vertical(joints[..., [1, 0, 2]], uniform(reach=math.radians(self.rotation) / 2))  # x in y's place
+            joints = swapped[..., [1, 0, 2]]
         if self.flip and skeleton["pairs"]:
             order = list(range(len(skeleton["joints"])))
             for left, right in skeleton["pairs"]:
@@ -661,10 +679,12 @@ class Loader:
         if self.training:
             generator = torch.Generator().manual_seed(self._seed(epoch))
             order = torch.cat([torch.randperm(len(self.data), generator=generator) for _ in range(self.repeat)])
-        batches = [(index[self.rank::self.world], self._seed(epoch, step) + self.rank) for step, index in enumerate(self._batches(order), 1)]
+        batches = [(index[self.rank::self.world], self._seed(epoch, step) + self.rank)
+                   for step, index in enumerate(self._batches(order), 1)]
         if not self.workers:
             return map(self.batch, batches)
-        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers, collate_fn=self.batch, generator=torch.Generator())
+        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers, collate_fn=self.batch,
+                                           generator=torch.Generator())  # its own: the global one goes on as without workers
 
     def _seed(self, epoch: int, step: int = 0) -> int:
         """A seed of its own for every step of every epoch, the same in all processes; step 0 is the order of the epoch."""
@@ -750,8 +770,9 @@ def _draw(table: Tensor, pairs: Tensor, generator) -> tuple:
     amplitude, cycles, phase = (table * torch.cat([1 + normal(1, 1, 1, spread=0.15), torch.ones(n, 1, 1, 2)], -1)).unbind(-1)
     period = 30 * torch.exp(normal(1, 1, 1, spread=0.12))                          # frames, (n, 1, 1, 1)
     time = torch.arange(T).view(T, 1) / period + torch.rand(n, 1, 1, 1, generator=generator)
-    rest = torch.tensor([.5 if a.startswith("knee") else 1. if a.startswith("elbow") else .7 if a.startswith("raise") else 0. for a in ANGLES])
-    angle = rest + normal(2, 1, len(ANGLES), spread=0.12) + amplitude[:, :, None] * torch.sin(2 * math.pi * (cycles[:, :, None] * time + phase[:, :, None]))
+    rest = torch.tensor([{"knee": .5, "elbow": 1., "raise": .7}.get(a.split("_")[0], 0.) for a in ANGLES])
+    swing = torch.sin(2 * math.pi * (cycles[:, :, None] * time + phase[:, :, None]))
+    angle = rest + normal(2, 1, len(ANGLES), spread=0.12) + amplitude[:, :, None] * swing
     a = dict(zip(ANGLES, angle.unbind(-1)))                                        # each (n, 2, T)
     size = 1 + normal(2, 1, 10, spread=0.07)
     bone = dict(zip("trunk neck upper_arm forearm thigh shin shoulder hip eye ear".split(),
@@ -776,7 +797,8 @@ def _draw(table: Tensor, pairs: Tensor, generator) -> tuple:
         joints[name + "ear"] = head + along(zero + side * bone["ear"], zero + .02, zero)
         joints[name + "shoulder"] = neck + along(zero + side * bone["shoulder"], zero, zero)
         joints[name + "elbow"] = joints[name + "shoulder"] + limb(side, a["swing" + tail], bone["upper_arm"], a["raise" + tail])
-        joints[name + "wrist"] = joints[name + "elbow"] + limb(side, a["swing" + tail] + a["elbow" + tail], bone["forearm"], a["raise" + tail])
+        joints[name + "wrist"] = joints[name + "elbow"] + limb(side, a["swing" + tail] + a["elbow" + tail], bone["forearm"],
+                                                               a["raise" + tail])
         joints[name + "hip"] = hips + along(zero + side * bone["hip"], zero, zero)
         joints[name + "knee"] = joints[name + "hip"] + limb(side, a["leg" + tail], bone["thigh"])
         joints[name + "ankle"] = joints[name + "knee"] + limb(side, a["leg" + tail] - a["knee" + tail], bone["shin"])

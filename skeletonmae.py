@@ -43,7 +43,7 @@ def skeleton(joints, edges, parts, centre, pairs=None) -> dict:
     centre = [centre] if isinstance(centre, int) else list(centre)
     used = [j for group in (*edges, *parts.values(), *pairs, centre) for j in group]
     if not all(isinstance(j, int) and 0 <= j < len(names) for j in used):
-        raise ValueError(f"a skeleton of {len(names)} joints needs joint indices from 0 to {len(names) - 1} in edges, parts, pairs and centre")
+        raise ValueError(f"a skeleton of {len(names)} joints needs indices from 0 to {len(names) - 1} in edges, parts, pairs and centre")
     if len(set(names)) < len(names) or any(i == j for i, j in edges):
         raise ValueError("a skeleton needs joint names that differ, and edges between two different joints")
     if not parts or not all(parts.values()) or not centre:

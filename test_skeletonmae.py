@@ -4,7 +4,7 @@
     python test_skeletonmae.py NpzTest        # one class, or one test as NpzTest.test_name
 
 Sources in the docstrings: "S" the paper's supplement, "P" the paper, "METHOD" what was decided where both are silent.
-Shapes as in skeletonmae.py. Order: the model, then data files and batches, then the scripts.
+Shapes as in skeletonmae.py. Order: the model, data files and batches, the scripts, the figures.
 """
 import warnings
 
@@ -14,6 +14,7 @@ import contextlib
 import copy
 import copyreg
 import csv
+import glob
 import io
 import json
 import math
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import tracemalloc
 import unittest
+import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections import Counter
 from functools import partial
@@ -45,6 +47,10 @@ from data import Augmentation, DataError, Loader, Sequences
 from skeletonmae import (SKELETONS, Attention, AttentionBlock, BatchNorm, GraphConvolution, GraphEncoder, JointEmbedding, LinearProbe,
                          Packing, SkeletonClassifier, SkeletonMAE, TemporalPooling, bone_parents, concat_linear, draw_mask,
                          find_present, normalized_adjacency, reweighted_cosine_error, skeleton)
+
+visualize = None
+if Path(__file__).with_name("visualize.py").exists():  # it is optional
+    import visualize
 
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -1184,6 +1190,18 @@ class BatchTest(Case):
             self.assertFalse(y[1, 1, ..., :C].any() or y[2, :, 3, :, :C].any() or y[3, ..., :C].any())
             self.close((y[0, ..., :C] * unit[0] + origin[0]), x[0, ..., :C], 1e-4)
 
+    def test_three_dimensions_face_the_viewer(self):
+        """However a 3D sequence is turned about the vertical, it comes out the same: shoulders and hips along x, left at larger x, heights kept."""
+        x, skeleton = torch.randn(1, 2, 6, 20, 3, generator=torch.Generator().manual_seed(3)) + 4, SKELETONS["kinect20"]
+        y, origin, unit = data.normalise(x, skeleton, 3)
+        for angle in (0.7, 2.5, -1.9):
+            matrix = torch.tensor([[math.cos(angle), 0, math.sin(angle)], [0, 1, 0], [-math.sin(angle), 0, math.cos(angle)]])
+            self.close(data.normalise(x @ matrix.T, skeleton, 3)[0], y, 1e-4)
+        across = sum(y[0, 0, :, left] - y[0, 0, :, right] for left, right in ((4, 8), (12, 16))).mean(0)
+        self.close(across[2], 0.0, 1e-4), self.assertGreater(float(across[0]), 0)
+        self.close(y[..., 1] * unit[..., 0] + origin[..., 1], x[..., 1], 1e-4)
+        self.close(y.norm(dim=-1) * unit[..., 0], (x - origin).norm(dim=-1), 1e-4)
+
     def test_batch_against_plain_indexing(self):
         """A test batch is, sequence by sequence, the middle frames, normalised; label, presence and unit go along."""
         source = sequences()
@@ -1377,9 +1395,9 @@ class SettingsTest(Case):
         self.close(torch.tensor([train_finetune.learning_rate(e, 0.1, 5, (90, 100)) for e in range(110)]), torch.tensor(expected), 1e-7)
 
     def test_augmentation_suits_the_data(self):
-        """-1 is what suits 2D or 3D data, any other value stands as it is."""
+        """What was not asked for suits 2D or 3D data, any value stands as it is."""
         settings = train_pretrain.Settings(shift=0.3, noise=0)
-        self.assertEqual(train_pretrain.augmentation(settings, 3), Augmentation(rotation=60, scaling=0.1, shift=0.3))
+        self.assertEqual(train_pretrain.augmentation(settings, 3), Augmentation(rotation=30, scaling=0.1, shift=0.3))
         self.assertEqual(train_pretrain.augmentation(settings, 2), Augmentation(scaling=0.1, shift=0.3, flip=0.5))
 
 
@@ -1508,6 +1526,39 @@ class ScriptTest(Case):
         self.assertEqual(accuracies.findall(self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --out again")), shown)
         self.same(torch.load("again/test_outputs.pt", weights_only=True), trained)
         self.assertFalse(os.path.exists("again/finetune.pt"))
+
+    def test_documented_commands(self):
+        """Every command line of the docstrings and the README is one that its script takes; the README's Python lines run as they stand."""
+        readme = Path(__file__).with_name("README.md").read_text()
+        commands = re.findall(r"python (train_pretrain|train_finetune)\.py([^&#|`\n]*)", "\n".join([train_pretrain.__doc__, train_finetune.__doc__, readme]))
+        self.assertGreater(len(commands), 10)
+        for script, words in commands:
+            with self.subTest(script + words):
+                if "..." not in words:
+                    train_pretrain.parse(getattr(sys.modules[script], "Settings"), "", words.split())
+        self.finetune(f"{self.data} --epochs 1")
+        code = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
+        self.assertEqual(len(code.strip().splitlines()), 5)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, {})
+        self.assertRegex(printed.getvalue(), r"tensor\(\[[0-2]\]\)")
+
+    def test_zero_frames_at_the_end_change_nothing(self):
+        """METHOD: padding never reaches the model. 100 zero frames after every sequence of an npz: identical logits."""
+        x = [torch.randn(2, T, 60, generator=torch.Generator().manual_seed(T)) for T in (7, 107)]
+        x[1][:, :7], x[1][:, 7:] = x[0], 0
+        outputs = []
+        for T, values in zip((7, 107), x):
+            half = npy("<f4", (2, T, 60), values.flatten().tolist())
+            labels = npy("<i8", (2,), [0, 1])
+            self.write("padded.npz", zipped(x_train=half, y_train=labels, x_test=half, y_test=labels))
+            source = data.load("padded.npz")
+            model = SkeletonClassifier(source.skeleton, 3, 2, frames=8, width=8, hidden=8, layers=1).eval()
+            torch.manual_seed(0)
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.3)
+            outputs.append(train_finetune.evaluate(model, Loader(source.test, source.skeleton, 3, 2, 8, False), torch.device("cpu"), False))
+        self.same(*outputs)
 
     def test_linear_probe_and_label_fraction(self):
         """The probe leaves the encoder as it was and trains the rest; a fraction of 0.25 trains on two labels of each class."""
@@ -1641,6 +1692,156 @@ class DependencyTest(unittest.TestCase):
             imported = {module.split(".")[0] for module in modules}
             self.assertLessEqual(imported, sys.stdlib_module_names | own | {"torch"}, name)
         self.assertNotIn("numpy", sys.modules)
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+def write_checkpoint(folder: str, kind: str, settings: dict, model: dict, model_settings: dict):
+    os.makedirs(folder, exist_ok=True)
+    log = [{"epoch": e, "loss": 1 / e, "lr": 0.1, "top1": 9.0 * e} for e in (1, 2)]
+    train_pretrain.save({"kind": kind, "settings": settings, "model": model, "model_settings": model_settings, "optimizer": {}, "epoch": 1, "log": log,
+          "skeleton": SKELETONS["coco17"], "layout": "coco17", "channels": 2, "score": False}, os.path.join(folder, kind + ".pt"))
+
+
+def make_run(folder: str, K: int = 5, N: int = 60, pretrained: str = ""):
+    """What train_finetune.py leaves, with random numbers; class 1 has no test sequence."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(K, (N,), generator=generator)
+    labels[labels == 1] = 0
+    outputs = {"logits": torch.randn(N, K, generator=generator), "features": torch.randn(N, 16, generator=generator), "labels": labels,
+               "classes": list(range(K)), "names": [f"s{i}" for i in range(N)], "train_counts": torch.arange(K) * 3 + 1,
+               "metrics": {"top1": 50.0, "top5": 90.0, "mean_class": 40.0}}
+    settings = {"ckpt": pretrained, "data": "", "split": "", "label_fraction": 1.0, "linear_probe": False}
+    write_checkpoint(folder, "finetune", settings, {}, {})
+    torch.save(outputs, os.path.join(folder, "test_outputs.pt"))
+    return outputs
+
+
+def draw(*words) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        visualize.main(list(words))
+    return said.getvalue()
+
+
+@unittest.skipUnless(visualize, "visualize.py is optional and not here")
+class FigureNumberTest(unittest.TestCase):
+    def test_pca_is_the_eigen_decomposition(self):
+        """Coordinates and explained shares agree with torch.linalg.eigh of the covariance, up to sign."""
+        x = torch.randn(200, 6, generator=torch.Generator().manual_seed(1)) @ torch.diag(torch.tensor([5., 3., 2., 1., .5, .1])) + 7
+        points, share = visualize.pca(x, 3)
+        values, vectors = torch.linalg.eigh(torch.cov(x.T))
+        for k in range(3):
+            expected = (x - x.mean(0)) @ vectors[:, -1 - k]
+            expected = expected * torch.sign(expected @ points[:, k])
+            torch.testing.assert_close(points[:, k], expected, atol=2e-3, rtol=1e-3)
+            self.assertAlmostEqual(float(share[k]), float(values[-1 - k] / values.sum()), places=4)
+
+    def test_perplexity_is_reached(self):
+        """exp(entropy) of every row of the affinities, summed in a loop, is the perplexity asked for."""
+        x = torch.randn(120, 8, generator=torch.Generator().manual_seed(2)) * 4 + 3
+        for wanted in (5.0, 30.0):
+            p = visualize.affinities(x, wanted)
+            for row in p:
+                entropy = -sum(v * math.log(v) for v in row.tolist() if v > 0)
+                self.assertAlmostEqual(math.exp(entropy), wanted, delta=0.01 * wanted)
+            self.assertEqual(float(p.diagonal().abs().max()), 0)
+
+    def test_tsne_separates_three_blobs(self):
+        """Three Gaussian blobs end up apart, every nearest neighbour of one's own blob, and the divergence falls."""
+        generator = torch.Generator().manual_seed(3)
+        label = torch.arange(3).repeat_interleave(30)
+        x = torch.randn(90, 10, generator=generator) + 12 * torch.eye(3, 10)[label]
+        y, history, _ = visualize.tsne(x, perplexity=12, iterations=350, early=100)
+        divergence = [value for _, value in history]
+        self.assertLess(divergence[-1], 0.5 * divergence[0])
+        self.assertTrue(all(a + 0.01 > b for a, b in zip(divergence[3:], divergence[4:])), divergence)
+        distance = torch.cdist(y, y).fill_diagonal_(math.inf)
+        same = label[:, None] == label
+        self.assertTrue((label[distance.argmin(1)] == label).all())
+        self.assertLess(float(distance[same & distance.isfinite()].mean()), 0.5 * float(distance[~same].mean()))
+
+    def test_confusion_and_class_accuracy_against_loops(self):
+        """Counts against two loops, their sum is the test set; a class without sequences has no accuracy."""
+        generator = torch.Generator().manual_seed(4)
+        labels, predicted = (torch.randint(5, (300,), generator=generator) for _ in range(2))
+        labels[labels == 2] = 4
+        counts = visualize.confusion(labels, predicted, 5)
+        expected = [[sum(int(t == i and p == j) for t, p in zip(labels.tolist(), predicted.tolist())) for j in range(5)] for i in range(5)]
+        self.assertEqual(counts.tolist(), expected)
+        self.assertEqual(int(counts.sum()), 300)
+        accuracy = visualize.class_accuracy(counts).tolist()
+        self.assertTrue(math.isnan(accuracy[2]))
+        for c in (0, 1, 3, 4):
+            self.assertAlmostEqual(accuracy[c], 100 * expected[c][c] / sum(expected[c]), places=3)
+
+
+@unittest.skipUnless(visualize, "visualize.py is optional and not here")
+class FigureTest(Case):
+    def test_names_are_escaped_and_clipped_in_well_formed_files(self):
+        """5, 60 and 120 classes of hostile names, one without test sequences: XML that parses, nothing loaded from elsewhere."""
+        for K in (5, 60, 120):
+            make_run(self.folder, K, 4 * K)
+            names = os.path.join(self.folder, "names.txt")
+            with open(names, "w") as file:
+                file.write("\n".join(f"<b>\"{i}' & \x01" + "W" * 90 for i in range(K)))
+            draw(self.folder, "--class-names", names, "--no-tsne" if K > 5 else "--tsne", "--compare", self.folder, "--table", self.folder)
+            files = glob.glob(os.path.join(self.folder, "*.svg"))
+            self.assertEqual(len(files), 8, files)
+            for path in files:
+                shown = [e.text or "" for e in ElementTree.parse(path).iter() if e.tag.rpartition("}")[2] in ("text", "title")]
+                self.assertTrue(shown and all("W" * 60 not in words and len(words) <= 140 for words in shown), path)
+                if path.endswith("confusion.svg"):
+                    self.assertIn("<b>\"0' & ", " ".join(shown))
+            with open(os.path.join(self.folder, "report.html"), encoding="utf-8") as file:
+                page = file.read()
+            self.assertNotIn("<b>", page)
+            self.assertNotRegex(page, r"https?:|<link|\bsrc=|@import|url\(")
+            total = sum(int(count) for count in re.findall(r": (\d+) of \d+ taken for", page))
+            self.assertEqual(total, 4 * K)  # hovering counts every test sequence once
+
+    def test_reconstruction_of_a_pretraining(self):
+        """Eight frames three times over, and a ring around each masked joint (P Fig. 6)."""
+        was = train_pretrain.Settings(width=8, hidden=8, layers=1, frames=8, synthetic_size=32, out=self.folder + "/pre")
+        shape = dict(skeleton=SKELETONS["coco17"], channels=2, width=8, hidden=8, layers=1)
+        write_checkpoint(was.out, "pretrain", vars(was), SkeletonMAE(**shape).state_dict(), shape)
+        checkpoint = os.path.join(was.out, "pretrain.pt")
+        make_run(self.folder, pretrained=checkpoint)
+        draw(self.folder, "--no-tsne", "--sequence", "3", "--table", self.folder)
+        figure = ElementTree.parse(os.path.join(self.folder, "paper-fig6-reconstruction.svg")).getroot()
+        self.assertEqual(sum(e.tag.endswith("}svg") for e in figure.iter()), 1 + 3 * 8)
+        rings = sum(e.get("class") == "ring" for e in figure.iter())
+        self.assertIn(rings, (4 * 8, 2 * 4 * 8))  # right arm and right leg, four joints, of one or two persons in eight frames
+
+    def test_bad_input_names_the_command_that_mends_it(self):
+        """What is missing or broken is one line with the command that makes it, exit status 2, and no report."""
+        def refused(pattern, *words):
+            done = subprocess.run([sys.executable, visualize.__file__, *words], capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stdout, len(done.stderr.splitlines())), (2, "", 1), done.stderr)
+            self.assertRegex(done.stderr, pattern)
+
+        refused(r"missing; make it with: python train_finetune\.py --out \S*nothing", os.path.join(self.folder, "nothing"))
+        outputs = make_run(self.folder, pretrained=os.path.join(self.folder, "gone", "pretrain.pt"))
+        with self.assertRaisesRegex(train_pretrain.Failure, r"missing; make it with: python train_pretrain\.py --out \S*gone"):
+            draw(self.folder)
+        with self.assertRaisesRegex(train_pretrain.Failure, "no class 77"):
+            draw(self.folder, "--pretrained", "none", "--classes", "77")
+        for name in ("test_outputs.pt", "finetune.pt", "log.csv"):
+            make_run(self.folder)
+            with open(os.path.join(self.folder, name), "w") as file:
+                file.write("broken")
+            with self.assertRaisesRegex(train_pretrain.Failure, rf"{re.escape(name)} cannot be used .*train_finetune\.py --out"):
+                draw(self.folder, "--no-tsne")
+        make_run(self.folder)
+        torch.save(outputs | {"labels": outputs["labels"] + 3}, os.path.join(self.folder, "test_outputs.pt"))
+        with self.assertRaisesRegex(train_pretrain.Failure, "labels from 0 to 4"):
+            draw(self.folder)
+        self.assertEqual(glob.glob(os.path.join(self.folder, "report.html")), [])
+
+    def test_nothing_imports_it(self):
+        """visualize.py can be deleted: no other script imports it."""
+        for path in Path(__file__).parent.glob("*.py"):
+            if not path.name.startswith("test"):
+                self.assertNotRegex(path.read_text(), r"(?m)^\s*(import|from) visualize", path)
 
 
 # ---------------------------------------------------------------------------------------------- running them

@@ -14,9 +14,9 @@ import glob
 import os
 from dataclasses import asdict, dataclass
 
-from data import Loader, load  # before torch: it silences torch's one remark about numpy
+from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, SkeletonClassifier, SkeletonMAE
-from train_pretrain import (CommonSettings, Failure, Progress, augmentation, check_finite, option, parse, read_checkpoint,
+from train_pretrain import (CommonSettings, Failure, Progress, augmentation, check_finite, option, parse, read_checkpoint, read_data,
                             resume_settings, run, save, set_up, to_device, write_atomically)
 import torch
 import torch.nn as nn
@@ -80,7 +80,8 @@ def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
 def newest_pretraining() -> str:
     found = sorted(glob.glob("runs/*/pretrain.pt"), key=os.path.getmtime)
     if not found:
-        raise Failure("--ckpt without a value takes the newest runs/*/pretrain.pt, and there is none; run train_pretrain.py first or name a file")
+        raise Failure("--ckpt without a value takes the newest runs/*/pretrain.pt, and there is none; "
+                      "run train_pretrain.py first or name a file")
     return found[-1]
 
 
@@ -107,90 +108,112 @@ def metrics(outputs: dict) -> dict:
             "mean_class": 100 * float(torch.stack(per_class).mean())}
 
 
+def take_settings(settings: Settings, given: set, source: dict):
+    """A checkpoint decides its shape and, unless told otherwise, its data."""
+    before = source["settings"]
+    for name in PRETRAINED + (FINETUNED if source["kind"] == "finetune" else ()):
+        if name in given and getattr(settings, name) != before[name]:
+            raise Failure(f"--{name.replace('_', '-')} {getattr(settings, name)} differs from {before[name]} of {settings.ckpt}; "
+                          "leave it out")
+        setattr(settings, name, before[name])
+    if "data" not in given:
+        for name in {"data", "split", "layout", "test_fraction", "synthetic_size"} - given:
+            setattr(settings, name, before[name])
+    if settings.eval_only and "out" not in given:
+        settings.out = os.path.dirname(settings.ckpt) or "."
+
+
+def build(settings: Settings, data, source: dict | None) -> tuple:
+    """The model that the settings ask for, with the weights of a checkpoint where there is one.
+    Returns (model, its arguments, names of the loaded tensors)."""
+    def pick(*names):
+        return {name: getattr(settings, name) for name in names}
+
+    shape = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}
+    shape |= pick("width", "hidden", "layers", "dropout", "motion", "bone")
+    loaded = list(source["model"]) if source else []
+    if settings.linear_probe:
+        encoder = SkeletonMAE(**shape)
+        if source and source["kind"] == "pretrain":
+            encoder.load_state_dict(source["model"])
+        model = LinearProbe(encoder, len(data.classes))
+    else:
+        shape |= {"classes": len(data.classes), "persons": data.persons}
+        shape |= pick("frames", "strl_layers", "blocks", "stride", "attention_dropout", "head_dropout")
+        model = SkeletonClassifier(**shape)
+        if source and source["kind"] == "pretrain":
+            loaded = model.load_pretrained(source["model"])
+    if source and source["kind"] == "finetune":
+        model.load_state_dict(source["model"])
+    return model, shape, loaded
+
+
 def main(argv=None):
     settings, given = parse(Settings, __doc__, argv)
     path, resumed, source = os.path.join(settings.out, "finetune.pt"), None, None
     if settings.resume:
-        resumed = read_checkpoint(path, ("finetune",))
+        source = resumed = read_checkpoint(path, ("finetune",))
         settings = resume_settings(Settings, given, settings, resumed, path)
-    if settings.ckpt == "newest":
-        settings.ckpt = newest_pretraining()
-    if settings.ckpt and not resumed:
+    elif settings.ckpt:
+        settings.ckpt = newest_pretraining() if settings.ckpt == "newest" else settings.ckpt
         source = read_checkpoint(settings.ckpt, ("finetune",) if settings.eval_only else ("pretrain", "finetune"))
-        before = source["settings"]
-        for name in PRETRAINED + (FINETUNED if source["kind"] == "finetune" else ()):  # the checkpoint decides its shape
-            if name in given and getattr(settings, name) != before[name]:
-                raise Failure(f"--{name.replace('_', '-')} {getattr(settings, name)} differs from {before[name]} of {settings.ckpt}; leave it out")
-            setattr(settings, name, before[name])
-        if "data" not in given:  # and, unless told otherwise, its data
-            for name in {"data", "split", "layout", "test_fraction", "synthetic_size"} - given:
-                setattr(settings, name, before[name])
-        if settings.eval_only and "out" not in given:
-            settings.out = os.path.dirname(settings.ckpt) or "."
+        take_settings(settings, given, source)
     elif settings.eval_only:
         raise Failure("--eval-only needs --ckpt with a fine-tuned checkpoint, as in --ckpt runs/finetune/finetune.pt")
     device, amp, rank, world = set_up(settings)
     quiet = rank > 0
     say = (lambda *_: None) if quiet else print
 
-    data = load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.synthetic_size)
+    data = read_data(settings)
     say(f"{settings.data or 'stick figures'}: {data}")
-    other = resumed or source
-    if other and (other["skeleton"], other["channels"]) != (data.skeleton, data.channels):
-        raise Failure(f"{settings.ckpt or path} was trained on layout {other['layout']} in {other['channels']}D, the data are {data.layout} in {data.channels}D; expected the same")
-    if other and other["kind"] == "finetune" and other["classes"] != data.classes:
-        raise Failure(f"{settings.ckpt or path} knows {len(other['classes'])} classes, the data have {len(data.classes)}; expected the same")
+    start = path if resumed else settings.ckpt
+    if source and (source["skeleton"], source["channels"]) != (data.skeleton, data.channels):
+        raise Failure(f"{start} was trained on layout {source['layout']} in {source['channels']}D, the data are {data.layout} in "
+                      f"{data.channels}D; expected the same")
+    if source and source["kind"] == "finetune" and source["classes"] != data.classes:
+        raise Failure(f"{start} knows {len(source['classes'])} classes, the data have {len(data.classes)}; expected the same")
     if settings.label_fraction < 1:
         data.train = data.train.subset(label_subset(data.train.label, settings.label_fraction, settings.label_seed))
         say(f"{len(data.train)} labelled sequences, {settings.label_fraction:g} of each class, label seed {settings.label_seed}")
-    score = settings.score and data.score
     common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
-    train = Loader(to_device(data.train, device), *common, True, settings.seed, augmentation(settings, data.channels), settings.repeat, settings.workers, rank, world)
+    train = Loader(to_device(data.train, device), *common, True, settings.seed, augmentation(settings, data.channels),
+                   settings.repeat, settings.workers, rank, world)
     test = Loader(to_device(data.test, device), *common, False)
 
     torch.manual_seed(settings.seed)
-    shape = {"skeleton": data.skeleton, "channels": data.channels, "score": score}
-    shape |= {name: getattr(settings, name) for name in ("width", "hidden", "layers", "dropout", "motion", "bone")}
-    if not settings.linear_probe:
-        shape |= {"classes": len(data.classes), "persons": data.persons}
-        shape |= {name: getattr(settings, name) for name in ("frames", "strl_layers", "blocks", "stride", "attention_dropout", "head_dropout")}
     try:
-        if settings.linear_probe:
-            encoder = SkeletonMAE(**shape)
-            if source and source["kind"] == "pretrain":
-                encoder.load_state_dict(source["model"])
-            model = LinearProbe(encoder, len(data.classes)).to(device)
-        else:
-            model = SkeletonClassifier(**shape).to(device)
-            if source and source["kind"] == "pretrain":
-                loaded = model.load_pretrained(source["model"])
-                say(f"{settings.ckpt}: {len(loaded)} tensors of embedding and encoders loaded, {len(model.state_dict()) - len(loaded)} start at random")
-        if other and other["kind"] == "finetune":
-            model.load_state_dict(other["model"])
+        model, shape, loaded = build(settings, data, source)
     except (RuntimeError, ValueError) as error:
-        raise Failure(f"{settings.ckpt or path} does not fit: {' '.join(str(error).split())[:200]}") from None
+        raise Failure(f"{start or 'these settings'}: the model cannot be built ({brief(error)})") from None
+    model.to(device)
+    if loaded:
+        say(f"{start}: {len(loaded)} tensors loaded, {max(0, len(model.state_dict()) - len(loaded))} start at random")
 
     def report(outputs: dict, what: str):
         result = metrics(outputs)
         say(f"{what}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, mean class accuracy {result['mean_class']:.2f} % "
             f"on {len(outputs['labels'])} test sequences, one model, no test-time augmentation")
-        outputs |= {"classes": data.classes, "names": data.test.names, "train_counts": torch.bincount(data.train.label, minlength=len(data.classes)), "metrics": result}
+        counts = torch.bincount(data.train.label, minlength=len(data.classes))
+        outputs |= {"classes": data.classes, "names": data.test.names, "train_counts": counts, "metrics": result}
         write_atomically(os.path.join(settings.out, "test_outputs.pt"), lambda file: torch.save(outputs, file))
 
     if settings.eval_only:
         return report(evaluate(model, test, device, amp), settings.ckpt)
 
-    pretrained = [p for n, p in model.named_parameters() if p.requires_grad and (n.startswith("embedding.") or ".encoder." in n)]
-    rest = [p for n, p in model.named_parameters() if p.requires_grad and not (n.startswith("embedding.") or ".encoder." in n)]
-    optimizer = torch.optim.SGD([{"params": rest, "scale": 1.0}, {"params": pretrained, "scale": settings.encoder_lr_scale}], lr=settings.lr,
-                                momentum=settings.momentum, weight_decay=settings.weight_decay, nesterov=settings.nesterov and settings.momentum > 0)
+    pretrained = {n: p for n, p in model.named_parameters() if n.startswith("embedding.") or ".encoder." in n}
+    groups = [{"params": [p for n, p in model.named_parameters() if n not in pretrained], "scale": 1.0},
+              {"params": list(pretrained.values()), "scale": settings.encoder_lr_scale}]
+    optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
+                                nesterov=settings.nesterov and settings.momentum > 0)
     start = "linear probe, " * settings.linear_probe + (f"from {settings.ckpt}" if settings.ckpt else "from random weights")
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}, {start}; {train.steps} steps an epoch")
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}, {start}; "
+        f"{train.steps} steps an epoch")
     if train.steps * settings.epochs < 2000:
         say(f"hint: {train.steps * settings.epochs} steps in all is little training; for a small set try --batch-size 32 --repeat "
             f"{max(1, -(-2000 * 32 // (len(data.train) * settings.epochs)))} --lr 0.05 --weight-decay 5e-4 --nesterov --clip 5")
     if settings.milestones and settings.milestones[0] >= settings.epochs:
-        say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones {settings.epochs * 9 // 11},{settings.epochs * 10 // 11}")
+        say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones "
+            f"{settings.epochs * 9 // 11},{settings.epochs * 10 // 11}")
     first_epoch, log = 0, []
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
@@ -231,9 +254,9 @@ def main(argv=None):
             note = f"  top-1 {row['top1']:.2f} %"
         log = log + [row]
         if rank == 0:
-            save({"kind": "finetune", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log, "settings": asdict(settings),
-                  "model_settings": shape, "skeleton": data.skeleton, "layout": data.layout, "channels": data.channels, "score": score,
-                  "persons": data.persons, "classes": data.classes}, path)
+            save({"kind": "finetune", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log,
+                  "settings": asdict(settings), "model_settings": shape, "skeleton": data.skeleton, "layout": data.layout,
+                  "channels": data.channels, "persons": data.persons, "classes": data.classes}, path)
         progress.end_epoch(epoch, mean_loss, lr, note)
     if rank == 0:
         report(outputs or evaluate(model, test, device, amp), f"last epoch ({settings.epochs}), {start}")

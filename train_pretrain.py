@@ -21,7 +21,7 @@ import time
 import typing
 from dataclasses import asdict, dataclass, field, fields
 
-from data import Augmentation, DataError, Loader, brief, load  # before torch: they silence its one remark about numpy
+from data import Augmentation, DataError, Dataset, Loader, Sequences, brief, load  # before torch: they silence its one remark about numpy
 from skeletonmae import SkeletonMAE, draw_mask
 import torch
 from torch import Tensor
@@ -101,19 +101,21 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
             try:
                 return tuple(kind(part.strip()) for part in text.split(","))
             except ValueError:
-                raise argparse.ArgumentTypeError(f"{text} is no list; expected values with commas, as in {','.join(map(str, default))}") from None
+                example = ",".join(map(str, default))
+                raise argparse.ArgumentTypeError(f"{text} is no list; expected values with commas, as in {example}") from None
         return convert
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise Failure(f"{message}; --help lists all flags")
 
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
     types = typing.get_type_hints(settings)
     for f in fields(settings):
         flag, meta, kind = "--" + f.name.replace("_", "-"), f.metadata, types[f.name]
-        default = "" if f.default in ("", None) else f" (default {','.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default})"
-        text = {"help": meta["help"].replace("%", "%%") + default}
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        text = {"help": meta["help"].replace("%", "%%") + (f" (default {default})" if default not in ("", None) else "")}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **text)
         elif kind is tuple:
@@ -121,7 +123,8 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
         elif kind is str:
             parser.add_argument(flag, **text, **({"nargs": "?", "const": meta["bare"]} if "bare" in meta else {}))
         else:
-            parser.add_argument(flag, type=number(kind, meta.get("low", float("-inf")), meta.get("high", float("inf"))), metavar=kind.__name__.upper(), **text)
+            convert = number(kind, meta.get("low", float("-inf")), meta.get("high", float("inf")))
+            parser.add_argument(flag, type=convert, metavar=kind.__name__.upper(), **text)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [o for a in parser._actions for o in a.option_strings], 1)
@@ -192,14 +195,18 @@ def keep_freed_memory():
         mallopt(parameter, value)
 
 
+def read_data(settings: CommonSettings) -> Dataset:
+    return load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.synthetic_size)
+
+
 def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
     """The augmentation asked for, with what suits 2D or 3D data for what was not."""
-    suits = Augmentation(rotation=60, scaling=0.1, shift=0.1) if channels == 3 else Augmentation(scaling=0.1, shift=0.1, flip=0.5, noise=0.01)
+    suits = Augmentation(scaling=0.1, shift=0.1, **({"rotation": 30} if channels == 3 else {"flip": 0.5, "noise": 0.01}))
     asked = {f.name: getattr(settings, f.name) for f in fields(Augmentation)}
     return Augmentation(**{name: getattr(suits, name) if value is None else value for name, value in asked.items()})
 
 
-def to_device(data, device):
+def to_device(data: Sequences, device) -> Sequences:
     """The frames move to the GPU where they fit into half of its free memory; batches are then built there."""
     if device.type == "cuda" and data.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         return data.to(device)
@@ -243,12 +250,14 @@ def read_checkpoint(path: str, kinds: tuple) -> dict:
     except OSError:
         raise
     except Exception as error:
-        raise Failure(f"{path} is no checkpoint of these scripts ({brief(error)}); expected {' or '.join(k + '.pt' for k in kinds)}") from None
+        raise Failure(f"{path} is no checkpoint of these scripts ({brief(error)}); expected {' or '.join(kinds)}.pt") from None
     kind = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if kind in kinds and not {"model", "optimizer", "settings", "model_settings", "epoch", "log", "skeleton", "layout", "channels"} <= checkpoint.keys():
-        raise Failure(f"{path} lacks parts of a {kind} checkpoint; expected a file that these scripts wrote")
     if kind not in kinds:
-        raise Failure(f"{path} holds {kind or type(checkpoint).__name__}, no {' or '.join(kinds)} checkpoint; expected a file that these scripts wrote")
+        raise Failure(f"{path} holds {kind or type(checkpoint).__name__}, no {' or '.join(kinds)} checkpoint; "
+                      "expected a file that these scripts wrote")
+    parts = {"model", "optimizer", "settings", "model_settings", "epoch", "log", "skeleton", "layout", "channels"}
+    if not parts <= checkpoint.keys():
+        raise Failure(f"{path} lacks parts of a {kind} checkpoint; expected a file that these scripts wrote")
     return checkpoint
 
 
@@ -258,7 +267,8 @@ def resume_settings(settings: type, given: set, asked, checkpoint: dict, path: s
     before = checkpoint["settings"]
     for name in sorted(given - free):
         if getattr(asked, name) != before[name]:
-            raise Failure(f"--{name.replace('_', '-')} {getattr(asked, name)} differs from {before[name]} of {path}; resume without it, or start anew with another --out")
+            raise Failure(f"--{name.replace('_', '-')} {getattr(asked, name)} differs from {before[name]} of {path}; "
+                          "resume without it, or start anew with another --out")
     return settings(**{**before, **{name: getattr(asked, name) for name in (given & free) | {"resume"}}})
 
 
@@ -347,7 +357,8 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
         if batch.x.shape[-1] > C:
             seen = seen & (batch.x[..., C] > 0)
         guesses = (model.reconstruct(batch.x, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x), neighbour_mean(x, mask, hops))
-        sums += torch.stack([((guess - x).norm(dim=-1) * batch.unit[..., 0] * seen).sum() for guess in guesses] + [seen.sum()]).double().cpu()
+        errors = [((guess - x).norm(dim=-1) * batch.unit[..., 0] * seen).sum() for guess in guesses]
+        sums += torch.stack([*errors, seen.sum()]).double().cpu()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), (sums[:3] / sums[3].clamp(min=1)).tolist()))
 
 
@@ -361,9 +372,8 @@ def main(argv=None):
     quiet = rank > 0
     say = (lambda *_: None) if quiet else print
 
-    data = load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.synthetic_size)
+    data = read_data(settings)
     say(f"{settings.data or 'stick figures'}: {data}")
-    score = settings.score and data.score
     augment = augmentation(settings, data.channels)
     common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
     train = Loader(to_device(data.train, device), *common, True, settings.seed, augment, settings.repeat, settings.workers, rank, world)
@@ -373,8 +383,9 @@ def main(argv=None):
             f"--repeat {max(1, -(-2000 * 64 // (len(data.train) * settings.epochs)))} --lr 1e-3")
 
     torch.manual_seed(settings.seed)
-    shape = {"skeleton": data.skeleton, "channels": data.channels, "score": score}
-    shape |= {name: getattr(settings, name) for name in ("width", "hidden", "layers", "dropout", "beta", "mask_parts", "mask_num_parts", "mask_ratio", "motion", "bone")}
+    shape = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}
+    shape |= {name: getattr(settings, name) for name in ("width", "hidden", "layers", "dropout", "beta", "mask_parts", "mask_num_parts",
+                                                         "mask_ratio", "motion", "bone")}
     try:
         model = SkeletonMAE(**shape).to(device)
     except ValueError as error:
@@ -382,8 +393,10 @@ def main(argv=None):
     scale, mean_pose = measure_scale(Loader(train.data, *common, False))
     model.scale.copy_(scale)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+    masked = (f"{settings.mask_ratio:g} of the joints" if settings.mask_ratio else f"{settings.mask_num_parts} parts"
+              if settings.mask_num_parts else ", ".join(settings.mask_parts))
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}; {train.steps} steps an epoch; "
-        f"masked: {', '.join(settings.mask_parts) if not settings.mask_num_parts and not settings.mask_ratio else settings.mask_ratio or str(settings.mask_num_parts) + ' parts'}")
+        f"masked: {masked}")
     first_epoch, log = 0, []
     if checkpoint:
         try:
@@ -398,7 +411,7 @@ def main(argv=None):
 
     progress = Progress(settings.epochs, train.steps, first_epoch, quiet)
     for epoch in range(first_epoch, settings.epochs):
-        torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)  # masks and dropout depend on the epoch alone: resuming is exact
+        torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)  # masks, dropout: of the epoch alone, so resuming is exact
         model.train()
         progress.start_epoch()
         losses, indices = [], []
@@ -423,11 +436,13 @@ def main(argv=None):
         row, note = {"epoch": epoch + 1, "loss": mean_loss, "lr": settings.lr}, ""
         if rank == 0 and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
             row |= reconstruction_error(model, held_out, mean_pose)
-            note = "  held-out joint error {joint_error:.4g} (mean pose {mean_pose_error:.4g}, neighbours {neighbour_error:.4g})".format(**row)
+            note = (f"  held-out joint error {row['joint_error']:.4g} (mean pose {row['mean_pose_error']:.4g}, "
+                    f"neighbours {row['neighbour_error']:.4g})")
         log = log + [row]
         if rank == 0:
             save({"kind": "pretrain", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log,
-                  "settings": asdict(settings), "model_settings": shape, "skeleton": data.skeleton, "layout": data.layout, "channels": data.channels, "score": score}, path)
+                  "settings": asdict(settings), "model_settings": shape, "skeleton": data.skeleton, "layout": data.layout,
+                  "channels": data.channels}, path)
         progress.end_epoch(epoch, mean_loss, settings.lr, note)
     say(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}")
     if world > 1:
