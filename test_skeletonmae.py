@@ -23,6 +23,7 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -1526,6 +1527,30 @@ class ScriptTest(Case):
         self.assertEqual(accuracies.findall(self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --out again")), shown)
         self.same(torch.load("again/test_outputs.pt", weights_only=True), trained)
         self.assertFalse(os.path.exists("again/finetune.pt"))
+
+    def test_interrupted(self):
+        """Ctrl-C ends with status 130, SIGTERM with 143, both with one line that says how to go on."""
+        self.addCleanup(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as end:
+                train_pretrain.run(lambda: signal.raise_signal(number))
+            self.assertEqual(end.exception.code, status)
+            self.assertRegex(said.getvalue().strip(), r"^stopped; .*--resume goes on from it$")
+
+    def test_two_processes(self):
+        """Under torchrun two processes share every batch: one of them prints and writes, and the losses follow those of one process."""
+        line = f"{self.data} {TINY_RUN} --device cpu --frames 8 --dropout 0 --epochs 3 --batch-size 8 --lr 0.01"
+        self.pretrain(f"{self.data} --dropout 0 --epochs 3 --batch-size 8 --lr 0.01 --out runs/alone")
+        together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", train_pretrain.__file__]
+        done = subprocess.run(together + line.split(), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.count("epoch 3/3"), 1)
+        losses = []
+        for folder in ("runs/alone", "runs/pretrain"):
+            with open(folder + "/log.csv", newline="") as file:
+                losses.append([float(row["loss"]) for row in csv.DictReader(file)])
+        torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.25, atol=0.01)
+        self.assertNotEqual(*losses)
 
     def test_documented_commands(self):
         """Every command line of the docstrings and the README is one that its script takes; the README's Python lines run as they stand."""
