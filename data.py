@@ -713,14 +713,14 @@ class Loader:
 ANGLES = ("swing_l swing_r raise_l raise_r elbow_l elbow_r leg_l leg_r knee_l knee_r lean sway up forward".split())
 ACTIONS = {
     "walk": "leg_l .5 1 0, leg_r .5 1 .5, swing_l .5 1 .5, swing_r .5 1 0, knee_l .3 1 .3, knee_r .3 1 .8",
-    "pace": "leg_l .5 1 0, leg_r .5 1 .5, swing_l .5 1 0, swing_r .5 1 .5, knee_l .3 1 .3, knee_r .3 1 .8",
+    "march": "leg_l .55 1 0, leg_r .55 1 .5, knee_l .5 1 .3, knee_r .5 1 .8, up .05 2 0",
     "jumping jack": "raise_l .8 1 0, raise_r .8 1 0, up .12 1 .1",
     "windmill": "raise_l .8 1 0, raise_r .8 1 .5",
     "squat": "knee_l .6 1 0, knee_r .6 1 0, leg_l .4 1 0, leg_r .4 1 0, up .2 1 .5",
     "wave": "elbow_r .6 2 0, raise_r .3 2 .25",
     "wave slowly": "elbow_r .6 .7 0, raise_r .3 .7 .25",
     "box": "swing_l .6 1.5 0, swing_r .6 1.5 .5, elbow_l .6 1.5 .5, elbow_r .6 1.5 0",
-    "push up high": "swing_l .6 1 0, swing_r .6 1 0, elbow_l .6 1 .5, elbow_r .6 1 .5",
+    "lift": "swing_l .6 1 0, swing_r .6 1 0, elbow_l .4 1 0, elbow_r .4 1 0, up .08 1 0",
     "kick": "leg_r .8 1 0, knee_r .5 1 .25",
     "bow": "lean .6 .7 0",
     "sway": "sway .4 1 0",
