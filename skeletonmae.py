@@ -396,6 +396,11 @@ def find_present(x: Tensor, channels: int) -> Tensor:
     return present.cpu()
 
 
+def persons_of(x: Tensor, channels: int, present: Tensor | None) -> Packing:
+    """The packing of a batch: of the persons the caller says are present, else of those whom x shows."""
+    return Packing(find_present(x, channels) if present is None else present, x.device)
+
+
 # ---------------------------------------------------------------------------------------------- pre-training
 
 def reweighted_cosine_error(prediction: Tensor, target: Tensor, selected: Tensor, beta: float = 2.0) -> Tensor:
@@ -442,7 +447,7 @@ class SkeletonMAE(nn.Module):
         """
         C = self.channels
         check_input(x, len(self.skeleton["joints"]), C, self.embedding.score)
-        packing = Packing(find_present(x, C) if present is None else present, x.device)
+        packing = persons_of(x, C, present)
         if mask is None:
             mask = draw_mask(len(x), self.skeleton, **self.masking)
         mask = mask.to(x.device, non_blocking=True)
@@ -540,7 +545,7 @@ class SkeletonClassifier(nn.Module):
     def features(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """The features before the classifier, (N, 2 H). x and present as in forward."""
         check_input(x, len(self.skeleton["joints"]), self.channels, self.embedding.score, self.persons)
-        packing = Packing(find_present(x, self.channels) if present is None else present, x.device)
+        packing = persons_of(x, self.channels, present)
         h = self.embedding(packing.pack(x))
         position = self.position
         if len(position) != h.shape[2]:
@@ -599,7 +604,7 @@ class LinearProbe(nn.Module):
     @torch.no_grad()
     def pooled(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """(N, M, T, V, C) -> (N, 2 H)."""
-        packing = Packing(find_present(x, self.pretrained.channels) if present is None else present, x.device)
+        packing = persons_of(x, self.pretrained.channels, present)
         h = self.pretrained.encoder(self.pretrained.embedding(packing.pack(x))).mean(0)  # (P, T, H)
         return packing.mean(torch.cat([h.mean(1), h.amax(1)], -1)).float()
 

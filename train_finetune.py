@@ -205,8 +205,8 @@ def main(argv=None):
               {"params": list(pretrained.values()), "scale": settings.encoder_lr_scale}]
     optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
                                 nesterov=settings.nesterov and settings.momentum > 0)
-    start = "linear probe, " * settings.linear_probe + (f"from {settings.ckpt}" if settings.ckpt else "from random weights")
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}, {start}; "
+    described = "linear probe, " * settings.linear_probe + (f"from {settings.ckpt}" if settings.ckpt else "from random weights")
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}, {described}; "
         f"{train.steps} steps an epoch")
     if train.steps * settings.epochs < 2000:
         say(f"hint: {train.steps * settings.epochs} steps in all is little training; for a small set try --batch-size 32 --repeat "
@@ -259,7 +259,7 @@ def main(argv=None):
                   "channels": data.channels, "persons": data.persons, "classes": data.classes}, path)
         progress.end_epoch(epoch, mean_loss, lr, note)
     if rank == 0:
-        report(outputs or evaluate(model, test, device, amp), f"last epoch ({settings.epochs}), {start}")
+        report(outputs or evaluate(model, test, device, amp), f"last epoch ({settings.epochs}), {described}")
         say(f"saved {path}")
     if world > 1:
         torch.distributed.destroy_process_group()
