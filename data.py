@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from skeletonmae import SKELETONS, skeleton as make_skeleton
 
@@ -46,7 +47,9 @@ class Sequences:
     length: Tensor    # (N,) int64, frames of each sequence, at least 1
     label: Tensor     # (N,) int64, 0 to K - 1
     present: Tensor   # (N, M) bool, stays on the CPU: who is there at all
+    there: Tensor     # (F, M) bool: who is there in which frame
     names: list       # (N,) for messages
+    pose: tuple = ()  # see find_pose: what takes each sequence to its normalised form, found once, by load
 
     def __len__(self) -> int:
         return len(self.start)
@@ -54,11 +57,12 @@ class Sequences:
     def subset(self, index) -> "Sequences":
         index = torch.as_tensor(index, dtype=torch.long)
         return replace(self, start=self.start[index], length=self.length[index], label=self.label[index],
-                       present=self.present[index], names=[self.names[i] for i in index.tolist()])
+                       present=self.present[index], names=[self.names[i] for i in index.tolist()],
+                       pose=tuple(p[index] for p in self.pose))
 
     def to(self, device) -> "Sequences":
         return replace(self, frames=self.frames.to(device), start=self.start.to(device), length=self.length.to(device),
-                       label=self.label.to(device))
+                       label=self.label.to(device), there=self.there.to(device), pose=tuple(p.to(device) for p in self.pose))
 
 
 @dataclass
@@ -85,8 +89,9 @@ class Dataset:
 
 def scan(x: Tensor, names: list, what: str) -> tuple:
     """Length and presence of padded sequences x (N, T, M, V, C): trailing all-zero frames are cut, a person without any
-    non-zero coordinate is absent. In chunks, so that a memory-mapped array is never copied. Returns (length, present)."""
-    lengths, presents = [], []
+    non-zero coordinate is absent. In chunks, so that a memory-mapped array is never copied. Returns (length (N,), present
+    (N, M), there (N, T, M))."""
+    lengths, theres = [], []
     for first in range(0, len(x), 128):
         peak = torch.linalg.vector_norm(x[first:first + 128].flatten(3).float(), math.inf, dim=-1)  # (n, T, M)
         if not peak.isfinite().all():
@@ -96,27 +101,29 @@ def scan(x: Tensor, names: list, what: str) -> tuple:
         there = peak > 0
         steps = torch.arange(1, x.shape[1] + 1)
         lengths.append((there.any(2) * steps).amax(1).clamp(min=1))
-        presents.append(there.any(1))
-    present = torch.cat(presents)
+        theres.append(there)
+    there = torch.cat(theres)
+    present = there.any(1)
     present[:, 0] |= ~present.any(1)  # a sequence without anyone still holds one (empty) first person
-    return torch.cat(lengths), present
+    return torch.cat(lengths), present, there
 
 
 def flatten(sequences: list, labels: Tensor, names: list, what: str) -> Sequences:
     """A list of (T, M, V, C) tensors, T and M may differ, in the one flat form."""
     persons = max(s.shape[1] for s in sequences)
     frames = torch.zeros(sum(len(s) for s in sequences), persons, *sequences[0].shape[2:])
-    start, lengths, present = [], [], []
+    there = torch.zeros(frames.shape[:2], dtype=torch.bool)
+    present = torch.zeros(len(sequences), persons, dtype=torch.bool)
+    start, lengths = [], []
     first = 0
-    for sequence, name in zip(sequences, names):
-        length, there = scan(sequence[None], [name], what)
-        length = int(length)
-        frames[first:first + length, :sequence.shape[1]] = sequence[:length]
-        present.append(torch.cat([there[0], torch.zeros(persons - sequence.shape[1], dtype=torch.bool)]))
+    for i, (sequence, name) in enumerate(zip(sequences, names)):
+        (length,), (present[i, :sequence.shape[1]],), (here,) = scan(sequence[None], [name], what)
+        part = slice(first, first + int(length)), slice(sequence.shape[1])
+        frames[part], there[part] = sequence[:length], here[:length]
         start.append(first)
-        lengths.append(length)
-        first += length
-    return Sequences(frames[:first], torch.tensor(start), torch.tensor(lengths), labels, torch.stack(present), names)
+        lengths.append(int(length))
+        first += int(length)
+    return Sequences(frames[:first], torch.tensor(start), torch.tensor(lengths), labels, present, there[:first], names)
 
 
 # ---------------------------------------------------------------------------------------------- .npy and .npz by hand
@@ -403,6 +410,7 @@ def fill_missing(data: Sequences):
     later = torch.where(there, steps, F).flip(0).cummin(0).values.flip(0)
     source = torch.where(earlier >= sequence_start, earlier, torch.where(later < sequence_end, later, steps))
     position.copy_(position.gather(0, source[..., None].expand_as(position)))
+    data.there = (position != 0).flatten(2).any(2)
 
 
 # ---------------------------------------------------------------------------------------------- the other readers
@@ -454,8 +462,8 @@ def from_npz(path: str, layout: str | None, own: dict | None) -> tuple:
         label = read_labels(y, N, f"y_{half} in {path}")
         x = x.reshape(N, T, *divide_columns(columns, layout, own, path))
         names = [f"{half}[{i}]" for i in range(N)]
-        length, present = scan(x, names, what)
-        halves.append(Sequences(x.flatten(0, 1), torch.arange(N) * T, length, label, present, names))
+        length, present, there = scan(x, names, what)
+        halves.append(Sequences(x.flatten(0, 1), torch.arange(N) * T, length, label, present, there.flatten(0, 1), names))
     if halves[0].frames.shape[1:] != halves[1].frames.shape[1:]:
         raise DataError(f"{path}: x_train and x_test have different numbers of columns; expected the same")
     return *halves, "x_train / x_test", False
@@ -490,8 +498,9 @@ def from_pt(path: str) -> tuple:
     if halves[0].frames.shape[2:] != halves[1].frames.shape[2:]:
         raise DataError(f"{path}: x_train and x_test have different joints or coordinates; expected the same")
     persons = max(h.frames.shape[1] for h in halves)
-    halves = [replace(h, frames=torch.nn.functional.pad(h.frames, (0, 0, 0, 0, 0, persons - h.frames.shape[1])),
-                      present=torch.nn.functional.pad(h.present, (0, persons - h.present.shape[1]))) for h in halves]
+    halves = [replace(h, frames=pad(h.frames, (0, 0, 0, 0, 0, persons - h.frames.shape[1])),
+                      present=pad(h.present, (0, persons - h.present.shape[1])),
+                      there=pad(h.there, (0, persons - h.there.shape[1]))) for h in halves]
     return *halves, "x_train / x_test", False
 
 
@@ -547,7 +556,9 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
         raise DataError(f"{path} has {V} joints, layout {layout} has {len(skeleton['joints'])}; expected the same, choose another --layout")
     labels = torch.cat([train.label, test.label])
     first = int(labels.min())  # labels that do not start at 0 are shifted
-    train.label, test.label = train.label - first, test.label - first
+    for half in (train, test):
+        half.label = half.label - first
+        half.pose = find_poses(half, skeleton, C)
     return Dataset(train, test, layout, skeleton, C, score, list(range(first, int(labels.max()) + 1)), note)
 
 
@@ -569,38 +580,81 @@ def sample_frames(length: Tensor, frames: int, training: bool, crop: float = 1.0
     return torch.minimum(((first + share * (steps + within) / frames) * length).long(), length.long() - 1)
 
 
-def turn_about_vertical(x: Tensor, angle: Tensor) -> Tensor:
-    """Turns 3D coordinates x (N, ..., 3) about the y axis, angle (N,) in radians: positive from z towards x."""
-    cos, sin = (f(angle).view(-1, *[1] * (x.dim() - 2)) for f in (torch.cos, torch.sin))
-    return torch.stack([cos * x[..., 0] + sin * x[..., 2], x[..., 1], cos * x[..., 2] - sin * x[..., 0]], -1)
+def turn(angle: Tensor, axis: int) -> Tensor:
+    """Rotations by angle (N,), in radians, about a coordinate axis of 3D space, (N, 3, 3)."""
+    a, b = [k for k in range(3) if k != axis]
+    matrix = torch.eye(3, device=angle.device).repeat(len(angle), 1, 1)
+    matrix[:, a, a] = matrix[:, b, b] = angle.cos()
+    matrix[:, a, b], matrix[:, b, a] = angle.sin(), -angle.sin()
+    return matrix
 
 
-def normalise(x: Tensor, skeleton: dict, channels: int) -> tuple:
-    """Centres and scales raw sequences x (N, M, T, V, C [+ score]), and turns 3D ones to face the viewer.
+def find_pose(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: dict, channels: int) -> tuple:
+    """How each of `num` sequences is normalised: x -> linear (x - origin).
 
     The origin is the centre joint, averaged over frames and persons: one origin for both persons, or their distance would
     vanish. The unit is the root mean square distance of the seen joints (score above 0) from it: the size of the body and
     of its path. In 3D (y is vertical) the sequence is turned about the vertical so that the first person's left and right
     torso joints (shoulders, hips) lie along x on the average over frames: what the camera's place adds is gone.
-    Persons and frames that are all zero stay zero. Returns (x, origin (N, 1, 1, 1, C), unit (N, 1, 1, 1, 1)).
+
+    frames: (F, M, V, C [+ score]); there: bool (F, M); owner: (F,) the sequence of each frame. Returns (linear (num, C, C),
+    origin (num, C), unit (num,)): linear is the turn divided by the unit.
     """
-    joints = x[..., :channels]
-    there = (joints != 0).flatten(3).any(3)[..., None, None]                      # (N, M, T, 1, 1)
-    centre = joints[..., skeleton["centre"], :].mean(3, keepdim=True)             # (N, M, T, 1, C)
-    total = there.sum((1, 2), keepdim=True).clamp(min=1)
-    origin = (centre * there).sum((1, 2), keepdim=True) / total
-    joints = (joints - origin) * there
+    def total(values):  # over the frames of each sequence, (F, ...) -> (num, ...)
+        return values.new_zeros(num, *values.shape[1:]).index_add_(0, owner, values)
+
+    joints, seen = frames[..., :channels], there[..., None].expand(frames.shape[:3])  # (F, M, V)
+    centre = joints[:, :, skeleton["centre"]].mean(2) * there[..., None]              # (F, M, C)
+    origin = total(centre.sum(1)) / total(there.sum(1).float()).clamp(min=1)[:, None]
+    if frames.shape[-1] > channels:
+        scored = seen & (frames[..., channels] > 0)
+        seen = torch.where((total(scored.sum((1, 2))) > 0)[owner, None, None], scored, seen)  # nothing seen: all guesses count
+    square = torch.linalg.vector_norm(joints - origin[owner, None, None], dim=-1).square() * seen
+    unit = (total(square.sum((1, 2))) / total(seen.sum((1, 2))).clamp(min=1)).sqrt().clamp(min=1e-6)
+    linear = torch.eye(channels, device=frames.device).repeat(num, 1, 1)
     across = [(left, right) for left, right in skeleton["pairs"] if left in skeleton["parts"].get("torso", ())]
     if channels == 3 and across:
-        left, right = (joints[:, 0][..., list(side), :].mean((1, 2)) for side in zip(*across))  # (N, 3)
-        joints = turn_about_vertical(joints, torch.atan2((left - right)[:, 2], (left - right)[:, 0]))
-    seen = there.expand(*joints.shape[:-1], 1)
-    if x.shape[-1] > channels:
-        scored = seen & (x[..., channels:] > 0)
-        seen = torch.where(scored.flatten(1).any(1)[:, None, None, None, None], scored, seen)  # nothing seen: all guesses count
-    square = (joints.square() * seen).sum((1, 2, 3, 4), keepdim=True) / seen.sum((1, 2, 3, 4), keepdim=True).clamp(min=1)
-    unit = square.sqrt().clamp(min=1e-6)
-    return torch.cat([joints / unit, x[..., channels:]], -1), origin, unit
+        left, right = (total(joints[:, 0, list(side)].mean(1)) for side in zip(*across))  # (num, 3)
+        linear = turn(torch.atan2((left - right)[:, 2], (left - right)[:, 0]), axis=1)
+    return linear / unit[:, None, None], origin, unit
+
+
+def find_poses(data: Sequences, skeleton: dict, channels: int) -> tuple:
+    """find_pose of a whole split, in chunks, so that a memory-mapped array is never copied."""
+    parts = []
+    for start, length in zip(data.start.split(256), data.length.split(256)):
+        owner = torch.arange(len(start)).repeat_interleave(length)
+        rows = torch.arange(len(owner)) + (start - length.cumsum(0) + length)[owner]
+        parts.append(find_pose(data.frames[rows].float(), data.there[rows], owner, len(start), skeleton, channels))
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def place(x: Tensor, there: Tensor, linear: Tensor, offset: Tensor) -> Tensor:
+    """linear x + offset for every joint of x (N, M, T, V, C [+ score]); the score and whoever is not there stay as they are.
+
+    there: bool (N, M, T); linear: (N, C, C); offset: (N, C). Works on one plane (N, M, T, V) per coordinate: with the three
+    coordinates innermost the same takes five times as long on a CPU.
+    """
+    C, plane = linear.shape[1], (-1, 1, 1, 1)
+    planes = x.permute(4, 0, 1, 2, 3).contiguous()
+    placed = torch.empty_like(planes)
+    placed[C:], there = planes[C:], there[..., None].to(x.dtype)
+    for i in range(C):
+        torch.mul(planes[0], linear[:, i, 0].view(plane), out=placed[i])
+        for j in range(1, C):
+            placed[i].addcmul_(planes[j], linear[:, i, j].view(plane))
+        placed[i].addcmul_(there, offset[:, i].view(plane))
+    return placed.permute(1, 2, 3, 4, 0)
+
+
+def normalise(x: Tensor, skeleton: dict, channels: int) -> tuple:
+    """Raw sequences x (N, M, T, V, C [+ score]) as the models see them: centred, scaled, and in 3D turned to face the viewer, as
+    find_pose describes. Persons and frames that are all zero stay zero. Returns (x, origin (N, C), unit (N,))."""
+    N, M, T = x.shape[:3]
+    there = (x[..., :channels] != 0).flatten(3).any(3)
+    owner = torch.arange(N, device=x.device).repeat_interleave(T)
+    linear, origin, unit = find_pose(x.transpose(1, 2).flatten(0, 1), there.transpose(1, 2).flatten(0, 1), owner, N, skeleton, channels)
+    return place(x, there, linear, -(linear @ origin[..., None])[..., 0]), origin, unit
 
 
 @dataclass(frozen=True)
@@ -613,33 +667,34 @@ class Augmentation:
     noise: float = 0.0      # standard deviation of Gaussian noise on every coordinate
     crop: float = 1.0       # see sample_frames
 
-    def __call__(self, x: Tensor, skeleton: dict, channels: int, generator=None) -> Tensor:
-        """x: (N, M, T, V, C [+ score]) -> the same shape; what is all zero stays zero."""
-        def uniform(*shape, reach=1.0):
-            return (2 * torch.rand(N, *shape, generator=generator, device=x.device) - 1) * reach
+    def draw(self, num: int, channels: int, generator=None, device=None) -> tuple:
+        """For `num` sequences (linear (num, C, C), shift (num, C), mirror (num,) bool): x -> linear x + shift."""
+        def uniform(*shape, reach):
+            return (2 * torch.rand(num, *shape, generator=generator, device=device) - 1) * reach
 
-        N, C = len(x), channels
-        joints, rest = x[..., :C], x[..., C:]
-        there = (joints != 0).flatten(3).any(3)[..., None, None]
-        if self.rotation and C == 3:
-            joints = turn_about_vertical(joints, uniform(reach=math.radians(self.rotation)))
-            swapped = turn_about_vertical(joints[..., [1, 0, 2]], uniform(reach=math.radians(self.rotation) / 2))  # x in y's place
-            joints = swapped[..., [1, 0, 2]]
+        linear = torch.eye(channels, device=device).repeat(num, 1, 1)
+        if self.rotation and channels == 3:
+            reach = math.radians(self.rotation)
+            linear = turn(uniform(reach=reach / 2), axis=0) @ turn(uniform(reach=reach), axis=1)
+        mirror = torch.rand(num, generator=generator, device=device) < self.flip
+        linear[:, 0] *= 1 - 2 * mirror[:, None].float()
+        return linear * (1 + uniform(channels, 1, reach=self.scaling)), uniform(channels, reach=self.shift), mirror
+
+    def __call__(self, x: Tensor, there: Tensor, pose: tuple, skeleton: dict, generator=None) -> Tensor:
+        """Normalises raw x (N, M, T, V, C [+ score]) by pose = (linear, origin, unit) and changes it, in one step."""
+        normal, origin, _ = pose
+        linear, shift, mirror = self.draw(len(x), normal.shape[1], generator, x.device)
+        linear = linear @ normal
+        x = place(x, there, linear, shift - (linear @ origin[..., None])[..., 0])
         if self.flip and skeleton["pairs"]:
             order = list(range(len(skeleton["joints"])))
             for left, right in skeleton["pairs"]:
                 order[left], order[right] = right, left
-            mirror = torch.rand(N, 1, 1, 1, 1, generator=generator, device=x.device) < self.flip
-            sign = torch.tensor([-1.0] + [1.0] * (C - 1), device=x.device)
-            joints = torch.where(mirror, joints[..., order, :] * sign, joints)
-            rest = torch.where(mirror, rest[..., order, :], rest)
-        if self.scaling:
-            joints = joints * (1 + uniform(1, 1, 1, C, reach=self.scaling))
-        if self.shift:
-            joints = joints + uniform(1, 1, 1, C, reach=self.shift)
+            x = torch.where(mirror.view(-1, 1, 1, 1, 1), x[..., order, :], x)
         if self.noise:
-            joints = joints + self.noise * torch.randn(joints.shape, generator=generator, device=x.device)
-        return torch.cat([joints * there, rest], -1)
+            C = normal.shape[1]
+            x[..., :C] += self.noise * torch.randn(x[..., :C].shape, generator=generator, device=x.device) * there[..., None, None]
+        return x
 
 
 @dataclass
@@ -647,7 +702,7 @@ class Batch:
     x: Tensor        # (N, M, T, V, C), or C + 1 with the joint score last, normalised
     label: Tensor    # (N,)
     present: Tensor  # (N, M) bool, on the CPU
-    unit: Tensor     # (N, 1, 1, 1, 1): x times unit is in the units of the file
+    unit: Tensor     # (N,): x times unit is in the units of the file
     index: Tensor    # (N,) which sequences these are, on the CPU
 
 
@@ -691,18 +746,18 @@ class Loader:
         return ((self.seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_003 % 2**62
 
     def batch(self, index_and_seed) -> Batch:
-        """One vectorised gather on the device that holds the frames, then normalisation and augmentation."""
+        """One vectorised gather on the device that holds the frames, then normalisation and augmentation as one affine map."""
         index, seed = index_and_seed
         data, device = self.data, self.data.frames.device
         generator = torch.Generator(device).manual_seed(seed) if self.training else None
         here = index.to(device, non_blocking=True)
+        pose = tuple(p[here] for p in data.pose)
         steps = sample_frames(data.length[here], self.frames, self.training, self.augmentation.crop, generator)
-        x = data.frames.index_select(0, (data.start[here][:, None] + steps).flatten()).float()
-        x = x.unflatten(0, steps.shape).transpose(1, 2)                                   # (N, M, T, V, C)
-        x, _, unit = normalise(x, self.skeleton, self.channels)
-        if self.training:
-            x = self.augmentation(x, self.skeleton, self.channels, generator)
-        return Batch(x, data.label[here], data.present[index], unit, index)
+        rows = (data.start[here][:, None] + steps).flatten()
+        x, there = (t.index_select(0, rows).unflatten(0, steps.shape).transpose(1, 2) for t in (data.frames, data.there))
+        augmentation = self.augmentation if self.training else Augmentation()
+        x = augmentation(x.float(), there, pose, self.skeleton, generator)                # (N, M, T, V, C)
+        return Batch(x, data.label[here], data.present[index], pose[2], index)
 
 
 # ---------------------------------------------------------------------------------------------- built-in stick figures
@@ -753,7 +808,8 @@ def stick_figures(size: int) -> tuple:
         parts.append(_draw(table[chunk], pairs[chunk], generator))
     frames, length = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     present = torch.stack([torch.ones(size, dtype=torch.bool), pairs[labels]], 1)
-    data = Sequences(frames, length.cumsum(0) - length, length, labels, present, [f"stick[{i}]" for i in range(size)])
+    there = torch.repeat_interleave(present, length, 0)
+    data = Sequences(frames, length.cumsum(0) - length, length, labels, present, there, [f"stick[{i}]" for i in range(size)])
     order = torch.randperm(size, generator=generator)
     cut = size // 5
     return data.subset(order[cut:]), data.subset(order[:cut]), "built-in stick figures, a fifth for testing", False

@@ -810,7 +810,10 @@ def sequences(lengths=(5, 9, 3, 12), persons=2, joints=5, channels=3, seed=0) ->
     for n in range(1, len(lengths), 2):
         present[n, 1:] = False
         frames[start[n]:start[n] + length[n], 1:] = 0
-    return Sequences(frames, start, length, torch.arange(len(lengths)) % 2, present, [f"s{n}" for n in range(len(lengths))])
+    there, names = present.repeat_interleave(length, 0), [f"s{n}" for n in range(len(lengths))]
+    found = Sequences(frames, start, length, torch.arange(len(lengths)) % 2, present, there, names)
+    found.pose = data.find_poses(found, FIVE, channels)
+    return found
 
 
 FIVE = dict(joints=["root", "left_hand", "right_hand", "left_foot", "right_foot"], edges=[[0, 1], [0, 2], [0, 3], [0, 4]], centre=[0], pairs=[[1, 2], [3, 4]],
@@ -1190,6 +1193,8 @@ class BatchTest(Case):
                 self.close(y[n], expected), self.close(origin[n].flatten(), centre), self.close(float(unit[n]), float(size))
             self.assertFalse(y[1, 1, ..., :C].any() or y[2, :, 3, :, :C].any() or y[3, ..., :C].any())
             self.close((y[0, ..., :C] * unit[0] + origin[0]), x[0, ..., :C], 1e-4)
+            if score:
+                self.assertTrue(torch.equal(y[..., C], x[..., C]))
 
     def test_three_dimensions_face_the_viewer(self):
         """However a 3D sequence is turned about the vertical, it comes out the same: shoulders and hips along x, left at larger x, heights kept."""
@@ -1200,18 +1205,18 @@ class BatchTest(Case):
             self.close(data.normalise(x @ matrix.T, skeleton, 3)[0], y, 1e-4)
         across = sum(y[0, 0, :, left] - y[0, 0, :, right] for left, right in ((4, 8), (12, 16))).mean(0)
         self.close(across[2], 0.0, 1e-4), self.assertGreater(float(across[0]), 0)
-        self.close(y[..., 1] * unit[..., 0] + origin[..., 1], x[..., 1], 1e-4)
-        self.close(y.norm(dim=-1) * unit[..., 0], (x - origin).norm(dim=-1), 1e-4)
+        self.close(y[..., 1] * unit + origin[:, 1], x[..., 1], 1e-4)
+        self.close(y.norm(dim=-1) * unit, (x - origin).norm(dim=-1), 1e-4)
 
     def test_batch_against_plain_indexing(self):
-        """A test batch is, sequence by sequence, the middle frames, normalised; label, presence and unit go along."""
+        """A test batch is, sequence by sequence, the middle frames, normalised by the whole sequence; label, presence and unit go along."""
         source = sequences()
         loader = Loader(source, FIVE, 3, batch_size=4, frames=6, training=False)
         batch = next(iter(loader.epoch()))
         for n in range(4):
             L = int(source.length[n])
-            picked = torch.stack([source.frames[int(source.start[n]) + int((t + 0.5) / 6 * L)] for t in range(6)]).transpose(0, 1)
-            expected, _, unit = plain_normalise(picked, [0], 3)
+            whole, _, unit = plain_normalise(source.frames[source.start[n]:source.start[n] + L].transpose(0, 1), [0], 3)
+            expected = torch.stack([whole[:, int((t + 0.5) / 6 * L)] for t in range(6)], 1)
             self.close(batch.x[n], expected, 1e-4), self.close(float(batch.unit[n]), float(unit), 1e-4)
         self.assertTrue(torch.equal(batch.label, source.label) and torch.equal(batch.present, source.present) and batch.index.tolist() == [0, 1, 2, 3])
 
@@ -1283,17 +1288,22 @@ class AugmentationTest(Case):
         self.there = self.x.flatten(3).any(3)[..., None, None]
         self.draw = torch.Generator().manual_seed(1)
 
+    def change(self, x, C=3, **settings):
+        """x augmented, as if it were normalised already."""
+        pose = torch.eye(C).repeat(len(x), 1, 1), torch.zeros(len(x), C), torch.ones(len(x))
+        return Augmentation(**settings)(x, self.there[..., 0, 0], pose, FIVE, self.draw)
+
     def test_off_by_default(self):
         """Without settings nothing changes, and whatever is on, zeros stay zero and the score passes through."""
-        self.assertTrue(torch.equal(Augmentation()(self.x, FIVE, 3, self.draw), self.x))
+        self.assertTrue(torch.equal(self.change(self.x), self.x))
         scored = torch.cat([self.x, torch.rand(300, 2, 4, 5, 1)], -1)
-        y = Augmentation(60, 0.1, 0.1, 0.0, 0.1)(scored, FIVE, 3, self.draw)
+        y = self.change(scored, rotation=60, scaling=0.1, shift=0.1, noise=0.1)
         self.assertFalse((y[..., :3] * ~self.there).any())
         self.assertTrue(torch.equal(y[..., 3], scored[..., 3]) and (y[..., :3] != scored[..., :3])[self.there.expand(self.x.shape)].all())
 
     def test_rotation(self):
         """One rotation a sequence: R_x(r) R_y(y), y up to 60 degrees to either side, r up to 30, and 2D data stay as they are."""
-        y = Augmentation(rotation=60)(self.x, FIVE, 3, self.draw)
+        y = self.change(self.x, rotation=60)
         angles = []
         for n in range(300):
             R = torch.linalg.lstsq(self.x[n].reshape(-1, 3), y[n].reshape(-1, 3)).solution.T
@@ -1304,14 +1314,14 @@ class AugmentationTest(Case):
             angles.append((math.degrees(about_y), math.degrees(about_x)))
         for found, limit in zip(zip(*angles), (60, 30)):
             self.assertTrue(-limit <= min(found) < -0.9 * limit and 0.9 * limit < max(found) <= limit)
-        self.assertTrue(torch.equal(Augmentation(rotation=60)(self.x[..., :2], FIVE, 2), self.x[..., :2]))
+        self.assertTrue(torch.equal(self.change(self.x[..., :2], 2, rotation=60), self.x[..., :2]))
 
     def test_flip(self):
         """A mirror image negates x and swaps left and right joints, scores too; it is drawn for half of the sequences."""
         scored = torch.cat([self.x, torch.rand(300, 2, 4, 5, 1)], -1)
         mirror = scored[..., [0, 2, 1, 4, 3], :] * torch.tensor([-1.0, 1, 1, 1])
-        self.assertTrue(torch.equal(Augmentation(flip=1)(scored, FIVE, 3, self.draw), mirror))
-        y, flipped = Augmentation(flip=0.5)(scored, FIVE, 3, self.draw), 0
+        self.assertTrue(torch.equal(self.change(scored, flip=1), mirror))
+        y, flipped = self.change(scored, flip=0.5), 0
         for n in range(300):
             self.assertTrue(torch.equal(y[n], scored[n]) or torch.equal(y[n], mirror[n]))
             flipped += torch.equal(y[n], mirror[n])
@@ -1321,11 +1331,11 @@ class AugmentationTest(Case):
         """Scaling and shift are one number per sequence and axis within their reach; noise is Gaussian and differs everywhere."""
         there = self.there.expand(self.x.shape)
         for setting, change in (("scaling", lambda y: y / self.x - 1), ("shift", lambda y: y - self.x)):
-            found = change(Augmentation(**{setting: 0.1})(self.x, FIVE, 3, self.draw)).masked_fill(~there, math.nan)
+            found = change(self.change(self.x, **{setting: 0.1})).masked_fill(~there, math.nan)
             mean = found.flatten(1, 3).nanmean(1)  # (N, C)
             self.close((found - mean[:, None, None, None]).nan_to_num(), torch.zeros_like(found), 1e-3)
             self.assertTrue(-0.101 < mean.min() < -0.095 and 0.095 < mean.max() < 0.101 and (mean[:, 0] - mean[:, 1]).abs().max() > 0.05)
-        noise = (Augmentation(noise=0.2)(self.x, FIVE, 3, self.draw) - self.x)[there]
+        noise = (self.change(self.x, noise=0.2) - self.x)[there]
         self.assertTrue(abs(noise.mean()) < 0.01 and abs(noise.std() - 0.2) < 0.01 and len(noise.unique()) > 0.9 * len(noise))
 
 
@@ -1455,6 +1465,7 @@ class MeasureTest(Case):
         for factor in (1, 10):
             source = sequences([5, 9, 3, 12, 2])
             source.frames *= factor
+            source.pose = data.find_poses(source, FIVE, 3)
             loader = Loader(source, FIVE, 3, 3, 6, False)
             results.append(train_pretrain.reconstruction_error(model, loader, pose))
             sums, count = [0, 0], 0

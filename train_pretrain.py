@@ -357,7 +357,7 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
         if batch.x.shape[-1] > C:
             seen = seen & (batch.x[..., C] > 0)
         guesses = (model.reconstruct(batch.x, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x), neighbour_mean(x, mask, hops))
-        errors = [((guess - x).norm(dim=-1) * batch.unit[..., 0] * seen).sum() for guess in guesses]
+        errors = [((guess - x).norm(dim=-1) * batch.unit.view(-1, 1, 1, 1) * seen).sum() for guess in guesses]
         sums += torch.stack([*errors, seen.sum()]).double().cpu()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), (sums[:3] / sums[3].clamp(min=1)).tolist()))
 
