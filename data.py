@@ -87,6 +87,9 @@ class Dataset:
                 f"{self.channels}D{' with joint scores' * self.score}, {int(lengths.min())} to {int(lengths.max())} frames")
 
 
+MAX_COORDINATE = 1e9  # beyond any unit a body is measured in: a larger number is damage, and its square overflows
+
+
 def scan(x: Tensor, names: list, what: str) -> tuple:
     """Length and presence of padded sequences x (N, T, M, V, C): trailing all-zero frames are cut, a person without any
     non-zero coordinate is absent. In chunks, so that a memory-mapped array is never copied. Returns (length (N,), present
@@ -94,10 +97,10 @@ def scan(x: Tensor, names: list, what: str) -> tuple:
     lengths, theres = [], []
     for first in range(0, len(x), 128):
         peak = torch.linalg.vector_norm(x[first:first + 128].flatten(3).float(), math.inf, dim=-1)  # (n, T, M)
-        if not peak.isfinite().all():
-            bad = int((~peak.isfinite()).flatten(1).any(1).int().argmax())
-            raise DataError(f"{what}: sequence {names[first + bad]} holds NaN or infinite coordinates; expected finite numbers, "
-                            "repair or drop it")
+        if not (peak < MAX_COORDINATE).all():
+            bad = int((~(peak < MAX_COORDINATE)).flatten(1).any(1).int().argmax())
+            raise DataError(f"{what}: sequence {names[first + bad]} holds NaN, infinite or absurd coordinates; expected finite numbers "
+                            f"below {MAX_COORDINATE:g}, repair or drop it")
         there = peak > 0
         steps = torch.arange(1, x.shape[1] + 1)
         lengths.append((there.any(2) * steps).amax(1).clamp(min=1))
@@ -276,7 +279,20 @@ for _core in ("numpy.core", "numpy._core"):
                         (f"{_core}.numeric", "_frombuffer"): _Call(_frombuffer)}
 
 
-class _Unpickler(pickle._Unpickler):  # the one written in Python: its memo is a dict, which a damaged index cannot blow up
+class _Unpickler(pickle._Unpickler):
+    """The one written in Python: its memo is a dict, which a damaged index cannot blow up, and its opcodes can be chosen."""
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
+                if code not in (pickle.EMPTY_SET[0], pickle.ADDITEMS[0], pickle.FROZENSET[0])}
+
+    def load_pairs(self, load):
+        keys = self.stack[-2:-1] if load is pickle._Unpickler.load_setitem else self.stack[::2]
+        if not all(type(key) in (str, int) for key in keys):  # the hash of tuples nested in tuples can take for ever
+            raise DataError("a dict in the pickle has keys other than strings and integers; it is hostile or damaged")
+        load(self)
+
+    for _code in (pickle.SETITEM, pickle.SETITEMS, pickle.DICT):
+        dispatch[_code[0]] = lambda self, load=dispatch[_code[0]]: self.load_pairs(load)
+
     def find_class(self, module, name):
         if (module, name) not in _PICKLE_GLOBALS:
             raise DataError(f"the pickle asks for {module}.{name}, which is not loaded; expected arrays, numbers, strings, lists and "

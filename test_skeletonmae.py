@@ -2,6 +2,8 @@
 
     python test_skeletonmae.py                # everything, under 3 minutes on 2 cores; ends with "N passed, N failed, N skipped"
     python test_skeletonmae.py NpzTest        # one class, or one test as NpzTest.test_name
+    python test_skeletonmae.py --thorough     # 50 kills, 2,000 mutations of each file, 5,000 steps: up to 20 minutes
+    python test_skeletonmae.py --speed        # the rows of the README's speed table; --speed P1 P4 for some of them
 
 Sources in the docstrings: "S" the paper's supplement, "P" the paper, "METHOD" what was decided where both are silent.
 Shapes as in skeletonmae.py. Order: the model, data files and batches, the scripts, the figures.
@@ -22,14 +24,18 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
+import statistics as stats
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 import tracemalloc
 import unittest
+import unittest.mock
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections import Counter
@@ -39,6 +45,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import skeletonmae
@@ -736,6 +743,27 @@ def ctr_gcn(columns: int = 60, code: str = "<f4", compression: int = zipfile.ZIP
     entries = dict(x_train=x, y_train=npy("<f8", (2, 2), [0.0, 1, 1, 0]), x_test=npy(code, (1, 3, columns), [1.0 + i for i in range(3 * columns)], fortran, version),
                    y_test=npy("<f8", (1, 2), [0.0, 1]))
     return zipped(compression, **{**entries, **other})
+
+
+def write_ntu(path: str, sequences: int, test_sequences: int = 60):
+    """Random skeletons as a stored npz in the layout of NTU60_CS.npz: 300 frames, two persons of 25 joints, the second one mostly absent."""
+    draw = torch.Generator().manual_seed(0)
+
+    def numbers(x: torch.Tensor) -> bytearray:
+        buffer = bytearray(x.numel() * x.itemsize)
+        torch.frombuffer(buffer, dtype=x.dtype).copy_(x.flatten())
+        return buffer
+
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for half, N in (("train", sequences), ("test", test_sequences)):
+            with archive.open(f"x_{half}.npy", "w", force_zip64=True) as file:
+                file.write(npy("<f4", (N, 300, 150), [], body=b""))
+                for first in range(0, N, 128):
+                    x = torch.randn(min(128, N - first), 300, 2, 75, generator=draw)
+                    x *= torch.arange(300)[:, None, None] < torch.randint(40, 140, (len(x), 1, 1, 1), generator=draw)
+                    x[torch.rand(len(x), generator=draw) < 0.75, :, 1] = 0
+                    file.write(numbers(x))
+            archive.writestr(f"y_{half}.npy", npy("<f8", (N, 60), [], body=numbers(F.one_hot(torch.arange(N) % 60, 60).double())))
 
 
 class Global:
@@ -1480,7 +1508,7 @@ class MeasureTest(Case):
             self.assertAlmostEqual(results[1][name] / results[0][name], 10, 3)
 
 
-class ScriptTest(Case):
+class ScriptCase(Case):
     """Both scripts as a user runs them, on 24 + 12 sequences of the 5-joint skeleton, in a folder of their own."""
 
     def setUp(self):
@@ -1515,6 +1543,8 @@ class ScriptTest(Case):
         shape = "" if re.search("--eval-only|--resume", line) else "--strl-layers 2 --blocks 1 --frames 8 --eval-every 1 " + f"{TINY_RUN} " * ("--ckpt" not in line)
         return self.script(train_finetune, "--device cpu " + shape + line, status)
 
+
+class ScriptTest(ScriptCase):
     def test_pretrain_then_finetune(self):
         """Bare --ckpt takes the newest pre-training and its data; log, outputs and --eval-only agree with what was printed."""
         self.pretrain(f"{self.data} --epochs 1 --out runs/old")
@@ -1717,6 +1747,206 @@ class ScriptTest(Case):
         self.assertEqual((done.returncode, done.stderr), (0, ""))
 
 
+# ---------------------------------------------------------------------------------------------- reliability
+
+THOROUGH = "--thorough" in sys.argv  # the counts of the README's reliability section instead of a light version of each
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    """Damage at a random place, every other time near the beginning or the end, where headers and directories are."""
+    position = draw.choice((draw.randrange(len(content)), draw.randrange(min(400, len(content))), len(content) - 1 - draw.randrange(min(400, len(content)))))
+    before, after = content[:position], content[position:]
+    kind = draw.randrange(7)
+    if kind == 0:
+        return before + bytes([after[0] ^ 1 << draw.randrange(8)]) + after[1:]
+    if kind == 1:
+        return before + draw.randbytes(draw.randint(1, 8)) + after[draw.randint(1, 8):]
+    if kind == 2:
+        return before                                             # truncated
+    if kind == 3:
+        return before + after[draw.randint(1, 64):]               # a hole
+    if kind == 4:
+        return before + after[:draw.randint(1, 64)] + after       # a repetition
+    if kind == 5:                                                 # length fields
+        size = draw.choice((1, 2, 4, 8))
+        return before + (draw.choice((0, 1 << 60, (1 << 64) - 1, 1 << 31, 1 << 63)) % (1 << 64)).to_bytes(8, "little")[:size] + after[size:]
+    numbers = list(re.finditer(rb"\d+", content[:400])) or [re.match(b"", content)]
+    number = draw.choice(numbers)                                 # headers in words
+    return content[:number.start()] + draw.choice((b"1152921504606846976", b"0", b"-1", b"99999", b"(" * 900)) + content[number.end():]
+
+
+def read_mutants(path: str, count: int) -> tuple:
+    """Reads `count` damaged copies of a data file or checkpoint, each in under 5 seconds, and expects nothing but data or a refusal of one line.
+    Returns (how many were accepted, the slowest in seconds, memory beyond a valid read in MB). Run by ReliabilityTest in a process of its own."""
+    torch.set_num_threads(1)
+    content, out, slowest, accepted = Path(path).read_bytes(), path + ".out", 0.0, 0
+    layout = "five.json" if path.endswith("tiny.pt") else None
+
+    def read():
+        if "finetune" in path:
+            with contextlib.redirect_stdout(io.StringIO()):
+                train_finetune.main(["--ckpt", path, "--data", "data.pt", "--layout", "five.json", "--eval-only", "--out", out])
+        else:
+            source = data.load(path, layout=layout)
+            for half in (source.train, source.test):
+                for batch in Loader(half, source.skeleton, source.channels, 8, 4, False).epoch():
+                    assert batch.x.isfinite().all() and 0 <= int(batch.label.min()) and int(batch.label.max()) < len(source.classes)
+
+    read()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i in range(count):
+        mutant = mutated(content, random.Random(i))
+        Path(path).write_bytes(mutant)
+        signal.alarm(10)  # a hang ends the process
+        begin = time.perf_counter()
+        try:
+            read()
+            accepted += 1
+        except (DataError, train_pretrain.Failure, OSError) as error:
+            assert "\n" not in str(error), (i, error)
+        except Exception as error:
+            raise AssertionError(f"mutation {i} of {path}: {error!r}") from error
+        slowest = max(slowest, time.perf_counter() - begin)
+    Path(path).write_bytes(content)
+    return accepted, slowest, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1000
+
+
+class ReliabilityTest(ScriptCase):
+    def start(self, module, line: str):
+        return subprocess.Popen([sys.executable, module.__file__, *f"--device cpu {line}".split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def test_killed_at_any_moment(self):
+        """kill -9 while training or writing, then --resume: weights, optimiser, log and outputs are those of an undisturbed run, bit for bit."""
+        draw, line = random.Random(0), f"{self.data} {TINY_RUN} --frames 8 --batch-size 8 --eval-every 1 --epochs 30"
+        for module, name in ((train_pretrain, "pretrain"), (train_finetune, "finetune"))[not THOROUGH:]:
+            flags = line + " --strl-layers 2 --blocks 1 --milestones 20,25" * (name == "finetune")
+            whole = self.start(module, flags + " --out whole")
+            whole.stdout.readline()
+            begin = time.monotonic()
+            self.assertEqual((whole.communicate()[1], whole.returncode), ("", 0))
+            lasts = time.monotonic() - begin
+            for trial in range(25 if THOROUGH else 1):
+                run = self.start(module, f"{flags} --out killed{trial}")
+                run.stdout.readline()  # it has read its data
+                time.sleep(draw.random() * lasts)
+                run.kill()
+                run.communicate()
+                path = f"killed{trial}/{name}.pt"
+                if os.path.exists(path):
+                    torch.load(path, weights_only=True)
+                again = self.start(module, f"--out killed{trial} --resume" if os.path.exists(path) else f"{flags} --out killed{trial}")
+                self.assertEqual(again.communicate()[1], "")
+                before, after = (torch.load(f"{out}/{name}.pt", weights_only=True) for out in ("whole", f"killed{trial}"))
+                for key in ("model", "optimizer", "log", "epoch"):
+                    self.same(before[key], after[key])
+                self.assertEqual(*(Path(f"{out}/log.csv").read_text() for out in ("whole", f"killed{trial}")))
+                if name == "finetune":
+                    self.same(*(torch.load(f"{out}/test_outputs.pt", weights_only=True) for out in ("whole", f"killed{trial}")))
+                shutil.rmtree(f"killed{trial}")
+
+    def test_mutated_files(self):
+        """Damaged npz, pickle, .pt and checkpoint: no crash, no hang, no traceback, no more than 200 MB; what is accepted is a valid data set."""
+        self.finetune(f"{self.data} --epochs 1 --out .")
+        self.write("a.npz", ctr_gcn()), self.write("b.npz", ctr_gcn(compression=zipfile.ZIP_DEFLATED))
+        self.write("c.pkl", pickled({"annotations": pyskl(6, score=[1.0] * 26), "split": {"train": [f"a{i}" for i in range(4)], "test": ["a4", "a5"]}}))
+        files = {"a.npz": 1000, "b.npz": 1000, "c.pkl": 2000, "tiny.pt": 2000, "finetune.pt": 2000}
+        shutil.copy("tiny.pt", "data.pt")  # what the damaged checkpoints are tried on
+        program = (f"import sys; sys.path.insert(0, {os.path.dirname(data.__file__)!r}); import test_skeletonmae as t\n"
+                   f"for name, count in {files}.items(): print(name, *t.read_mutants(name, count if {THOROUGH} else 25), flush=True)")
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr[-2000:])
+        for line in done.stdout.splitlines():
+            name, accepted, slowest, memory = line.split()
+            self.assertLess(float(slowest), 5, name), self.assertLess(float(memory), 200, name)
+            if THOROUGH:
+                print(f"{name}: {files[name]} mutations, {accepted} accepted, slowest {float(slowest):.2f} s, {float(memory):.0f} MB beyond a valid read", flush=True)
+
+    def test_bombs(self):
+        """A zip that promises terabytes, lists nested without end, a list that holds itself, and a dict key that doubles with every level."""
+        huge = b"\x93NUMPY\1\0" + struct.pack("<H", 118) + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1152921504606846976, 300, 150), }".ljust(117) + b"\n"
+        doubling = b")q\0" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))
+        for name, content in (("a.npz", zipped(x_train=huge)), ("b.pkl", b"(" * 1_000_000 + b"l" * 1_000_000 + b"."), ("c.pkl", b"]" * 100_000 + b"a" * 99_999 + b"."),
+                              ("d.pkl", b"]q\0h\0a."), ("e.pkl", doubling + b"}h\x3cNs."), ("f.pkl", doubling + b"(h\x3cNd."),
+                              ("g.pkl", b"\x80\4" + doubling + b"\x8f(h\x3c\x90."), ("h.pkl", b"\x80\4" + doubling + b"}(h\x3cNu."), ("i.npz", zipped(zipfile.ZIP_DEFLATED, x_train=bytes(50_000_000)))):
+            with self.subTest(name):
+                begin = time.monotonic()
+                self.refused(self.write(name, content))
+                self.assertLess(time.monotonic() - begin, 5)
+
+    def test_full_disk(self):
+        """No room for the next checkpoint: one line, status 2, and the checkpoint before is whole."""
+        self.pretrain(f"{self.data} --epochs 1")
+        before = Path("runs/pretrain/pretrain.pt").read_bytes()
+        program = (f"import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2)\n"
+                   f"sys.path.insert(0, {os.path.dirname(data.__file__)!r}); import train_pretrain; train_pretrain.run(lambda: train_pretrain.main(['--resume', '--epochs', '3']))")
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
+        self.assertIn("runs/pretrain/pretrain.pt", done.stderr)
+        self.assertEqual(Path("runs/pretrain/pretrain.pt").read_bytes(), before)
+        self.assertEqual(sorted(os.listdir("runs/pretrain")), ["log.csv", "pretrain.pt"])
+
+    def test_folder_removed_while_training(self):
+        """The folder comes back with the next checkpoint, which is whole."""
+        epochs = []
+        def remove(*row):
+            epochs.append(row)
+            if len(epochs) == 2:
+                shutil.rmtree("runs/pretrain")
+        with unittest.mock.patch.object(train_pretrain.Progress, "start_epoch", remove), unittest.mock.patch.object(train_pretrain.Progress, "step"), \
+                unittest.mock.patch.object(train_pretrain.Progress, "end_epoch"):
+            self.pretrain(f"{self.data} --epochs 3")
+        self.assertEqual(torch.load("runs/pretrain/pretrain.pt", weights_only=True)["epoch"], 2)
+
+    def test_names_are_never_paths(self):
+        """A frame_dir that climbs out of its folder is a name and nothing else."""
+        os.mkdir("inside")
+        names = ["../../x", "/etc/passwd", "../climbed", "a\0b"]
+        self.write("inside/names.pkl", pickled([{**a, "frame_dir": name} for a, name in zip(pyskl(4), names)]))
+        before = sorted(os.listdir("."))
+        self.finetune("--data inside/names.pkl --epochs 1 --out inside/run")
+        self.assertEqual((sorted(os.listdir(".")), sorted(os.listdir("inside"))), (before, ["names.pkl", "run"]))
+        self.assertLessEqual(set(torch.load("inside/run/test_outputs.pt", weights_only=True)["names"]), set(names))
+
+    def test_same_seed_same_bits(self):
+        """Two processes with one seed write equal weights, another seed writes others."""
+        for out, seed in (("a", 5), ("b", 5), ("c", 6)):
+            self.pretrain(f"{self.data} --epochs 2 --seed {seed} --out {out}")
+        a, b, c = (torch.load(f"{out}/pretrain.pt", weights_only=True)["model"] for out in "abc")
+        self.same(dict(a), dict(b))
+        self.assertFalse(torch.equal(a["embedding.linear.weight"], c["embedding.linear.weight"]))
+
+    def test_memory_stays_flat(self):
+        """Steps of pre-training on the built-in data: under 20 MB of growth after the first 100."""
+        source, model = data.load(synthetic_size=320), SkeletonMAE(COCO, 2, 16, 16)
+        optimizer, memory, steps = torch.optim.Adam(model.parameters()), [], 5000 if THOROUGH else 300
+        loader, step = Loader(source.train, COCO, 2, 8, 16, True, augmentation=Augmentation(scaling=0.1)), 0
+        for epoch in range(-(-steps // loader.steps)):
+            for batch in loader.epoch(epoch):
+                model(batch.x, batch.present)[0].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if (step := step + 1) in (100, steps):
+                    memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6)
+        self.assertLess(memory[1] - memory[0], 20)
+        if THOROUGH:
+            print(f"{steps} steps: {memory[1] - memory[0]:+.1f} MB", flush=True)
+
+    def test_a_killed_process_ends_the_job(self):
+        """Of two processes one dies: the other ends with one line, not with a traceback of its own, and the checkpoint loads."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", train_pretrain.__file__]
+        job = subprocess.Popen(command + f"{self.data} {TINY_RUN} --device cpu --frames 8 --batch-size 8 --epochs 100000".split(), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while "epoch 3/" not in (line := job.stdout.readline()):
+            self.assertTrue(line, "it ended by itself")
+        workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(int(workers[1]), signal.SIGKILL)
+        said = job.communicate(timeout=60)[1]
+        self.assertNotEqual(job.returncode, 0)
+        self.assertEqual(len(re.findall("(?m)^(error: a process of this job stopped|stopped; )", said)), 1, said)
+        self.assertGreaterEqual(torch.load("runs/pretrain/pretrain.pt", weights_only=True)["epoch"], 1)
+
+
 class DependencyTest(unittest.TestCase):
     def test_torch_and_the_standard_library_alone(self):
         """No file at top level imports anything but torch, the standard library and its neighbours; numpy stays out."""
@@ -1880,6 +2110,127 @@ class FigureTest(Case):
                 self.assertNotRegex(path.read_text(), r"(?m)^\s*(import|from) visualize", path)
 
 
+# ---------------------------------------------------------------------------------------------- how fast it is
+
+def seconds(work, repeats: int = 9) -> float:
+    """Median time of work(), after two warm-ups."""
+    taken = []
+    for i in range(repeats + 2):
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+    return stats.median(taken[2:])
+
+
+def training_step(model, optimizer, loss, amp: bool = False):
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            error = loss()
+        error.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.train()
+    return step
+
+
+def pretraining_step(N: int = 64, T: int = 64, M: int = 1, hidden: int = 256, amp: bool = False):
+    model, x = SkeletonMAE(COCO, 2, hidden=hidden), torch.randn(N, M, T, 17, 2)
+    return training_step(model, torch.optim.Adam(model.parameters(), 1.5e-4), lambda: model(x)[0], amp)
+
+
+def finetuning_step(N: int = 16, T: int = 64, M: int = 2, compiled: bool = False):
+    model, x, y = SkeletonClassifier(COCO, 2, 60, persons=2), torch.randn(N, 2, T, 17, 2), torch.arange(N) % 60
+    x[:, M:] = 0
+    call = torch.compile(model) if compiled else model
+    return training_step(model, torch.optim.SGD(model.parameters(), 0.01, 0.9), lambda: F.cross_entropy(call(x), y))
+
+
+def matrix_limit() -> float:
+    """FLOP a second of a matrix product, the shapes of P1's widest layer."""
+    a, b = torch.randn(69632, 256), torch.randn(256, 256)
+    return 2 * a.numel() * 256 / seconds(lambda: a @ b)
+
+
+def of_limit(step, time_taken: float) -> str:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return f"{100 * counter.get_total_flops() / time_taken / matrix_limit():.0f} % of the matrix-product limit"
+
+
+def child(program: str) -> str:
+    """What a Python program prints; it runs in a process of its own, beside the scripts."""
+    return subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def speed(rows: list):
+    """Issue by issue the rows P1 to P8 of the README's speed table, as far as a CPU can measure them."""
+    train_pretrain.keep_freed_memory()
+    torch.manual_seed(0)
+
+    def show(row: str, what: str):
+        print(f"{row}  {what}", flush=True)
+
+    def wanted(row: str) -> bool:
+        return not rows or row in rows
+
+    if wanted("P1"):
+        step = pretraining_step()
+        taken = seconds(step)
+        show("P1", f"pre-training step, 64 sequences x 64 frames x 17 joints, 3 x 256: {64 / taken:.1f} sequences/s, {of_limit(step, taken)}")
+    if wanted("P2"):
+        show("P2", f"the same in bfloat16: {64 / seconds(pretraining_step(amp=True), 3):.1f} sequences/s")
+    if wanted("P3"):
+        step = finetuning_step()
+        taken = seconds(step)
+        show("P3", f"fine-tuning step, 16 sequences x 2 persons x 64 frames x 17 joints: {16 / taken:.1f} sequences/s, {of_limit(step, taken)}")
+    if wanted("P4"):
+        with tempfile.TemporaryDirectory() as folder:
+            write_ntu(f"{folder}/ntu.npz", 1024)
+            read = data.load(f"{folder}/ntu.npz")
+            loader = Loader(read.train, read.skeleton, 3, 128, 64, True, augmentation=train_pretrain.augmentation(train_pretrain.Settings(), 3))
+            show("P4", f"a training sample of NTU's shape, augmented: {1000 * seconds(lambda: list(loader.epoch())) / 1024:.4f} ms")
+    if wanted("P5"):
+        with tempfile.TemporaryDirectory() as folder:
+            write_ntu(f"{folder}/ntu.npz", 40091)
+            show("P5", child(f"""
+import time; begin = time.perf_counter()
+import train_pretrain, data
+train_pretrain.keep_freed_memory()
+read = data.load({f"{folder}/ntu.npz"!r})
+next(iter(data.Loader(read.train, read.skeleton, 3, 256, 64, True).epoch()))
+anonymous = [line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")][0]
+print(f"from the start of Python to the first batch of 7.2 GB: {{time.perf_counter() - begin:.1f}} s, {{int(anonymous) / 1e6:.2f}} GB of anonymous memory")
+"""))
+    if wanted("P6"):
+        with tempfile.TemporaryDirectory() as folder:
+            train_pretrain_line = [sys.executable, train_pretrain.__file__, "--synthetic-size", "1280", "--epochs", "1", "--out", folder]
+            subprocess.run(train_pretrain_line, capture_output=True, check=True)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        show("P6", f"peak memory of an epoch of pre-training, batch 1024, micro-batch 256, 64 frames x 17 joints: {peak / 1e6:.2f} GB")
+    if wanted("P7"):
+        model = SkeletonClassifier(COCO, 2, 60).eval()
+        one, many = torch.randn(1, 1, 64, 17, 2), torch.randn(64, 1, 64, 17, 2)
+        with torch.inference_mode():
+            show("P7", f"inference: one sequence of one person {1000 * seconds(lambda: model(one), 50):.1f} ms; batches of 64 "
+                       f"{64 / seconds(lambda: model(many)):.0f} sequences/s")
+            with torch.autocast("cpu", torch.bfloat16):
+                show("P7", f"the same in bfloat16: {64 / seconds(lambda: model(many)):.0f} sequences/s")
+    if wanted("P8"):
+        for what, step, base in (("sequences", lambda k: finetuning_step(8 * k, 64, 1), 8), ("frames", lambda k: finetuning_step(16, 32 * k, 1), 32),
+                                 ("persons", lambda k: finetuning_step(16, 64, k), 1)):
+            factors = (1, 2) if what == "persons" else (1, 2, 4, 8)
+            steps = [step(k) for k in factors]
+            taken = [stats.median(t) for t in zip(*([seconds(s, 3) for s in steps] for _ in range(5)))]  # interleaved
+            show("P8", f"cost per unit at {', '.join(f'{k * base}' for k in factors)} {what}, relative to the first: "
+                       + ", ".join(f"{t / k / taken[0]:.2f}" for t, k in zip(taken, factors)))
+    if wanted("compile"):
+        begin = time.perf_counter()
+        step = finetuning_step(compiled=True)
+        step()
+        warm_up = time.perf_counter() - begin
+        show("compile", f"fine-tuning step of P3, compiled: {16 / seconds(step):.1f} sequences/s after {warm_up:.0f} s of warm-up")
+
+
 # ---------------------------------------------------------------------------------------------- running them
 
 class Result(unittest.TextTestResult):
@@ -1896,6 +2247,8 @@ class Runner(unittest.TextTestRunner):
 
 if __name__ == "__main__":
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    result = unittest.main(exit=False, testRunner=Runner).result
+    if "--speed" in sys.argv:
+        sys.exit(speed([row for row in sys.argv[1:] if row != "--speed"]))
+    result = unittest.main(exit=False, testRunner=Runner, argv=[word for word in sys.argv if word != "--thorough"]).result
     print(result.line(), flush=True)
     sys.exit(not result.wasSuccessful())

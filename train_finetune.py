@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, SkeletonClassifier, SkeletonMAE
 from train_pretrain import (CommonSettings, Failure, Progress, augmentation, check_finite, option, parse, read_checkpoint, read_data,
-                            resume_settings, run, save, set_up, to_device, write_atomically)
+                            resume_settings, run, save, set_up, to_device, write_atomically, write_log)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -218,6 +218,8 @@ def main(argv=None):
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
         first_epoch, log = resumed["epoch"] + 1, resumed["log"]
+        if rank == 0:
+            write_log(log, os.path.join(settings.out, "log.csv"))
     step_model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
     if settings.compile:
         step_model = torch.compile(step_model, dynamic=True)

@@ -148,6 +148,10 @@ def run(main):
         status, message = 2, f"error: {error}"
     except OSError as error:
         status, message = 2, f"error: {error.filename or 'file'}: {error.strerror or error}"
+    except RuntimeError as error:
+        if not torch.distributed.is_initialized():
+            raise
+        status, message = 1, f"error: a process of this job stopped ({brief(error)}); --resume goes on from the last checkpoint"
     except (KeyboardInterrupt, Terminated) as error:
         status = 130 if isinstance(error, KeyboardInterrupt) else 143
         message = "\nstopped; the last checkpoint is complete: the same command line with --resume goes on from it"
@@ -218,14 +222,14 @@ def to_device(data: Sequences, device) -> Sequences:
 def write_atomically(path: str, write):
     """write(file) into a new file beside path, synced, then renamed: path is at no moment half-written."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    beside = f"{path}.{os.getpid()}.tmp"
+    beside = path + ".tmp"
     try:
         with open(beside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except RuntimeError as error:  # torch reports a full disk so
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise OSError(None, f"could not be written ({brief(error)}); the file before it is kept", path) from None
     finally:
         if os.path.exists(beside):
@@ -235,12 +239,15 @@ def write_atomically(path: str, write):
 def save(checkpoint: dict, path: str):
     """A plain dict of tensors and settings, for torch.load(weights_only=True), and its log as log.csv beside it."""
     write_atomically(path, lambda file: torch.save(checkpoint, file))
-    rows = checkpoint["log"]
+    write_log(checkpoint["log"], os.path.join(os.path.dirname(path), "log.csv"))
+
+
+def write_log(rows: list, path: str):
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(os.path.join(os.path.dirname(path), "log.csv"), lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def read_checkpoint(path: str, kinds: tuple) -> dict:
@@ -405,6 +412,8 @@ def main(argv=None):
         except (RuntimeError, ValueError, KeyError) as error:
             raise Failure(f"{path} does not fit these settings and data ({brief(error)}); resume with the same") from None
         first_epoch, log = checkpoint["epoch"] + 1, checkpoint["log"]
+        if rank == 0:
+            write_log(log, os.path.join(settings.out, "log.csv"))  # the run may have died between its checkpoint and its log
     step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if settings.compile:
         step_model = torch.compile(step_model, dynamic=True)
