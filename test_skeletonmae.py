@@ -2101,6 +2101,9 @@ class FigureTest(Case):
         torch.save(outputs | {"labels": outputs["labels"] + 3}, os.path.join(self.folder, "test_outputs.pt"))
         with self.assertRaisesRegex(train_pretrain.Failure, "labels from 0 to 4"):
             draw(self.folder)
+        torch.save(outputs | {"metrics": {"top1": "high"}}, os.path.join(self.folder, "test_outputs.pt"))
+        with self.assertRaisesRegex(train_pretrain.Failure, "cannot be used"):
+            draw(self.folder)
         self.assertEqual(glob.glob(os.path.join(self.folder, "report.html")), [])
 
     def test_nothing_imports_it(self):

@@ -73,6 +73,8 @@ def read_outputs(path: str) -> dict:
     (N, K), labels = outputs["logits"].shape, outputs["labels"].long()
     if [len(outputs[key]) for key in ("features", "labels", "train_counts", "classes")] != [N, N, K, K] or not N:
         raise ValueError("its parts do not belong together")
+    if not all(isinstance(outputs["metrics"][name], float) for name in ("top1", "top5", "mean_class")):
+        raise ValueError("expected the metrics top1, top5 and mean_class")
     if labels.min() < 0 or labels.max() >= K or not (outputs["logits"].sum() + outputs["features"].sum()).isfinite():
         raise ValueError(f"expected labels from 0 to {K - 1} and finite logits and features")
     return outputs | {"features": outputs["features"].float(), "labels": labels}
