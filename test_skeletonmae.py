@@ -1662,6 +1662,9 @@ class ScriptTest(ScriptCase):
             for key in ("model", "optimizer", "log", "epoch", "kind", "skeleton"):
                 self.same(whole[key], halves[key])
             self.assertEqual(*(Path(f"{out}/log.csv").read_text() for out in ("whole", "halves")))
+            os.remove("halves/log.csv")  # as if the run had died between its last checkpoint and its log
+            module("--out halves --resume --epochs 4")
+            self.assertEqual(*(Path(f"{out}/log.csv").read_text() for out in ("whole", "halves")))
             self.assertIn("nowhere", module("--out nowhere --resume", 2))
 
     def test_evaluation_sees_the_test_set_of_training(self):

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, SkeletonClassifier, SkeletonMAE
 from train_pretrain import (CommonSettings, Failure, Progress, augmentation, check_finite, option, parse, read_checkpoint, read_data,
-                            resume_settings, run, save, set_up, to_device, write_atomically, write_log)
+                            refuse_change, resume_settings, run, save, set_up, to_device, write_atomically, write_log)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -111,10 +111,9 @@ def metrics(outputs: dict) -> dict:
 def take_settings(settings: Settings, given: set, source: dict):
     """A checkpoint decides its shape and, unless told otherwise, its data."""
     before = source["settings"]
-    for name in PRETRAINED + (FINETUNED if source["kind"] == "finetune" else ()):
-        if name in given and getattr(settings, name) != before[name]:
-            raise Failure(f"--{name.replace('_', '-')} {getattr(settings, name)} differs from {before[name]} of {settings.ckpt}; "
-                          "leave it out")
+    fixed = set(PRETRAINED + (FINETUNED if source["kind"] == "finetune" else ()))
+    refuse_change(settings, before, fixed & given, settings.ckpt)
+    for name in fixed:
         setattr(settings, name, before[name])
     if "data" not in given:
         for name in {"data", "split", "layout", "test_fraction", "synthetic_size"} - given:

@@ -268,14 +268,19 @@ def read_checkpoint(path: str, kinds: tuple) -> dict:
     return checkpoint
 
 
+def refuse_change(asked, before: dict, names: set, path: str):
+    """A flag that contradicts what the checkpoint at `path` was made with is refused by name."""
+    for name in sorted(names):
+        if getattr(asked, name) != before[name]:
+            raise Failure(f"--{name.replace('_', '-')} {getattr(asked, name)} differs from {before[name]} of {path}; "
+                          "leave it out, or start anew with another --out")
+
+
 def resume_settings(settings: type, given: set, asked, checkpoint: dict, path: str):
     """The settings of the interrupted run; a flag that would change the run is refused by name."""
     free = {"epochs", "resume", "out", "workers", "device", "eval_every"}
     before = checkpoint["settings"]
-    for name in sorted(given - free):
-        if getattr(asked, name) != before[name]:
-            raise Failure(f"--{name.replace('_', '-')} {getattr(asked, name)} differs from {before[name]} of {path}; "
-                          "resume without it, or start anew with another --out")
+    refuse_change(asked, before, given - free, path)
     return settings(**{**before, **{name: getattr(asked, name) for name in (given & free) | {"resume"}}})
 
 
