@@ -13,6 +13,7 @@ import json
 import lzma
 import math
 import mmap
+import os
 import pickle
 import struct
 import warnings
@@ -141,8 +142,10 @@ def array(buffer, code: str, shape: tuple, fortran: bool = False, offset: int = 
     order, kind = (code[0], code[1:]) if code[:1] in "<>|=" else ("<", code)
     if kind not in DTYPES:
         raise DataError(f"dtype {code!r} is not supported; expected one of {', '.join(DTYPES)}, save the array as one of them")
+    if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**61 for n in shape):
+        raise DataError("an array has no shape of eight whole numbers at most; the file is damaged")
     dtype, count = DTYPES[kind], math.prod(shape)
-    if not all(type(n) is int and 0 <= n < 2**48 for n in shape) or len(buffer) - offset < count * dtype.itemsize:
+    if len(buffer) - offset < count * dtype.itemsize:
         raise DataError(f"an array of shape {shape} and dtype {code!r} needs {count * dtype.itemsize} bytes, "
                         f"{len(buffer) - offset} are there; the file is truncated, copy it again")
     if count == 0:
@@ -290,6 +293,13 @@ class _Unpickler(pickle._Unpickler):
             raise DataError("a dict in the pickle has keys other than strings and integers; it is hostile or damaged")
         load(self)
 
+    def load_bytearray8(self):
+        size = int.from_bytes(self.read(8), "little")
+        if size > self.limit:  # Python's own allocates first and reads then
+            raise DataError(f"the pickle promises {size} bytes in a file of {self.limit}; it is truncated or damaged")
+        self.append(bytearray(self.read(size)))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
     for _code in (pickle.SETITEM, pickle.SETITEMS, pickle.DICT):
         dispatch[_code[0]] = lambda self, load=dispatch[_code[0]]: self.load_pairs(load)
 
@@ -304,7 +314,9 @@ def read_pickle(path: str):
     """The object in a pickle, arrays as _Array; runs no foreign code. Raises DataError, naming what was refused."""
     try:
         with open(path, "rb") as file:
-            return _Unpickler(file).load()
+            unpickler = _Unpickler(file)
+            unpickler.limit = os.fstat(file.fileno()).st_size
+            return unpickler.load()
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except OSError:
@@ -333,7 +345,7 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
     names, sequences, labels = [], [], []
     for i, annotation in enumerate(annotations):
         name = annotation.get("frame_dir", i)
-        if type(name) not in (str, int):
+        if type(name) is not str and not (type(name) is int and abs(name) < 2**63):
             raise DataError(f"{path}: annotation {i}: frame_dir is {type(name).__name__}; expected a string")
         name = str(name)
         what = f"{path}: annotation {name!r:.80}"
@@ -382,7 +394,8 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
     position = {name: i for i, name in enumerate(names)}
     halves = []
     for half in (train_name, test_name):
-        listed = [str(name) for name in splits[half] if type(name) in (str, int)] if isinstance(splits[half], (list, tuple)) else []
+        listed = [name if type(name) is str else str(name) for name in splits[half]
+                  if type(name) is str or type(name) is int and abs(name) < 2**63] if isinstance(splits[half], (list, tuple)) else []
         index = [position[name] for name in listed if name in position]
         if not index:
             raise DataError(f"{path}: split {half} is empty or names no annotation; expected a list of frame_dir")
@@ -605,12 +618,17 @@ def turn(angle: Tensor, axis: int) -> Tensor:
     return matrix
 
 
+def compose(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix products a b, (N, C, C), in full precision: a GPU may round the factors of a @ b to ten bits."""
+    return (a[:, :, :, None] * b[:, None]).sum(2)
+
+
 def find_pose(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: dict, channels: int) -> tuple:
     """How each of `num` sequences is normalised: x -> linear (x - origin).
 
     The origin is the centre joint, averaged over frames and persons: one origin for both persons, or their distance would
     vanish. The unit is the root mean square distance of the seen joints (score above 0) from it: the size of the body and
-    of its path. In 3D (y is vertical) the sequence is turned about the vertical so that the first person's left and right
+    of its path. In 3D (y is vertical) the sequence is turned about the vertical so that the first present person's left and right
     torso joints (shoulders, hips) lie along x on the average over frames: what the camera's place adds is gone.
 
     frames: (F, M, V, C [+ score]); there: bool (F, M); owner: (F,) the sequence of each frame. Returns (linear (num, C, C),
@@ -630,7 +648,9 @@ def find_pose(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: 
     linear = torch.eye(channels, device=frames.device).repeat(num, 1, 1)
     across = [(left, right) for left, right in skeleton["pairs"] if left in skeleton["parts"].get("torso", ())]
     if channels == 3 and across:
-        left, right = (total(joints[:, 0, list(side)].mean(1)) for side in zip(*across))  # (num, 3)
+        lead = (total(there[:, 0].long()) == 0).long().clamp(max=there.shape[1] - 1)[owner]  # the second person where no first one is
+        first = joints[torch.arange(len(joints), device=joints.device), lead]              # (F, V, 3)
+        left, right = (total(first[:, list(side)].mean(1)) for side in zip(*across))       # (num, 3)
         linear = turn(torch.atan2((left - right)[:, 2], (left - right)[:, 0]), axis=1)
     return linear / unit[:, None, None], origin, unit
 
@@ -638,20 +658,23 @@ def find_pose(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: 
 def find_poses(data: Sequences, skeleton: dict, channels: int) -> tuple:
     """find_pose of a whole split, in chunks, so that a memory-mapped array is never copied."""
     parts = []
-    for start, length in zip(data.start.split(256), data.length.split(256)):
+    for start, length in zip(data.start.split(64), data.length.split(64)):
         owner = torch.arange(len(start)).repeat_interleave(length)
         rows = torch.arange(len(owner)) + (start - length.cumsum(0) + length)[owner]
-        parts.append(find_pose(data.frames[rows].float(), data.there[rows], owner, len(start), skeleton, channels))
+        frames, there = data.frames.index_select(0, rows).float(), data.there.index_select(0, rows)
+        parts.append(find_pose(frames, there, owner, len(start), skeleton, channels))
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
-def place(x: Tensor, there: Tensor, linear: Tensor, offset: Tensor) -> Tensor:
-    """linear x + offset for every joint of x (N, M, T, V, C [+ score]); the score and whoever is not there stay as they are.
+def place(x: Tensor, there: Tensor, linear: Tensor, origin: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+    """linear (x - origin) + shift for every joint of x (N, M, T, V, C [+ score]); the score stays, and so does who is not there
+    and all zero.
 
-    there: bool (N, M, T); linear: (N, C, C); offset: (N, C). Works on one plane (N, M, T, V) per coordinate: with the three
-    coordinates innermost the same takes five times as long on a CPU.
+    there: bool (N, M, T); linear: (N, C, C); origin, shift: (N, C). Works on one plane (N, M, T, V) per coordinate: with the
+    three coordinates innermost the same takes five times as long on a CPU.
     """
     C, plane = linear.shape[1], (-1, 1, 1, 1)
+    offset = shift - (linear * origin[:, None]).sum(-1)
     planes = x.permute(4, 0, 1, 2, 3).contiguous()
     placed = torch.empty_like(planes)
     placed[C:], there = planes[C:], there[..., None].to(x.dtype)
@@ -664,13 +687,14 @@ def place(x: Tensor, there: Tensor, linear: Tensor, offset: Tensor) -> Tensor:
 
 
 def normalise(x: Tensor, skeleton: dict, channels: int) -> tuple:
-    """Raw sequences x (N, M, T, V, C [+ score]) as the models see them: centred, scaled, and in 3D turned to face the viewer, as
-    find_pose describes. Persons and frames that are all zero stay zero. Returns (x, origin (N, C), unit (N,))."""
+    """Raw whole sequences x (N, M, T, V, C [+ score]) centred, scaled, and in 3D turned to face the viewer, as find_pose describes;
+    sample frames after it, for it sees all of them. Persons and frames that are all zero stay zero.
+    Returns (x, origin (N, C), unit (N,))."""
     N, M, T = x.shape[:3]
     there = (x[..., :channels] != 0).flatten(3).any(3)
     owner = torch.arange(N, device=x.device).repeat_interleave(T)
     linear, origin, unit = find_pose(x.transpose(1, 2).flatten(0, 1), there.transpose(1, 2).flatten(0, 1), owner, N, skeleton, channels)
-    return place(x, there, linear, -(linear @ origin[..., None])[..., 0]), origin, unit
+    return place(x, there, linear, origin), origin, unit
 
 
 @dataclass(frozen=True)
@@ -683,25 +707,25 @@ class Augmentation:
     noise: float = 0.0      # standard deviation of Gaussian noise on every coordinate
     crop: float = 1.0       # see sample_frames
 
-    def draw(self, num: int, channels: int, generator=None, device=None) -> tuple:
-        """For `num` sequences (linear (num, C, C), shift (num, C), mirror (num,) bool): x -> linear x + shift."""
+    def draw(self, num: int, channels: int, pairs: bool, generator=None, device=None) -> tuple:
+        """For `num` sequences (linear (num, C, C), shift (num, C), mirror (num,) bool): x -> linear x + shift. Without
+        left/right pairs nothing is mirrored."""
         def uniform(*shape, reach):
             return (2 * torch.rand(num, *shape, generator=generator, device=device) - 1) * reach
 
         linear = torch.eye(channels, device=device).repeat(num, 1, 1)
         if self.rotation and channels == 3:
             reach = math.radians(self.rotation)
-            linear = turn(uniform(reach=reach / 2), axis=0) @ turn(uniform(reach=reach), axis=1)
-        mirror = torch.rand(num, generator=generator, device=device) < self.flip
+            linear = compose(turn(uniform(reach=reach / 2), axis=0), turn(uniform(reach=reach), axis=1))
+        mirror = torch.rand(num, generator=generator, device=device) < self.flip * pairs
         linear[:, 0] *= 1 - 2 * mirror[:, None].float()
         return linear * (1 + uniform(channels, 1, reach=self.scaling)), uniform(channels, reach=self.shift), mirror
 
     def __call__(self, x: Tensor, there: Tensor, pose: tuple, skeleton: dict, generator=None) -> Tensor:
         """Normalises raw x (N, M, T, V, C [+ score]) by pose = (linear, origin, unit) and changes it, in one step."""
         normal, origin, _ = pose
-        linear, shift, mirror = self.draw(len(x), normal.shape[1], generator, x.device)
-        linear = linear @ normal
-        x = place(x, there, linear, shift - (linear @ origin[..., None])[..., 0])
+        linear, shift, mirror = self.draw(len(x), normal.shape[1], bool(skeleton["pairs"]), generator, x.device)
+        x = place(x, there, compose(linear, normal), origin, shift)
         if self.flip and skeleton["pairs"]:
             order = list(range(len(skeleton["joints"])))
             for left, right in skeleton["pairs"]:
@@ -732,7 +756,8 @@ class Loader:
 
     def __init__(self, data: Sequences, skeleton: dict, channels: int, batch_size: int, frames: int, training: bool, seed: int = 0,
                  augmentation: Augmentation = Augmentation(), repeat: int = 1, workers: int = 0, rank: int = 0, world: int = 1):
-        self.data, self.skeleton, self.channels, self.frames, self.training = data, skeleton, channels, frames, training
+        self.data = data if data.pose else replace(data, pose=find_poses(data, skeleton, channels))
+        self.skeleton, self.channels, self.frames, self.training = skeleton, channels, frames, training
         self.batch_size, self.seed, self.augmentation, self.repeat = batch_size, seed, augmentation, repeat
         self.workers, self.rank, self.world = workers, rank, world
         self.steps = len(self._batches(torch.arange(len(data) * repeat)))
@@ -771,8 +796,10 @@ class Loader:
         steps = sample_frames(data.length[here], self.frames, self.training, self.augmentation.crop, generator)
         rows = (data.start[here][:, None] + steps).flatten()
         x, there = (t.index_select(0, rows).unflatten(0, steps.shape).transpose(1, 2) for t in (data.frames, data.there))
-        augmentation = self.augmentation if self.training else Augmentation()
-        x = augmentation(x.float(), there, pose, self.skeleton, generator)                # (N, M, T, V, C)
+        if self.training:
+            x = self.augmentation(x.float(), there, pose, self.skeleton, generator)       # (N, M, T, V, C)
+        else:
+            x = place(x.float(), there, *pose[:2])
         return Batch(x, data.label[here], data.present[index], pose[2], index)
 
 

@@ -112,7 +112,7 @@ def take_settings(settings: Settings, given: set, source: dict):
     """A checkpoint decides its shape and, unless told otherwise, its data."""
     before = source["settings"]
     fixed = set(PRETRAINED + (FINETUNED if source["kind"] == "finetune" else ()))
-    refuse_change(settings, before, fixed & given, settings.ckpt)
+    refuse_change(settings, before, fixed & given, settings.ckpt, "leave it out")
     for name in fixed:
         setattr(settings, name, before[name])
     if "data" not in given:
@@ -175,9 +175,9 @@ def main(argv=None):
         data.train = data.train.subset(label_subset(data.train.label, settings.label_fraction, settings.label_seed))
         say(f"{len(data.train)} labelled sequences, {settings.label_fraction:g} of each class, label seed {settings.label_seed}")
     common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
-    train = Loader(to_device(data.train, device), *common, True, settings.seed, augmentation(settings, data.channels),
+    train = Loader(to_device(data.train, device, settings.workers), *common, True, settings.seed, augmentation(settings, data.channels),
                    settings.repeat, settings.workers, rank, world)
-    test = Loader(to_device(data.test, device), *common, False)
+    test = Loader(to_device(data.test, device, settings.workers), *common, False)
 
     torch.manual_seed(settings.seed)
     try:

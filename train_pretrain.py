@@ -12,6 +12,7 @@ import argparse
 import csv
 import ctypes
 import difflib
+import glob
 import io
 import os
 import signal
@@ -149,9 +150,9 @@ def run(main):
     except OSError as error:
         status, message = 2, f"error: {error.filename or 'file'}: {error.strerror or error}"
     except RuntimeError as error:
-        if not torch.distributed.is_initialized():
+        if not torch.distributed.is_initialized() or "onnection" not in str(error):  # gloo: connection closed or reset by peer
             raise
-        status, message = 1, f"error: a process of this job stopped ({brief(error)}); --resume goes on from the last checkpoint"
+        status, message = 1, f"error: another process of this job stopped ({brief(error)}); --resume goes on from the last checkpoint"
     except (KeyboardInterrupt, Terminated) as error:
         status = 130 if isinstance(error, KeyboardInterrupt) else 143
         message = "\nstopped; the last checkpoint is complete: the same command line with --resume goes on from it"
@@ -166,6 +167,8 @@ def set_up(settings: CommonSettings) -> tuple:
     What would only fail after the first epoch fails here: a folder that cannot be written, a batch too small to share."""
     os.makedirs(settings.out, exist_ok=True)
     tempfile.TemporaryFile(dir=settings.out).close()
+    for left in glob.glob(os.path.join(glob.escape(settings.out), "*.tmp")):  # by a run that was killed while it wrote
+        os.remove(left)
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = settings.device
     if name == "auto":
@@ -210,9 +213,10 @@ def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
     return Augmentation(**{name: getattr(suits, name) if value is None else value for name, value in asked.items()})
 
 
-def to_device(data: Sequences, device) -> Sequences:
-    """The frames move to the GPU where they fit into half of its free memory; batches are then built there."""
-    if device.type == "cuda" and data.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+def to_device(data: Sequences, device, workers: int) -> Sequences:
+    """The frames move to the GPU where they fit into half of its free memory; batches are then built there. Loader processes
+    cannot use a GPU: with them the frames stay."""
+    if device.type == "cuda" and not workers and data.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         return data.to(device)
     return data
 
@@ -222,7 +226,7 @@ def to_device(data: Sequences, device) -> Sequences:
 def write_atomically(path: str, write):
     """write(file) into a new file beside path, synced, then renamed: path is at no moment half-written."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    beside = path + ".tmp"
+    beside = f"{path}.{os.getpid()}.tmp"
     try:
         with open(beside, "wb") as file:
             write(file)
@@ -230,7 +234,7 @@ def write_atomically(path: str, write):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(None, f"could not be written ({brief(error)}); the file before it is kept", path) from None
+        raise OSError(None, f"could not be written ({brief(error)}); what was there is kept", path) from None
     finally:
         if os.path.exists(beside):
             os.remove(beside)
@@ -268,19 +272,18 @@ def read_checkpoint(path: str, kinds: tuple) -> dict:
     return checkpoint
 
 
-def refuse_change(asked, before: dict, names: set, path: str):
-    """A flag that contradicts what the checkpoint at `path` was made with is refused by name."""
+def refuse_change(asked, before: dict, names: set, path: str, mend: str):
+    """A flag that contradicts what the checkpoint at `path` was made with is refused by name; `mend` says what to do."""
     for name in sorted(names):
         if getattr(asked, name) != before[name]:
-            raise Failure(f"--{name.replace('_', '-')} {getattr(asked, name)} differs from {before[name]} of {path}; "
-                          "leave it out, or start anew with another --out")
+            raise Failure(f"--{name.replace('_', '-')} {getattr(asked, name)} differs from {before[name]} of {path}; {mend}")
 
 
 def resume_settings(settings: type, given: set, asked, checkpoint: dict, path: str):
     """The settings of the interrupted run; a flag that would change the run is refused by name."""
     free = {"epochs", "resume", "out", "workers", "device", "eval_every"}
     before = checkpoint["settings"]
-    refuse_change(asked, before, given - free, path)
+    refuse_change(asked, before, given - free, path, "resume without it, or start anew with another --out")
     return settings(**{**before, **{name: getattr(asked, name) for name in (given & free) | {"resume"}}})
 
 
@@ -388,8 +391,8 @@ def main(argv=None):
     say(f"{settings.data or 'stick figures'}: {data}")
     augment = augmentation(settings, data.channels)
     common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
-    train = Loader(to_device(data.train, device), *common, True, settings.seed, augment, settings.repeat, settings.workers, rank, world)
-    held_out = Loader(to_device(data.test, device), *common, False)
+    train = Loader(to_device(data.train, device, settings.workers), *common, True, settings.seed, augment, settings.repeat, settings.workers, rank, world)
+    held_out = Loader(to_device(data.test, device, settings.workers), *common, False)
     if train.steps * settings.epochs < 2000:
         say(f"hint: {train.steps * settings.epochs} steps in all is little training; for a small set try --batch-size 64 "
             f"--repeat {max(1, -(-2000 * 64 // (len(data.train) * settings.epochs)))} --lr 1e-3")
