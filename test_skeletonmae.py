@@ -1825,9 +1825,9 @@ class ReliabilityTest(ScriptCase):
 
     def test_killed_at_any_moment(self):
         """kill -9 while training or writing, then --resume: weights, optimiser, log and outputs are those of an undisturbed run, bit for bit."""
-        draw, line = random.Random(0), f"{self.data} {TINY_RUN} --frames 8 --batch-size 8 --eval-every 1 --epochs 30"
+        draw, line = random.Random(0), f"{self.data} {TINY_RUN} --frames 8 --batch-size 8 --eval-every 1 --epochs 15"
         for module, name in ((train_pretrain, "pretrain"), (train_finetune, "finetune"))[not THOROUGH:]:
-            flags = line + " --strl-layers 2 --blocks 1 --milestones 20,25" * (name == "finetune")
+            flags = line + " --strl-layers 2 --blocks 1 --milestones 10,13" * (name == "finetune")
             whole = self.start(module, flags + " --out whole")
             whole.stdout.readline()
             begin = time.monotonic()
