@@ -210,7 +210,7 @@ def main(argv=None):
     if train.steps * settings.epochs < 2000:
         say(f"hint: {train.steps * settings.epochs} steps in all is little training; for a small set try --batch-size 32 --repeat "
             f"{max(1, -(-2000 * 32 // (len(data.train) * settings.epochs)))} --lr 0.05 --weight-decay 5e-4 --nesterov --clip 5")
-    if settings.milestones and settings.milestones[0] >= settings.epochs:
+    if settings.milestones and settings.milestones[0] >= settings.epochs > settings.warmup:
         say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones "
             f"{settings.epochs * 9 // 11},{settings.epochs * 10 // 11}")
     first_epoch, log = 0, []
