@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -35,7 +36,8 @@ class DataError(ValueError):
 
 def brief(error: Exception) -> str:
     """What an exception says, on one line of at most 160 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+    culprit = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch.load names it amid advice to trust the file
+    return f"it asks for {culprit[1]}, which is never loaded" if culprit else f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
 # ---------------------------------------------------------------------------------------------- one form for all

@@ -27,6 +27,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import statistics as stats
 import struct
 import subprocess
@@ -1582,19 +1583,42 @@ class ScriptTest(ScriptCase):
             self.assertRegex(said.getvalue().strip(), r"^stopped; .*--resume goes on from it$")
 
     def test_two_processes(self):
-        """Under torchrun two processes share every batch: one of them prints and writes, and the losses follow those of one process."""
-        line = f"{self.data} {TINY_RUN} --device cpu --frames 8 --dropout 0 --epochs 3 --batch-size 8 --lr 0.01"
-        self.pretrain(f"{self.data} --dropout 0 --epochs 3 --batch-size 8 --lr 0.01 --out runs/alone")
-        together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", train_pretrain.__file__]
-        done = subprocess.run(together + line.split(), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual(done.stdout.count("epoch 3/3"), 1)
-        losses = []
-        for folder in ("runs/alone", "runs/pretrain"):
-            with open(folder + "/log.csv", newline="") as file:
-                losses.append([float(row["loss"]) for row in csv.DictReader(file)])
-        torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.25, atol=0.01)
-        self.assertNotEqual(*losses)
+        """Two processes share every batch: one of them prints and writes, their weights are equal to the last bit, the losses follow
+        those of one process, and --resume goes on; pre-training and fine-tuning."""
+        program = """
+import os, sys, torch, {script} as script
+made = []
+class Kept(script.{model}):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        made.append(self)
+script.{model} = Kept
+script.main(sys.argv[1:])
+torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
+"""
+        for module, script, model, tail in ((self.pretrain, "train_pretrain", "SkeletonMAE", ""),
+                                            (self.finetune, "train_finetune", "SkeletonClassifier", " --strl-layers 2 --blocks 1 --attention-dropout 0")):
+            line = f"{self.data} --dropout 0 --batch-size 8 --lr 0.01"
+            module(f"{line} --epochs 3 --out runs/alone" + " --attention-dropout 0" * bool(tail))
+            source = program.format(script=script, model=model)
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                port = free.getsockname()[1]
+            for words in (f"{line} {TINY_RUN} --frames 8 --epochs 2{tail}", "--resume --epochs 3"):
+                jobs = [subprocess.Popen([sys.executable, "-c", source, *f"--device cpu --out runs/together {words}".split()], stdout=subprocess.PIPE,
+                                         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2",
+                                         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "PYTHONPATH": os.path.dirname(data.__file__)}) for rank in (0, 1)]
+                said = [job.communicate() for job in jobs]
+                self.assertEqual([job.returncode for job in jobs], [0, 0], said)
+                self.assertEqual((said[1][0], said[0][0].count("epoch 2/2") + said[0][0].count("epoch 3/3")), ("", 1))
+                self.same(*(torch.load(f"{rank}.weights", weights_only=True) for rank in (0, 1)))
+            losses = []
+            for folder in ("runs/alone", "runs/together"):
+                with open(folder + "/log.csv", newline="") as file:
+                    losses.append([float(row["loss"]) for row in csv.DictReader(file)])
+            torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.25, atol=0.01)
+            self.assertNotEqual(*losses)
+            shutil.rmtree("runs")
 
     def test_documented_commands(self):
         """Every command line of the docstrings and the README is one that its script takes; the README's Python lines run as they stand."""
@@ -1732,18 +1756,17 @@ class ScriptTest(ScriptCase):
                 train_pretrain.check_finite(losses, [torch.tensor([0]), torch.tensor([2, 0])], ["a", "b", "c"], 7, "file")
 
     def test_a_failed_write_keeps_the_file(self):
-        """Whatever the writer raises, the old file is whole and no other is left; a RuntimeError of torch is an OSError."""
+        """Whatever goes wrong while it is written, the old file is whole and no other is left."""
         path = self.write("kept", b"old")
-        for raised, expected in ((RuntimeError("disk full\nat 0x1"), OSError), (OSError(28, "No space left"), OSError), (KeyboardInterrupt(), KeyboardInterrupt)):
-            def write(file):
-                file.write(b"new")
-                raise raised
-
-            with self.assertRaises(expected) as caught:
-                train_pretrain.write_atomically(path, write)
-            self.assertNotIn("\n", str(caught.exception))
-            self.assertEqual([name for name in os.listdir(self.folder) if name.startswith("kept")], ["kept"])
-            self.assertEqual(Path(path).read_bytes(), b"old")
+        for where in ("os.fsync", "os.replace"):
+            for raised in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+                with unittest.mock.patch(where, side_effect=raised), self.assertRaises(type(raised)) as caught:
+                    train_pretrain.write_atomically(path, lambda file: file.write(b"new"))
+                if isinstance(raised, OSError):
+                    self.assertEqual((caught.exception.filename, caught.exception.errno), (path, 28))
+                    self.assertIn("No space left on device", caught.exception.strerror)
+                self.assertEqual([name for name in os.listdir(self.folder) if name.startswith("kept")], ["kept"])
+                self.assertEqual(Path(path).read_bytes(), b"old")
         train_pretrain.write_atomically(path, lambda file: file.write(b"new"))
         self.assertEqual(Path(path).read_bytes(), b"new")
 
@@ -1869,6 +1892,25 @@ class ReliabilityTest(ScriptCase):
                 self.assertLess(float(slowest), 5, name), self.assertLess(float(memory), 200, name)
                 if THOROUGH:
                     print(f"{name}: {files[name]} mutations, {accepted} accepted, slowest {float(slowest):.2f} s, {float(memory):.0f} MB beyond a valid read", flush=True)
+
+    def test_hostile_checkpoints(self):
+        """Checkpoints and .pt data that would run something, as zip and as plain pickle: nothing runs, and what they ask for is named."""
+        marker = os.path.join(self.folder, "ran")
+        for path, *args in (("os.system", f"touch {marker}"), ("posix.system", f"touch {marker}"), ("builtins.eval", f"open({marker!r}, 'w')"),
+                            ("builtins.exec", f"open({marker!r}, 'w')"), ("subprocess.Popen", ["touch", marker]), ("builtins.open", marker, "w"),
+                            ("builtins.getattr", Global("os.system"), "__call__"), ("runpy.run_path", marker), ("importlib.import_module", "os"),
+                            ("numpy.load", marker), ("torch.load", marker), ("data._Call", "x")):
+            body = pickled({"kind": "finetune", "x_train": Made(path, *args)}, 2)
+            archive = io.BytesIO()
+            with zipfile.ZipFile(archive, "w") as made:
+                for name, content in (("data.pkl", body), ("version", b"3"), ("byteorder", b"little")):
+                    made.writestr(f"a/{name}", content)
+            for content in (body, archive.getvalue()):
+                file = self.write("hostile.pt", content)
+                with self.subTest(path), self.assertRaisesRegex(train_pretrain.Failure, "it asks for " + re.escape(path.removeprefix("builtins."))):
+                    train_pretrain.read_checkpoint(file, ("finetune",))
+                self.refused(file, "it asks for")
+                self.assertFalse(os.path.exists(marker))
 
     def test_bombs(self):
         """A zip that promises terabytes, lists nested without end, a list that holds itself, and a dict key that doubles with every level."""

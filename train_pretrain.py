@@ -224,17 +224,20 @@ def to_device(data: Sequences, device, workers: int) -> Sequences:
 # ---------------------------------------------------------------------------------------------- files
 
 def write_atomically(path: str, write):
-    """write(file) into a new file beside path, synced, then renamed: path is at no moment half-written."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    """write(file) into memory, from there into a new file beside path, synced, then renamed: path is at no moment half-written,
+    and a full disk is an OSError that says so."""
+    content = io.BytesIO()
+    write(content)
     beside = f"{path}.{os.getpid()}.tmp"
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(beside, "wb") as file:
-            write(file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(None, f"could not be written ({brief(error)}); what was there is kept", path) from None
+    except OSError as error:
+        raise OSError(error.errno, f"could not be written ({error.strerror}); what was there is kept", path) from None
     finally:
         if os.path.exists(beside):
             os.remove(beside)
