@@ -333,6 +333,11 @@ def _as_tensor(value, what: str) -> Tensor:
     return value.tensor
 
 
+def is_name(value) -> bool:
+    """Whether this can be a frame_dir: a string, or an integer of a length that Python writes out."""
+    return type(value) is str or type(value) is int and abs(value) < 2**63
+
+
 def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
     """PYSKL's pickle, {"split": {name: [frame_dir]}, "annotations": [...]} or the bare list of annotations.
 
@@ -347,7 +352,7 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
     names, sequences, labels = [], [], []
     for i, annotation in enumerate(annotations):
         name = annotation.get("frame_dir", i)
-        if type(name) is not str and not (type(name) is int and abs(name) < 2**63):
+        if not is_name(name):
             raise DataError(f"{path}: annotation {i}: frame_dir is {type(name).__name__}; expected a string")
         name = str(name)
         what = f"{path}: annotation {name!r:.80}"
@@ -396,8 +401,7 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
     position = {name: i for i, name in enumerate(names)}
     halves = []
     for half in (train_name, test_name):
-        listed = [name if type(name) is str else str(name) for name in splits[half]
-                  if type(name) is str or type(name) is int and abs(name) < 2**63] if isinstance(splits[half], (list, tuple)) else []
+        listed = [str(name) for name in splits[half] if is_name(name)] if isinstance(splits[half], (list, tuple)) else []
         index = [position[name] for name in listed if name in position]
         if not index:
             raise DataError(f"{path}: split {half} is empty or names no annotation; expected a list of frame_dir")

@@ -1767,8 +1767,10 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                     self.assertIn("No space left on device", caught.exception.strerror)
                 self.assertEqual([name for name in os.listdir(self.folder) if name.startswith("kept")], ["kept"])
                 self.assertEqual(Path(path).read_bytes(), b"old")
+        self.write("kept.123.tmp", b"of a killed run"), self.write("other.tmp", b"a stranger's")
         train_pretrain.write_atomically(path, lambda file: file.write(b"new"))
         self.assertEqual(Path(path).read_bytes(), b"new")
+        self.assertEqual(sorted(name for name in os.listdir(self.folder) if "tmp" in name or "kept" in name), ["kept", "other.tmp"])
 
     def test_as_a_command(self):
         """A normal run of the script prints nothing on stderr, not even torch's remark about numpy."""

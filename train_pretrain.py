@@ -167,8 +167,6 @@ def set_up(settings: CommonSettings) -> tuple:
     What would only fail after the first epoch fails here: a folder that cannot be written, a batch too small to share."""
     os.makedirs(settings.out, exist_ok=True)
     tempfile.TemporaryFile(dir=settings.out).close()
-    for left in glob.glob(os.path.join(glob.escape(settings.out), "*.tmp")):  # by a run that was killed while it wrote
-        os.remove(left)
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = settings.device
     if name == "auto":
@@ -239,8 +237,8 @@ def write_atomically(path: str, write):
     except OSError as error:
         raise OSError(error.errno, f"could not be written ({error.strerror}); what was there is kept", path) from None
     finally:
-        if os.path.exists(beside):
-            os.remove(beside)
+        for left in glob.glob(f"{glob.escape(path)}.*.tmp"):  # this one after a failure, or that of a run killed while it wrote
+            os.remove(left)
 
 
 def save(checkpoint: dict, path: str):
