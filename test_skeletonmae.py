@@ -2071,17 +2071,21 @@ class FigureNumberTest(unittest.TestCase):
         generator = torch.Generator().manual_seed(3)
         label = torch.arange(3).repeat_interleave(30)
         x = torch.randn(90, 10, generator=generator) + 12 * torch.eye(3, 10)[label]
-        y, history, _ = visualize.tsne(x, perplexity=12, iterations=350, early=100)
-        divergence = [value for _, value in history]
+        y, divergence = visualize.tsne(x, perplexity=12, iterations=350, early=100)
         self.assertLess(divergence[-1], 0.5 * divergence[0])
         self.assertTrue(all(a + 0.01 > b for a, b in zip(divergence[3:], divergence[4:])), divergence)
+        q = 1 / (1 + torch.cdist(y, y) ** 2)
+        p, q = visualize.affinities(x, 12), q.fill_diagonal_(0) / q.fill_diagonal_(0).sum()
+        p = ((p + p.T) / 180).clamp(min=1e-12)
+        self.assertAlmostEqual(divergence[-1], float((p * (p / q.clamp(min=1e-12)).log()).sum()), places=3)
         distance = torch.cdist(y, y).fill_diagonal_(math.inf)
         same = label[:, None] == label
         self.assertTrue((label[distance.argmin(1)] == label).all())
         self.assertLess(float(distance[same & distance.isfinite()].mean()), 0.5 * float(distance[~same].mean()))
 
     def test_confusion_and_class_accuracy_against_loops(self):
-        """Counts against two loops, their sum is the test set; a class without sequences has no accuracy."""
+        """Counts against two loops, their sum is the test set; Fig. 2 says each class's accuracy, without one for a class without
+        sequences, and their mean and spread."""
         generator = torch.Generator().manual_seed(4)
         labels, predicted = (torch.randint(5, (300,), generator=generator) for _ in range(2))
         labels[labels == 2] = 4
@@ -2089,10 +2093,12 @@ class FigureNumberTest(unittest.TestCase):
         expected = [[sum(int(t == i and p == j) for t, p in zip(labels.tolist(), predicted.tolist())) for j in range(5)] for i in range(5)]
         self.assertEqual(counts.tolist(), expected)
         self.assertEqual(int(counts.sum()), 300)
-        accuracy = visualize.class_accuracy(counts).tolist()
-        self.assertTrue(math.isnan(accuracy[2]))
-        for c in (0, 1, 3, 4):
-            self.assertAlmostEqual(accuracy[c], 100 * expected[c][c] / sum(expected[c]), places=3)
+        accuracy = {c: 100 * expected[c][c] / sum(expected[c]) for c in (0, 1, 3, 4)}
+        _, _, caption, svg = visualize.fig2({"run": counts}, [f"class {c}" for c in range(5)], list("01234"))
+        order = sorted(accuracy, key=accuracy.get, reverse=True)
+        self.assertEqual(re.findall(r"<title>class (\d): ([\d.]+) %", svg), [(str(c), f"{accuracy[c]:.1f}") for c in order])
+        self.assertIn(f"average {stats.mean(accuracy.values()):.1f} %, spread ±{stats.pstdev(accuracy.values()):.1f} points", svg)
+        self.assertIn("Left out: 1 ", caption)
 
 
 @unittest.skipUnless(visualize, "visualize.py is optional and not here")
@@ -2106,7 +2112,7 @@ class FigureTest(Case):
                 file.write("\n".join(f"<b>\"{i}' & \x01" + "W" * 90 for i in range(K)))
             draw(self.folder, "--class-names", names, "--no-tsne" if K > 5 else "--tsne", "--compare", self.folder, "--table", self.folder)
             files = glob.glob(os.path.join(self.folder, "*.svg"))
-            self.assertEqual(len(files), 8, files)
+            self.assertEqual(len(files), 8 if K == 5 else 7, files)
             for path in files:
                 shown = [e.text or "" for e in ElementTree.parse(path).iter() if e.tag.rpartition("}")[2] in ("text", "title")]
                 self.assertTrue(shown and all("W" * 60 not in words and len(words) <= 140 for words in shown), path)
@@ -2120,17 +2126,63 @@ class FigureTest(Case):
             self.assertEqual(total, 4 * K)  # hovering counts every test sequence once
 
     def test_reconstruction_of_a_pretraining(self):
-        """Eight frames three times over, and a ring around each masked joint (P Fig. 6)."""
+        """Eight frames three times over, a ring around each masked joint, and their mean error as pre-training measures it (P Fig. 6)."""
         was = train_pretrain.Settings(width=8, hidden=8, layers=1, frames=8, synthetic_size=32, out=self.folder + "/pre")
         shape = dict(skeleton=SKELETONS["coco17"], channels=2, width=8, hidden=8, layers=1)
-        write_checkpoint(was.out, "pretrain", vars(was), SkeletonMAE(**shape).state_dict(), shape)
+        model = SkeletonMAE(**shape)
+        write_checkpoint(was.out, "pretrain", vars(was), model.state_dict(), shape)
         checkpoint = os.path.join(was.out, "pretrain.pt")
         make_run(self.folder, pretrained=checkpoint)
         draw(self.folder, "--no-tsne", "--sequence", "3", "--table", self.folder)
         figure = ElementTree.parse(os.path.join(self.folder, "paper-fig6-reconstruction.svg")).getroot()
         self.assertEqual(sum(e.tag.endswith("}svg") for e in figure.iter()), 1 + 3 * 8)
-        rings = sum(e.get("class") == "ring" for e in figure.iter())
+        rings = sum(e.get("d").count("M") for e in figure.iter() if e.get("class") == "joint ring")
         self.assertIn(rings, (4 * 8, 2 * 4 * 8))  # right arm and right leg, four joints, of one or two persons in eight frames
+        one = Loader(train_pretrain.read_data(was).test.subset([3]), SKELETONS["coco17"], 2, 1, 8, False)
+        error = train_pretrain.reconstruction_error(model, one, torch.zeros(2, 17, 2))["joint_error"]
+        self.assertIn(f"Mean error of its masked joints: {error:.3g} in the units of the data", Path(self.folder, "report.html").read_text())
+
+    def test_table_2(self):
+        """The best and the worst set of as many joints, the mean and the deviation over runs, and a dash where there is none."""
+        runs = {"a": {}, "b": {}, "c": {"mask_parts": ("left_arm", "left_leg")}, "d": {"mask_ratio": 4 / 17}, "e": None}
+        for i, (name, how) in enumerate(runs.items()):
+            folder = os.path.join(self.folder, name)
+            if how is not None:
+                was = vars(train_pretrain.Settings(**how))
+                write_checkpoint(folder + "-pre", "pretrain", was, {}, {})
+            outputs = make_run(folder, pretrained="" if how is None else folder + "-pre/pretrain.pt")
+            torch.save(outputs | {"metrics": outputs["metrics"] | {"top1": 80.0 + i * i}}, os.path.join(folder, "test_outputs.pt"))
+        draw(os.path.join(self.folder, "e"), "--table", *sorted(glob.glob(self.folder + "/?*")), "--no-tsne", "--out", self.folder)
+        content = Path(self.folder, "report.html").read_text().partition("Table 2")[2].partition("</table>")[0]
+        rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in content.split("<tr>")[1:]]
+        arm, leg, right_arm, right_leg = (list(SKELETONS["coco17"]["parts"]).index(part) for part in ("left_arm", "left_leg", "right_arm", "right_leg"))
+        high, low = (" ".join(f"V{i}" for i in sorted(pair)) for pair in ((arm, leg), (right_arm, right_leg)))
+        self.assertEqual(rows, [["Masked joints", "0", "4"], ["Ratio", "0 %", "24 %"], ["No pre-training", "96.0 ", "–"], ["Random joints", "–", "89.0 "],
+                                ["Body parts, high", "–", f"84.0 {high}"], ["Body parts, low", "–", f"80.5 ± 0.7 (n = 2) {low}"]])
+
+    def test_what_an_earlier_report_left_is_removed(self):
+        """A figure that is not drawn this time does not stay beside the report; other files do, and the line printed says so."""
+        make_run(self.folder)
+        Path(self.folder, "own.svg").write_text("<svg/>")
+        self.assertNotIn("removed", draw(self.folder))
+        before = {path.name for path in Path(self.folder).glob("*.svg")}
+        self.assertEqual({name[:-4] for name in before} - {"own"}, visualize.FIGURES.keys() - {"paper-fig6-reconstruction", "training-pretrain"})
+        self.assertRegex(draw(self.folder, "--no-tsne"), r"removed .*: fig1-tsne\.svg$")
+        self.assertEqual(before - {path.name for path in Path(self.folder).glob("*.svg")}, {"fig1-tsne.svg"})
+
+    def test_classes_are_named_or_drawn_from_the_rarer_half(self):
+        """Table 1 lists ids, sequences and names of the classes asked for; else of five that are among the rarer half, by the seed."""
+        outputs = make_run(self.folder, 24, 480)
+        Path(self.folder, "names.txt").write_text("\n".join(f"name {i}" for i in range(24)))
+        rows = []
+        for words in (["--classes", "name 7,0"], ["--seed", "1"], ["--seed", "1"], ["--seed", "2"]):
+            draw(self.folder, "--no-tsne", "--class-names", os.path.join(self.folder, "names.txt"), *words)
+            content = Path(self.folder, "report.html").read_text().partition("Table 1")[2].partition("</table>")[0]
+            rows.append([re.findall("<td>(.*?)</td>", row) for row in content.split("<tr>")[2:]])
+        self.assertEqual(rows[0], [[str(c), str(3 * c + 1), str(int((outputs["labels"] == c).sum())), f"name {c}"] for c in (7, 0)])
+        for drawn in rows[1:]:  # training sequences grow with the id, and class 1 is not tested: 0 to 11 are the rarer half
+            self.assertEqual(len({int(row[0]) for row in drawn} & set(range(12))), 5)
+        self.assertTrue(rows[1] == rows[2] != rows[3])
 
     def test_bad_input_names_the_command_that_mends_it(self):
         """What is missing or broken is one line with the command that makes it, exit status 2, and no report."""
