@@ -59,7 +59,9 @@ def read(path: str, script: str = "train_finetune"):
             if not rows or not all({"epoch", "loss"} <= row.keys() for row in rows):
                 raise ValueError("expected rows with epoch and loss")
             return rows
-        return read_outputs(path) if path.endswith("test_outputs.pt") else read_checkpoint(path, ("pretrain", "finetune"))
+        if path.endswith("test_outputs.pt"):
+            return read_outputs(path)
+        return read_checkpoint(path, ("finetune",) if path.endswith("finetune.pt") else ("pretrain", "finetune"))
     except Exception as error:  # a damaged file can raise almost anything
         state = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be used ({brief(error)})"
         command = f"python {script}.py --out {shlex.quote(os.path.dirname(path) or '.')}"
@@ -330,10 +332,10 @@ def fig1(outputs: dict, names: list, with_tsne: bool, seed: int):
     """PCA and, if asked for, t-SNE of the features before the classifier."""
     features, labels, N = outputs["features"], outputs["labels"], len(outputs["labels"])
     kept = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[:POINTS].sort().values
-    shown = f"{len(kept):,} of {N:,} test sequences" + f", drawn with seed {seed}." * (N > POINTS) + "." * (N <= POINTS)
+    shown = f"{len(kept):,} of {N:,} test sequences, drawn with seed {seed}." if N > POINTS else f"all {N:,} test sequences."
     common, (flat, share) = (labels[kept], {c: names[c] for c in labels.unique().tolist()}), pca(features, 2)
     yield scatter("fig1-pca", f"Principal components of all test features. Shown: {shown}", flat[kept], *common, share)
-    if with_tsne and N > 4:
+    if with_tsne and N >= 10:  # fewer have no neighbourhoods to keep
         print(f"t-SNE of {len(kept):,} sequences; --no-tsne leaves it out", flush=True)
         perplexity = min(30, (len(kept) - 1) / 3)
         flat, divergence = tsne(features[kept], perplexity)
