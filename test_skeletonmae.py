@@ -1678,14 +1678,16 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
 
     def test_resume_is_exact(self):
         """2 + 2 epochs equal 4, bit for bit: weights, optimiser and log; another setting is refused by name."""
-        for module, name in ((self.pretrain, "pretrain"), (self.finetune, "finetune")):
-            lines = f"{self.data} --batch-size 8 --lr 0.01"
+        for module, name, flags, moment in ((self.pretrain, "pretrain", "", "exp_avg"), (self.finetune, "finetune", "", "momentum_buffer"),
+                                            (self.finetune, "finetune", " --optimizer adamw", "exp_avg")):
+            lines = f"{self.data} --batch-size 8 --lr 0.01{flags}"
             module(f"{lines} --epochs 4 --out whole")
             module(f"{lines} --epochs 2 --out halves")
             for wrong in ("--lr 0.1", "--seed 3", "--batch-size 4", "--data other.pt"):
                 self.assertIn(wrong.split()[0], module(f"--out halves --resume {wrong}", 2))
             module("--out halves --resume --epochs 4")
             whole, halves = (torch.load(f"{out}/{name}.pt", weights_only=True) for out in ("whole", "halves"))
+            self.assertIn(moment, whole["optimizer"]["state"][0])  # of the optimiser that was asked for
             for key in ("model", "optimizer", "log", "epoch", "kind", "skeleton"):
                 self.same(whole[key], halves[key])
             self.assertEqual(*(Path(f"{out}/log.csv").read_text() for out in ("whole", "halves")))
@@ -1726,7 +1728,7 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                 (pretrain, f"{self.data} --mask-parts right_arm,tail", ["tail"]), (pretrain, f"{self.data} --mask-ratio 1", ["ratio"]),
                 (pretrain, "--epoch 3", ["--epochs"]),
                 (pretrain, f"{self.data} --out text.txt --epochs 1", ["text.txt"]), (pretrain, f"{self.data} --out text.txt/deeper --epochs 1", ["text.txt"]),
-                (pretrain, f"{self.data} --lr -1", ["--lr"]),
+                (pretrain, f"{self.data} --lr -1", ["--lr"]), (finetune, f"{self.data} --optimizer adam", ["--optimizer", "adamw"]),
                 (finetune, "--ckpt PRE --data flat.pt --layout five.json", ["2D", "3D"]),
                 (finetune, "--ckpt PRE --data splits.pkl --split a", ["five.json", "penn13"]),
                 (finetune, "--ckpt PRE --width 16", ["--width"]), (finetune, "--ckpt FINE --data four.pt --layout five.json --eval-only", ["3 classes", "4"]),

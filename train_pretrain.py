@@ -122,7 +122,7 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
         elif kind is tuple:
             parser.add_argument(flag, type=several(f.default), metavar="A,B", **text)
         elif kind is str:
-            parser.add_argument(flag, **text, **({"nargs": "?", "const": meta["bare"]} if "bare" in meta else {}))
+            parser.add_argument(flag, choices=meta.get("choices"), **text, **({"nargs": "?", "const": meta["bare"]} if "bare" in meta else {}))
         else:
             convert = number(kind, meta.get("low", float("-inf")), meta.get("high", float("inf")))
             parser.add_argument(flag, type=convert, metavar=kind.__name__.upper(), **text)
