@@ -212,8 +212,8 @@ def main(argv=None):
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}, {described}; "
         f"{train.steps} steps an epoch")
     if train.steps * settings.epochs < 2000:
-        say(f"hint: {train.steps * settings.epochs} steps in all is little training; for a small set try --batch-size 32 --repeat "
-            f"{max(1, -(-2000 * 32 // (len(data.train) * settings.epochs)))} --lr 0.05 --weight-decay 5e-4 --nesterov --clip 5")
+        say(f"hint: {train.steps * settings.epochs} steps in all is little training; for a small set try --batch-size 16 --repeat "
+            f"{max(1, -(-2000 * 16 // (len(data.train) * settings.epochs)))} --optimizer adamw --lr 3e-3 --weight-decay 0.05 --clip 5")
     if settings.milestones and settings.milestones[0] >= settings.epochs > settings.warmup:
         say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones "
             f"{settings.epochs * 9 // 11},{settings.epochs * 10 // 11}")
