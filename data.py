@@ -814,7 +814,7 @@ class Loader:
 # What the angles of a stick figure do in each action: joint angle -> (amplitude in radians or body units, cycles per period,
 # phase in periods). All swing about the same resting pose, so that no single pose gives the action away. "l" and "r" are
 # exchanged at random. After "|" comes the second person, who stands face to face.
-ANGLES = ("swing_l swing_r raise_l raise_r elbow_l elbow_r leg_l leg_r knee_l knee_r lean sway up forward".split())
+ANGLES = "swing_l swing_r raise_l raise_r elbow_l elbow_r leg_l leg_r knee_l knee_r lean sway up forward".split()
 ACTIONS = {
     "walk": "leg_l .5 1 0, leg_r .5 1 .5, swing_l .5 1 .5, swing_r .5 1 0, knee_l .3 1 .3, knee_r .3 1 .8",
     "march": "leg_l .55 1 0, leg_r .55 1 .5, knee_l .5 1 .3, knee_r .5 1 .8, up .05 2 0",
@@ -844,33 +844,28 @@ def stick_figures(size: int) -> tuple:
     if size < 2 * len(ACTIONS):
         raise DataError(f"a built-in set of {size} sequences; expected at least {2 * len(ACTIONS)}, two for each action")
     table = torch.zeros(len(ACTIONS), 2, len(ANGLES), 3)  # (K, M, angles, amplitude / cycles / phase)
-    pairs = torch.zeros(len(ACTIONS), dtype=torch.bool)
     for k, action in enumerate(ACTIONS.values()):
         for person, terms in enumerate(action.split("|")):
-            pairs[k] |= person == 1
-            for term in terms.split(","):
-                angle, *numbers = term.split()
+            for angle, *numbers in map(str.split, terms.split(",")):
                 table[k, person, ANGLES.index(angle)] = torch.tensor([float(n) for n in numbers])
-    generator, parts = torch.Generator().manual_seed(0), []
-    labels = torch.arange(size) % len(ACTIONS)
-    for chunk in labels.split(2048):
-        parts.append(_draw(table[chunk], pairs[chunk], generator))
-    frames, length = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    present = torch.stack([torch.ones(size, dtype=torch.bool), pairs[labels]], 1)
-    there = torch.repeat_interleave(present, length, 0)
-    data = Sequences(frames, length.cumsum(0) - length, length, labels, present, there, [f"stick[{i}]" for i in range(size)])
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(size) % len(ACTIONS)
+    pairs = torch.tensor(["|" in action for action in ACTIONS.values()])[labels]
+    parts = [draw_figures(table[chunk], pair, generator) for chunk, pair in zip(labels.split(2048), pairs.split(2048))]
+    frames, length = map(torch.cat, zip(*parts))
+    present = torch.stack([torch.ones_like(pairs), pairs], 1)
+    data = Sequences(frames, length.cumsum(0) - length, length, labels, present, present.repeat_interleave(length, 0),
+                     [f"stick[{i}]" for i in range(size)])
     order = torch.randperm(size, generator=generator)
-    cut = size // 5
-    return data.subset(order[cut:]), data.subset(order[:cut]), "built-in stick figures, a fifth for testing", False
+    return data.subset(order[size // 5:]), data.subset(order[:size // 5]), "built-in stick figures, a fifth for testing", False
 
 
-def _draw(table: Tensor, pairs: Tensor, generator) -> tuple:
+def draw_figures(table: Tensor, pairs: Tensor, generator) -> tuple:
     """Frames (F, 2, 17, 2) and lengths (n,) of n sequences whose angles follow table (n, 2, angles, 3)."""
     def normal(*shape, spread=1.0):
         return spread * torch.randn(n, *shape, generator=generator)
 
     n, T = len(table), 80
-    mirrored = table[:, :, [ANGLES.index(a[:-2] + {"_l": "_r", "_r": "_l"}[a[-2:]]) if a[-2] == "_" else i for i, a in enumerate(ANGLES)]]
+    mirrored = table[:, :, [ANGLES.index({"_l": a[:-1] + "r", "_r": a[:-1] + "l"}.get(a[-2:], a)) for a in ANGLES]]
     table = torch.where(torch.rand(n, 1, 1, 1, generator=generator) < 0.5, table, mirrored)
     amplitude, cycles, phase = (table * torch.cat([1 + normal(1, 1, 1, spread=0.15), torch.ones(n, 1, 1, 2)], -1)).unbind(-1)
     period = 30 * torch.exp(normal(1, 1, 1, spread=0.12))                          # frames, (n, 1, 1, 1)
@@ -879,42 +874,40 @@ def _draw(table: Tensor, pairs: Tensor, generator) -> tuple:
     swing = torch.sin(2 * math.pi * (cycles[:, :, None] * time + phase[:, :, None]))
     angle = rest + normal(2, 1, len(ANGLES), spread=0.12) + amplitude[:, :, None] * swing
     a = dict(zip(ANGLES, angle.unbind(-1)))                                        # each (n, 2, T)
-    size = 1 + normal(2, 1, 10, spread=0.07)
-    bone = dict(zip("trunk neck upper_arm forearm thigh shin shoulder hip eye ear".split(),
-                    (size * torch.tensor([.5, .22, .3, .27, .42, .4, .19, .11, .05, .08])).unbind(-1)))  # each (n, 2, 1)
+    size = (1 + normal(2, 1, 10, spread=0.07)) * torch.tensor([.5, .22, .3, .27, .42, .4, .19, .11, .05, .08])
+    bone = dict(zip("trunk neck upper_arm forearm thigh shin shoulder hip eye ear".split(), size.unbind(-1)))  # each (n, 2, 1)
     zero = torch.zeros(n, 2, T)
+
+    def along(x, y, z):
+        return torch.stack([zero + x, zero + y, zero + z], -1)                     # (n, 2, T, 3)
 
     def limb(side, bend, length, lift=zero):
         """A bone that hangs down, swung forward by `bend` and raised sideways by `lift`."""
-        return torch.stack([side * lift.sin(), -lift.cos() * bend.cos(), lift.cos() * bend.sin()], -1) * length[..., None]
+        return along(side * lift.sin(), -lift.cos() * bend.cos(), lift.cos() * bend.sin()) * length[..., None]
 
-    def along(x, y, z):
-        return torch.stack(torch.broadcast_tensors(x, y, z), -1)
-
-    hips = along(zero, a["up"], a["forward"])                                      # (n, 2, T, 3)
+    hips = along(0, a["up"], a["forward"])
     trunk = along(a["sway"].sin(), a["lean"].cos() * a["sway"].cos(), a["lean"].sin())
     neck = hips + trunk * bone["trunk"][..., None]
     head = neck + trunk * bone["neck"][..., None]
-    joints = {"nose": head + along(zero, zero, zero + .1)}
-    for side, tail in ((1, "_l"), (-1, "_r")):
-        name = {"_l": "left_", "_r": "right_"}[tail]
-        joints[name + "eye"] = head + along(zero + side * bone["eye"], zero + .05, zero + .07)
-        joints[name + "ear"] = head + along(zero + side * bone["ear"], zero + .02, zero)
-        joints[name + "shoulder"] = neck + along(zero + side * bone["shoulder"], zero, zero)
-        joints[name + "elbow"] = joints[name + "shoulder"] + limb(side, a["swing" + tail], bone["upper_arm"], a["raise" + tail])
-        joints[name + "wrist"] = joints[name + "elbow"] + limb(side, a["swing" + tail] + a["elbow" + tail], bone["forearm"],
-                                                               a["raise" + tail])
-        joints[name + "hip"] = hips + along(zero + side * bone["hip"], zero, zero)
-        joints[name + "knee"] = joints[name + "hip"] + limb(side, a["leg" + tail], bone["thigh"])
-        joints[name + "ankle"] = joints[name + "knee"] + limb(side, a["leg" + tail] - a["knee" + tail], bone["shin"])
+    joints = {"nose": head + along(0, 0, .1)}
+    for side, name in ((1, "left_"), (-1, "right_")):
+        swing, lift, bend, leg, knee = (a[f"{angle}_{name[0]}"] for angle in ("swing", "raise", "elbow", "leg", "knee"))
+        joints[name + "eye"] = head + along(side * bone["eye"], .05, .07)
+        joints[name + "ear"] = head + along(side * bone["ear"], .02, 0)
+        joints[name + "shoulder"] = neck + along(side * bone["shoulder"], 0, 0)
+        joints[name + "elbow"] = joints[name + "shoulder"] + limb(side, swing, bone["upper_arm"], lift)
+        joints[name + "wrist"] = joints[name + "elbow"] + limb(side, swing + bend, bone["forearm"], lift)
+        joints[name + "hip"] = hips + along(side * bone["hip"], 0, 0)
+        joints[name + "knee"] = joints[name + "hip"] + limb(side, leg, bone["thigh"])
+        joints[name + "ankle"] = joints[name + "knee"] + limb(side, leg - knee, bone["shin"])
     body = torch.stack([joints[name] for name in SKELETONS["coco17"]["joints"]], 3)  # (n, 2, T, 17, 3)
     body[..., 2] -= 0.5 * (1 + normal(1, 1, 1, spread=0.1)) * pairs.view(n, 1, 1, 1)  # of two, each stands half a step back
-    turn = (2 * torch.rand(n, 1, generator=generator) - 1) * 1.0 + math.pi * torch.arange(2)     # the second person faces the first
-    turn = turn[:, :, None, None]
-    x = body[..., 0] * turn.cos() + body[..., 2] * turn.sin()
-    depth = 4 + normal(1, 1, 1, spread=0.3) - body[..., 0] * turn.sin() + body[..., 2] * turn.cos()
+    view = 2 * torch.rand(n, 1, generator=generator) - 1 + math.pi * torch.arange(2)  # the second person faces the first
+    view = view[:, :, None, None]
+    x = body[..., 0] * view.cos() + body[..., 2] * view.sin()
+    depth = 4 + normal(1, 1, 1, spread=0.3) - body[..., 0] * view.sin() + body[..., 2] * view.cos()
     pixels = torch.stack([320 + normal(1, 1, 1, spread=40.) + 500 * x / depth, 240 - 500 * body[..., 1] / depth], -1)
-    pixels = pixels + torch.randn(pixels.shape, generator=generator) * 1.5
+    pixels += torch.randn(pixels.shape, generator=generator) * 1.5
     pixels[~pairs, 1] = 0
     length = torch.randint(40, T + 1, (n,), generator=generator)
     return pixels.transpose(1, 2)[torch.arange(T) < length[:, None]], length
