@@ -264,7 +264,8 @@ def write_log(rows: list, path: str):
 
 
 PARTS = {"model": dict, "optimizer": dict, "settings": dict, "model_settings": dict, "skeleton": dict, "log": list, "epoch": int,
-         "layout": str, "channels": int}  # of every checkpoint; a fine-tuned one has more
+         "layout": str, "channels": int}  # of every checkpoint; a fine-tuned one has persons and classes as well
+WITHIN = {"model": Tensor, "log": dict, "classes": int}
 
 
 def read_checkpoint(path: str, kinds: tuple) -> dict:
@@ -274,12 +275,11 @@ def read_checkpoint(path: str, kinds: tuple) -> dict:
     if not isinstance(kind, str) or kind not in kinds:
         raise Failure(f"{path} holds {kind if isinstance(kind, str) else type(checkpoint).__name__}, no {' or '.join(kinds)} checkpoint; "
                       "expected a file that these scripts wrote")
-    parts = PARTS | ({"persons": int, "classes": list} if kind == "finetune" else {})
-    wrong = [name for name, part in parts.items() if not isinstance(checkpoint.get(name), part)]
-    wrong += [name for name, part in (("model", Tensor), ("log", dict)) if name not in wrong
-              and not all(isinstance(v, part) for v in (checkpoint["model"].values() if name == "model" else checkpoint["log"]))]
-    if wrong:
-        raise Failure(f"{path} lacks parts of a {kind} checkpoint: {', '.join(wrong)}; expected a file that these scripts wrote")
+    for name, part in {**PARTS, **({"persons": int, "classes": list} if kind == "finetune" else {})}.items():
+        value = checkpoint.get(name)
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if not isinstance(value, part) or not all(isinstance(item, WITHIN.get(name, object)) for item in items):
+            raise Failure(f"{path} lacks the {name} of a {kind} checkpoint; expected a file that these scripts wrote")
     with reading(path, "holds no skeleton", "expected a file that these scripts wrote"):
         checkpoint["skeleton"] = make_skeleton(**checkpoint["skeleton"])
     return checkpoint
@@ -324,9 +324,9 @@ class Progress:
     """One live line on a terminal, one line an epoch elsewhere; silent in all processes but the first."""
 
     def __init__(self, epochs: int, steps: int, first_epoch: int, quiet: bool):
-        self.epochs, self.steps, self.quiet, self.live = epochs, steps, quiet, sys.stdout.isatty()
+        self.epochs, self.quiet, self.live = epochs, quiet, sys.stdout.isatty()
         self.begin = self.drawn = time.monotonic()
-        self.total, self.done, self.first = (epochs - first_epoch) * steps, 0, first_epoch
+        self.total, self.done = (epochs - first_epoch) * steps, 0
 
     def start_epoch(self):
         self.epoch_begin, self.sequences = time.monotonic(), 0
