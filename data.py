@@ -9,8 +9,8 @@ Formats (README, "Real data"): CTR-GCN's npz, PYSKL's pickle, and a .pt dict {"x
 torch's weights_only. Shape legend: see skeletonmae.py; F is all frames of a data set, one sequence after the other.
 """
 import ast
+import io
 import json
-import lzma
 import math
 import mmap
 import os
@@ -19,7 +19,7 @@ import re
 import struct
 import warnings
 import zipfile
-import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
@@ -30,14 +30,37 @@ from torch.nn.functional import pad
 from skeletonmae import SKELETONS, skeleton as make_skeleton
 
 
+def shown(text: str) -> str:
+    """Text that a file may have had a part in, as it is safe to print: one line of a page at most, no control characters."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:2000])[:2000]
+
+
 class DataError(ValueError):
     """Data that cannot be used. The message is one line: what was expected, what came, how to mend it."""
+
+    def __init__(self, message: str):
+        super().__init__(shown(message))
 
 
 def brief(error: Exception) -> str:
     """What an exception says, on one line of at most 160 characters."""
     culprit = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch.load names it amid advice to trust the file
-    return f"it asks for {culprit[1]}, which is never loaded" if culprit else f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+    text = f"it asks for {culprit[1]}, which is never loaded" if culprit else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:160]
+
+
+@contextmanager
+def reading(what: str, fault: str, mend: str):
+    """A damaged file can make its reader raise almost anything: every exception leaves as a DataError that names `what`, but for
+    an OSError of the file itself."""
+    try:
+        yield
+    except DataError as error:
+        raise error if what in str(error) else DataError(f"{what}: {error}") from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise DataError(f"{what} {fault} ({brief(error)}); {mend}") from None
 
 
 # ---------------------------------------------------------------------------------------------- one form for all
@@ -85,7 +108,7 @@ class Dataset:
 
     def __str__(self) -> str:
         lengths = torch.cat([self.train.length, self.test.length])
-        return (f"{len(self.train)} training and {len(self.test)} test sequences ({self.split}), {len(self.classes)} classes, "
+        return (f"{len(self.train)} training and {len(self.test)} test sequences ({shown(self.split)}), {len(self.classes)} classes, "
                 f"{self.persons} person{'s' * (self.persons > 1)}, layout {self.layout} ({len(self.skeleton['joints'])} joints), "
                 f"{self.channels}D{' with joint scores' * self.score}, {int(lengths.min())} to {int(lengths.max())} frames")
 
@@ -97,39 +120,39 @@ def scan(x: Tensor, names: list, what: str) -> tuple:
     """Length and presence of padded sequences x (N, T, M, V, C): trailing all-zero frames are cut, a person without any
     non-zero coordinate is absent. In chunks, so that a memory-mapped array is never copied. Returns (length (N,), present
     (N, M), there (N, T, M))."""
-    lengths, theres = [], []
+    theres = []
     for first in range(0, len(x), 128):
         peak = torch.linalg.vector_norm(x[first:first + 128].flatten(3).float(), math.inf, dim=-1)  # (n, T, M)
-        if not (peak < MAX_COORDINATE).all():
-            bad = int((~(peak < MAX_COORDINATE)).flatten(1).any(1).int().argmax())
-            raise DataError(f"{what}: sequence {names[first + bad]} holds NaN, infinite or absurd coordinates; expected finite numbers "
-                            f"below {MAX_COORDINATE:g}, repair or drop it")
-        there = peak > 0
-        steps = torch.arange(1, x.shape[1] + 1)
-        lengths.append((there.any(2) * steps).amax(1).clamp(min=1))
-        theres.append(there)
+        wrong = (~(peak < MAX_COORDINATE)).flatten(1).any(1)
+        if wrong.any():
+            raise DataError(f"{what}: sequence {names[first + int(wrong.int().argmax())]} holds NaN, infinite or absurd coordinates; "
+                            f"expected finite numbers below {MAX_COORDINATE:g}, repair or drop it")
+        theres.append(peak > 0)
     there = torch.cat(theres)
+    length = (there.any(2) * torch.arange(1, x.shape[1] + 1)).amax(1).clamp(min=1)
     present = there.any(1)
     present[:, 0] |= ~present.any(1)  # a sequence without anyone still holds one (empty) first person
-    return torch.cat(lengths), present, there
+    return length, present, there
 
 
-def flatten(sequences: list, labels: Tensor, names: list, what: str) -> Sequences:
-    """A list of (T, M, V, C) tensors, T and M may differ, in the one flat form."""
-    persons = max(s.shape[1] for s in sequences)
-    frames = torch.zeros(sum(len(s) for s in sequences), persons, *sequences[0].shape[2:])
-    there = torch.zeros(frames.shape[:2], dtype=torch.bool)
-    present = torch.zeros(len(sequences), persons, dtype=torch.bool)
-    start, lengths = [], []
-    first = 0
-    for i, (sequence, name) in enumerate(zip(sequences, names)):
-        (length,), (present[i, :sequence.shape[1]],), (here,) = scan(sequence[None], [name], what)
-        part = slice(first, first + int(length)), slice(sequence.shape[1])
-        frames[part], there[part] = sequence[:length], here[:length]
-        start.append(first)
-        lengths.append(int(length))
-        first += int(length)
-    return Sequences(frames[:first], torch.tensor(start), torch.tensor(lengths), labels, present, there[:first], names)
+def flatten(sequences: list, labels: Tensor, names: list, what: str, persons: int = 1) -> Sequences:
+    """A list of (T, M, V, C) tensors, T and M may differ, in the one flat form of at least `persons` persons."""
+    persons = max(persons, *(s.shape[1] for s in sequences))
+    scans = [scan(sequence[None], [name], what) for sequence, name in zip(sequences, names)]
+    length = torch.cat([n for n, _, _ in scans])
+    present, there = (torch.cat([pad(m, (0, persons - m.shape[1])) for m in masks])
+                      for masks in ([p for _, p, _ in scans], [t[0, :int(n)] for n, _, t in scans]))
+    frames = torch.zeros(len(there), persons, *sequences[0].shape[2:])
+    for part, sequence in zip(frames.split(length.tolist()), sequences):
+        part[:, :sequence.shape[1]] = sequence[:len(part)]
+    return Sequences(frames, length.cumsum(0) - length, length, labels, present, there, names)
+
+
+def check_size(path: str, claimed: int, rate: int = 1, spare: int = 2**22):
+    """A few bytes can name one array a million times, or deflate zeros without end: what a file unfolds to may not outgrow it."""
+    size = os.path.getsize(path)
+    if claimed > rate * size + spare:
+        raise DataError(f"{path} claims {claimed} values, too many for a file of {size} bytes; it repeats itself or is damaged")
 
 
 # ---------------------------------------------------------------------------------------------- .npy and .npz by hand
@@ -144,78 +167,57 @@ def array(buffer, code: str, shape: tuple, fortran: bool = False, offset: int = 
     order, kind = (code[0], code[1:]) if code[:1] in "<>|=" else ("<", code)
     if kind not in DTYPES:
         raise DataError(f"dtype {code!r} is not supported; expected one of {', '.join(DTYPES)}, save the array as one of them")
-    if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**61 for n in shape):
+    if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**61 for n in shape):
         raise DataError("an array has no shape of eight whole numbers at most; the file is damaged")
-    dtype, count = DTYPES[kind], math.prod(shape)
-    if len(buffer) - offset < count * dtype.itemsize:
-        raise DataError(f"an array of shape {shape} and dtype {code!r} needs {count * dtype.itemsize} bytes, "
-                        f"{len(buffer) - offset} are there; the file is truncated, copy it again")
-    if count == 0:
+    dtype = DTYPES[kind]
+    size = math.prod(shape) * dtype.itemsize
+    if len(buffer) - offset < size:
+        raise DataError(f"an array of shape {shape} and dtype {code!r} needs {size} bytes, {len(buffer) - offset} are there; "
+                        "the file is truncated, copy it again")
+    if size == 0:
         return torch.zeros(shape, dtype=dtype)
-    if order == ">" and dtype.itemsize > 1:
-        swapped = torch.frombuffer(buffer, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
-        flat = swapped.view(count, dtype.itemsize).flip(1).flatten().view(dtype)
-    else:
-        flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
+    flat = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=offset)
+    if order == ">":
+        flat = flat.view(-1, dtype.itemsize).flip(1).flatten()
+    flat = flat.view(dtype)
     return flat.view(shape[::-1]).permute(*reversed(range(len(shape)))) if fortran else flat.view(shape)
 
 
-def read_npy_header(head: bytes, what: str) -> tuple:
-    """(dtype code, shape, fortran order, offset of the data) of a .npy file that begins with `head`."""
-    try:
-        if head[:6] != b"\x93NUMPY":
-            raise ValueError
-        wide = head[6] > 1  # version 1 has a header length of two bytes, later ones of four
-        size, first = struct.unpack_from("<I" if wide else "<H", head, 8)[0], 12 if wide else 10
-        if size > 65536 or len(head) < first + size:
-            raise ValueError
-        fields = ast.literal_eval(head[first:first + size].decode("latin1"))
+def read_npy(body: memoryview, what: str) -> Tensor:
+    """The array of the .npy file in `body`."""
+    with reading(what, "is no .npy array", "expected its header, save the file again"):
+        wide = body[6] > 1  # version 1 has a header length of two bytes, later ones of four
+        size, first = struct.unpack_from("<I" if wide else "<H", body, 8)[0], 12 if wide else 10
+        if body[:6] != b"\x93NUMPY" or size > 65536:
+            raise ValueError("it does not begin as one")
+        fields = ast.literal_eval(bytes(body[first:first + size]).decode("latin1"))
         code, shape, fortran = fields["descr"], fields["shape"], fields["fortran_order"]
-        if not (isinstance(code, str) and isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)):
-            raise ValueError
-    except (ValueError, SyntaxError, KeyError, TypeError, IndexError, struct.error, RecursionError, MemoryError):
-        raise DataError(f"{what} is no .npy array; expected its header, save the file again") from None
-    if "O" in code:
-        raise DataError(f"{what} holds Python objects (dtype object), which are never loaded; expected numbers, save a numeric array")
-    return code, shape, bool(fortran), first + size
+        if "O" in code:
+            raise DataError("it holds Python objects (dtype object), which are never loaded; expected numbers, save a numeric array")
+        return array(body, code, shape, bool(fortran), first + size)
 
 
 def read_npz(path: str, wanted: tuple) -> dict:
     """The wanted arrays of an npz as tensors. An entry stored without compression is memory-mapped in place (private,
     copy-on-write) and never copied; a deflated one is inflated once. Entries not wanted are not read."""
     arrays = {}
-    try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            entries = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            for name in wanted:
-                if name not in entries:
-                    raise DataError(f"{path} has no {name}; expected {', '.join(wanted)}, found {', '.join(sorted(entries)) or 'nothing'}")
-                info, what = entries[name], f"{name} in {path}"
-                if info.compress_type == zipfile.ZIP_STORED:
-                    local = mapped[info.header_offset:info.header_offset + 30]  # local header: the name and extra lengths end it
-                    first = info.header_offset + 30 + sum(struct.unpack("<26x2H", local))
-                    body = memoryview(mapped)[first:first + info.file_size]
-                elif info.file_size > 1040 * info.compress_size + 1024:
-                    raise DataError(f"{what} claims {info.file_size} bytes from {info.compress_size}: deflate cannot do that; "
-                                    "the file is damaged")
-                else:
-                    body = memoryview(bytearray(info.file_size))
-                    with archive.open(info) as stream:
-                        filled = 0
-                        while filled < len(body) and (got := stream.readinto(body[filled:])):
-                            filled += got
-                    body = body[:filled]
-                code, shape, fortran, offset = read_npy_header(bytes(body[:66000]), what)
-                try:
-                    arrays[name] = array(body, code, shape, fortran, offset)
-                except DataError as error:
-                    raise DataError(f"{what}: {error}") from None
-    except DataError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, TypeError, ValueError, struct.error, RuntimeError, MemoryError,
-            OverflowError) as error:
-        raise DataError(f"{path} is not a readable npz ({brief(error)}); expected a zip of .npy arrays, copy or save it again") from None
+    with reading(path, "is not a readable npz", "expected a zip of .npy arrays, copy or save it again"), \
+            zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        entries = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        check_size(path, sum(entries[name].file_size for name in wanted if name in entries), 50, 2**26)  # padding deflates well
+        for name in wanted:
+            if name not in entries:
+                raise DataError(f"{path} has no {name}; expected {', '.join(wanted)}, found {', '.join(sorted(entries)) or 'nothing'}")
+            info, what = entries[name], f"{name} in {path}"
+            if info.compress_type == zipfile.ZIP_STORED:  # the local header is 30 bytes, a name and extra fields, their lengths last
+                first = info.header_offset + 30 + sum(struct.unpack("<2H", mapped[info.header_offset + 26:info.header_offset + 30]))
+                body = mapped[first:first + info.file_size]
+            else:
+                body = memoryview(bytearray(info.file_size))
+                with archive.open(info) as stream:
+                    body = body[:io.BufferedReader(stream).readinto(body)]
+            arrays[name] = read_npy(body, what)
     return arrays
 
 
@@ -223,119 +225,132 @@ def read_npz(path: str, wanted: tuple) -> dict:
 
 class _DType:
     """Stands in for numpy.dtype. A BUILD may set its byte order after it was memoised, so arrays read it late."""
-    __slots__ = ("code",)
 
     def __init__(self, code, *_):
-        if not isinstance(code, str):
+        if not isinstance(code, str) or len(code) > 16:
             raise DataError("a dtype in the pickle is no string; expected f4 or the like")
         self.code = code
 
-    def __setstate__(self, state):
-        if state[1] in ("<", ">", "|", "="):
-            self.code = state[1] + self.code.lstrip("<>|=")
-
 
 class _Array:
-    """Stands in for numpy.ndarray: _reconstruct makes it empty, BUILD gives it shape, dtype and bytes."""
-    __slots__ = ("tensor",)
-
-    def __setstate__(self, state):
-        _, shape, dtype, fortran, data = state
-        self.tensor = _tensor(data, dtype, shape, fortran)
-
-
-class _Call:
-    """A stand-in function, closed to BUILD."""
-    __slots__ = ("function",)
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *args):
-        return self.function(*args)
-
-    def __setstate__(self, state):
-        raise DataError("the pickle tries to change a function; it is hostile or damaged")
-
-
-def _tensor(data, dtype, shape, fortran) -> Tensor:
-    if not isinstance(data, (bytes, bytearray)) or not isinstance(dtype, _DType):
-        raise DataError(f"an array of dtype {getattr(dtype, 'code', 'object')} is not stored as plain numbers, which alone are loaded; "
-                        "save a numeric array")
-    return array(bytearray(data), dtype.code, tuple(shape), bool(fortran))
-
-
-def _frombuffer(data, dtype, shape, order):
-    made = _Array()
-    made.tensor = _tensor(data, dtype, shape, order == "F")
-    return made
-
-
-def _encode(text, encoding="latin1"):
-    if encoding != "latin1" or not isinstance(text, str):
-        raise DataError("the pickle asks for an encoding other than latin1; protocol 2 arrays need none")
-    return text.encode("latin1")
-
-
-_PICKLE_GLOBALS = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _DType, ("_codecs", "encode"): _Call(_encode)}
-for _core in ("numpy.core", "numpy._core"):
-    _PICKLE_GLOBALS |= {(f"{_core}.multiarray", "_reconstruct"): _Call(lambda *_: _Array()),
-                        (f"{_core}.multiarray", "scalar"): _Call(lambda dtype, data: _tensor(data, dtype, (), False).item()),
-                        (f"{_core}.numeric", "_frombuffer"): _Call(_frombuffer)}
+    """Stands in for numpy.ndarray: empty until BUILD gives it shape, dtype and bytes."""
+    tensor = None
 
 
 class _Unpickler(pickle._Unpickler):
-    """The one written in Python: its memo is a dict, which a damaged index cannot blow up, and its opcodes can be chosen."""
+    """The one written in Python: its memo is a dict, which a damaged index cannot blow up, and its opcodes can be chosen. The
+    stand-ins and functions in `allowed` are all that a pickle can call."""
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
                 if code not in (pickle.EMPTY_SET[0], pickle.ADDITEMS[0], pickle.FROZENSET[0])}
 
+    def __init__(self, file, size: int):
+        super().__init__(file)
+        self.size, self.left = size, 8 * size + 2**26
+        self.allowed = {"numpy.ndarray": _Array, "numpy.dtype": _DType, "_codecs.encode": self.encode}
+        for core in ("numpy.core", "numpy._core"):
+            self.allowed |= {f"{core}.multiarray._reconstruct": lambda *_: _Array(), f"{core}.multiarray.scalar": self.scalar,
+                             f"{core}.numeric._frombuffer": lambda data, dtype, shape, order: self.array(data, dtype, shape, order == "F")}
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self.allowed:
+            raise DataError(f"the pickle asks for {f'{module}.{name}':.200}, which is not loaded; expected arrays, numbers, strings, "
+                            "lists and dicts alone")
+        return self.allowed[f"{module}.{name}"]
+
+    def spend(self, size: int):
+        """What is built takes memory in proportion to the file, however often a pickle names one text, list or array again."""
+        self.left -= size
+        if self.left < 0:
+            raise DataError(f"the pickle builds more than a file of {self.size} bytes can need; it is hostile or damaged")
+
+    def encode(self, text, encoding="latin1"):
+        if encoding != "latin1" or not isinstance(text, str):
+            raise DataError("the pickle asks for an encoding other than latin1; protocol 2 arrays need none")
+        self.spend(len(text))
+        return text.encode("latin1")
+
+    def array(self, data, dtype, shape, fortran) -> _Array:
+        if not isinstance(data, (bytes, bytearray)) or not isinstance(dtype, _DType):
+            raise DataError(f"an array of dtype {getattr(dtype, 'code', 'object')} is not stored as plain numbers, which alone are loaded; "
+                            "save a numeric array")
+        self.spend(len(data) + 500)
+        made = _Array()
+        made.tensor = array(bytearray(data), dtype.code, shape, bool(fortran))
+        return made
+
+    def scalar(self, dtype, data):
+        return self.array(data, dtype, (), False).tensor.item()
+
+    def load_build(self):
+        state, made = self.stack.pop(), self.stack[-1]
+        if type(made) is _Array:
+            _, shape, dtype, fortran, data = state
+            made.tensor = self.array(data, dtype, shape, fortran).tensor
+        elif type(made) is not _DType:
+            raise DataError("the pickle tries to change a function or class; it is hostile or damaged")
+        elif state[1] in ("<", ">", "|", "="):
+            made.code = state[1] + made.code.lstrip("<>|=")
+
     def load_pairs(self, load):
-        keys = self.stack[-2:-1] if load is pickle._Unpickler.load_setitem else self.stack[::2]
-        if not all(type(key) in (str, int) for key in keys):  # the hash of tuples nested in tuples can take for ever
-            raise DataError("a dict in the pickle has keys other than strings and integers; it is hostile or damaged")
+        at = slice(-2, -1) if load is pickle._Unpickler.load_setitem else slice(None, None, 2)
+        keys = self.stack[at]
+        if not all(is_name(key) or type(key) is float for key in keys):  # the hash of tuples nested in tuples can take for ever
+            raise DataError("a dict in the pickle has keys other than strings and numbers; it is hostile or damaged")
+        self.stack[at] = map(str, keys)  # and numbers can be chosen so that a dict of them is as slow as a list
         load(self)
 
     def load_bytearray8(self):
         size = int.from_bytes(self.read(8), "little")
-        if size > self.limit:  # Python's own allocates first and reads then
-            raise DataError(f"the pickle promises {size} bytes in a file of {self.limit}; it is truncated or damaged")
+        if size > self.size:  # Python's own allocates first and reads then
+            raise DataError(f"the pickle promises {size} bytes in a file of {self.size}; it is truncated or damaged")
         self.append(bytearray(self.read(size)))
 
-    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+    dispatch[pickle.BYTEARRAY8[0]], dispatch[pickle.BUILD[0]] = load_bytearray8, load_build
     for _code in (pickle.SETITEM, pickle.SETITEMS, pickle.DICT):
         dispatch[_code[0]] = lambda self, load=dispatch[_code[0]]: self.load_pairs(load)
-
-    def find_class(self, module, name):
-        if (module, name) not in _PICKLE_GLOBALS:
-            raise DataError(f"the pickle asks for {module}.{name}, which is not loaded; expected arrays, numbers, strings, lists and "
-                            "dicts alone")
-        return _PICKLE_GLOBALS[module, name]
+    for _code in (pickle.MARK, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.LIST, pickle.DICT, pickle.MEMOIZE, pickle.TUPLE,
+                  pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.REDUCE):  # a byte of the file is 100 of memory here
+        dispatch[_code[0]] = lambda self, load=dispatch[_code[0]]: (self.spend(100), load(self))
 
 
 def read_pickle(path: str):
     """The object in a pickle, arrays as _Array; runs no foreign code. Raises DataError, naming what was refused."""
-    try:
-        with open(path, "rb") as file:
-            unpickler = _Unpickler(file)
-            unpickler.limit = os.fstat(file.fileno()).st_size
-            return unpickler.load()
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle can raise almost anything from the opcodes it was cut or flipped into
-        raise DataError(f"{path} is no readable pickle ({brief(error)}); expected PYSKL's format, copy it again") from None
+    with reading(path, "is no readable pickle", "expected PYSKL's format, copy it again"), open(path, "rb") as file:
+        return _Unpickler(file, os.fstat(file.fileno()).st_size).load()
 
 
 def _as_tensor(value, what: str) -> Tensor:
-    if not isinstance(value, _Array) or not hasattr(value, "tensor"):
+    if not isinstance(value, _Array) or value.tensor is None:
         raise DataError(f"{what} is {type(value).__name__.strip('_')}; expected an array of numbers")
     return value.tensor
 
 
 def is_name(value) -> bool:
-    """Whether this can be a frame_dir: a string, or an integer of a length that Python writes out."""
-    return type(value) is str or type(value) is int and abs(value) < 2**63
+    """Whether this can be a frame_dir or a key: a string, or an integer, neither long enough to make comparing it slow."""
+    return type(value) is str and len(value) <= 1000 or type(value) is int and -2**63 < value < 2**63
+
+
+def read_annotation(annotation: dict, scored: bool, what: str) -> Tensor:
+    """The sequence (T, M, V, C), with the joint score last where the file has scores, of at most two persons."""
+    keypoint = _as_tensor(annotation.get("keypoint"), f"{what}: keypoint")
+    if keypoint.dim() != 4 or keypoint.shape[3] not in (2, 3) or 0 in keypoint.shape:
+        raise DataError(f"{what}: keypoint has shape {tuple(keypoint.shape)}; expected (M, T, V, C) with C 2 or 3")
+    keypoint = keypoint.float()
+    if scored:
+        score = annotation.get("keypoint_score")
+        score = keypoint.new_ones(keypoint.shape[:3]) if score is None else _as_tensor(score, f"{what}: keypoint_score").float()
+        if score.shape != keypoint.shape[:3]:
+            raise DataError(f"{what}: keypoint_score has shape {tuple(score.shape)}; expected {tuple(keypoint.shape[:3])}")
+        keypoint = torch.cat([keypoint, score[..., None]], -1)
+    if len(keypoint) > 2:
+        rank = keypoint[..., -1].mean((1, 2)) if scored else keypoint.diff(dim=1).abs().mean((1, 2, 3))
+        keypoint = keypoint[rank.topk(2).indices.sort().values]
+    if scored:  # without coordinates, or beside others without any score, a person is not there
+        there = (keypoint[..., :-1] != 0).flatten(1).any(1)
+        if len(keypoint) > 1:
+            there &= (keypoint[..., -1] > 0).flatten(1).any(1)
+        keypoint = keypoint * there[:, None, None, None]
+    return keypoint.transpose(0, 1)
 
 
 def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
@@ -349,39 +364,21 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
     if not isinstance(annotations, list) or not annotations or not all(isinstance(a, dict) for a in annotations):
         raise DataError(f"{path} holds {type(content).__name__}; expected PYSKL's dict with a list `annotations`, or that list alone")
     scored = any("keypoint_score" in a for a in annotations)
-    names, sequences, labels = [], [], []
+    names, sequences, labels, elements = [], [], [], 0
     for i, annotation in enumerate(annotations):
-        name = annotation.get("frame_dir", i)
+        name, label = annotation.get("frame_dir", i), annotation.get("label")
         if not is_name(name):
-            raise DataError(f"{path}: annotation {i}: frame_dir is {type(name).__name__}; expected a string")
-        name = str(name)
-        what = f"{path}: annotation {name!r:.80}"
-        keypoint = _as_tensor(annotation.get("keypoint"), f"{what}: keypoint").float()
-        if keypoint.dim() != 4 or keypoint.shape[3] not in (2, 3) or 0 in keypoint.shape:
-            raise DataError(f"{what}: keypoint has shape {tuple(keypoint.shape)}; expected (M, T, V, C) with C 2 or 3")
-        if sequences and keypoint.shape[2:] != (sequences[0].shape[2], sequences[0].shape[3] - scored):
-            raise DataError(f"{what}: keypoint has {tuple(keypoint.shape[2:])} joints and coordinates, those before it another number")
-        label = annotation.get("label")
+            raise DataError(f"{path}: annotation {i}: frame_dir is {type(name).__name__}; expected a string of at most 1000 characters")
+        what = f"{path}: annotation {str(name)!r:.80}"
+        sequence = read_annotation(annotation, scored, what)
+        if sequences and sequence.shape[2:] != sequences[0].shape[2:]:
+            raise DataError(f"{what}: keypoint has {tuple(sequence.shape[2:])} joints and coordinates, those before it another number")
         if type(label) is not int or not 0 <= label <= MAX_LABEL:
-            found = label if type(label) is int and abs(label) < 2**63 else type(label).__name__
-            raise DataError(f"{what}: label is {found}; expected an integer from 0 to {MAX_LABEL}")
-        if scored:
-            score = annotation.get("keypoint_score")
-            score = _as_tensor(score, f"{what}: keypoint_score").float() if score is not None else keypoint.new_ones(keypoint.shape[:3])
-            if score.shape != keypoint.shape[:3]:
-                raise DataError(f"{what}: keypoint_score has shape {tuple(score.shape)}; expected {tuple(keypoint.shape[:3])}")
-            keypoint = torch.cat([keypoint, score[..., None]], -1)
-        if len(keypoint) > 2:
-            rank = keypoint[..., -1].mean((1, 2)) if scored else keypoint.diff(dim=1).abs().mean((1, 2, 3))
-            keypoint = keypoint[rank.topk(2).indices.sort().values]
-        if scored:  # without coordinates, or beside others without any score, a person is not there
-            there = (keypoint[..., :-1] != 0).flatten(1).any(1)
-            if len(keypoint) > 1:
-                there &= (keypoint[..., -1] > 0).flatten(1).any(1)
-            keypoint = keypoint * there[:, None, None, None]
-        sequences.append(keypoint.transpose(0, 1))
-        labels.append(label)
-        names.append(name)
+            raise DataError(f"{what}: label is {label if type(label) is int and is_name(label) else type(label).__name__}; "
+                            f"expected an integer from 0 to {MAX_LABEL}")
+        elements += sequence.numel() + 50
+        check_size(path, elements)
+        names.append(str(name)), sequences.append(sequence), labels.append(label)
     data = flatten(sequences, torch.tensor(labels), names, path)
     if scored:
         fill_missing(data)
@@ -395,16 +392,15 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # the same halves for every --seed
         cut = min(max(round(test_fraction * len(data)), 1), len(data) - 1)
         return data.subset(order[cut:]), data.subset(order[:cut]), f"a random {test_fraction:g} for testing", scored
-    if not isinstance(splits, dict) or not all(type(name) is str for name in splits):
+    if not isinstance(splits, dict):
         raise DataError(f"{path}: split is {type(splits).__name__}; expected a dict of name -> list of frame_dir")
     train_name, test_name = find_split(list(splits), split, path)
-    position = {name: i for i, name in enumerate(names)}
-    halves = []
+    position, halves = {name: i for i, name in enumerate(names)}, []
     for half in (train_name, test_name):
-        listed = [str(name) for name in splits[half] if is_name(name)] if isinstance(splits[half], (list, tuple)) else []
-        index = [position[name] for name in listed if name in position]
-        if not index:
-            raise DataError(f"{path}: split {half} is empty or names no annotation; expected a list of frame_dir")
+        listed = splits[half] if isinstance(splits[half], (list, tuple)) else []
+        index = [position[str(name)] for name in listed if is_name(name) and str(name) in position]
+        if not index or len(index) > len(names):
+            raise DataError(f"{path}: split {half} is empty, names no annotation, or more than there are; expected a list of frame_dir")
         halves.append(data.subset(index))
     return *halves, f"{train_name} / {test_name}", scored
 
@@ -415,21 +411,17 @@ def find_split(present: list, wanted: str | None, path: str) -> tuple:
     pairs = [(name, name[:-5] + tail) for name in present if name.endswith("train") for tail in ("val", "test")
              if name[:-5] + tail in present]
     if wanted is None:
-        for obvious in (("xsub_train", "xsub_val"), ("train", "val"), ("train", "test")):
-            if obvious in pairs:
-                return obvious
-        if len(pairs) == 1:
-            return pairs[0]
+        obvious = ("xsub_train", "xsub_val"), ("train", "val"), ("train", "test")
+        fits = [pair for pair in obvious if pair in pairs] or pairs * (len(pairs) == 1)
     elif "," in wanted:
         pair = tuple(part.strip() for part in wanted.split(",", 1))
-        if all(name in present for name in pair):
-            return pair
+        fits = [pair] * (set(pair) <= set(present))
     else:
-        for pair in pairs:
-            if wanted in (pair[0], pair[1], pair[0][:-6]):
-                return pair
-    raise DataError(f"{path}: {'no obvious split' if wanted is None else f'no split {wanted}'}; present are {', '.join(sorted(present))}: "
-                    "name a pair with --split, as in --split xsub or --split a_train,a_test")
+        fits = [pair for pair in pairs if wanted in (*pair, pair[0][:-6])]
+    if not fits:
+        raise DataError(f"{path}: {'no obvious split' if wanted is None else f'no split {wanted}'}; present are "
+                        f"{', '.join(sorted(present))}: name a pair with --split, as in --split xsub or --split a_train,a_test")
+    return fits[0]
 
 
 def fill_missing(data: Sequences):
@@ -504,48 +496,71 @@ def from_npz(path: str, layout: str | None, own: dict | None) -> tuple:
     return *halves, "x_train / x_test", False
 
 
+class _Rehearsal(_Unpickler):
+    """Reads a pickle of torch's with nothing behind its names. torch.load runs nothing foreign, but it can be made to hash or copy
+    for ever, and what can do that here is refused."""
+    dispatch = {**_Unpickler.dispatch, pickle.BUILD[0]: lambda self: self.stack.pop()}
+
+    def find_class(self, module, name):
+        if not re.fullmatch(r"collections\.OrderedDict|torch\.((storage\.)?\w*Storage|_utils\._rebuild_\w+|Size|device|\w+\d+\w*)",
+                            f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return lambda *_: {}
+
+    def persistent_load(self, key):
+        return None
+
+
+def read_torch(path: str, fault: str, mend: str):
+    """torch.load of plain tensors and settings; nothing in the file is run."""
+    with reading(path, fault, mend), open(path, "rb") as file:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                check_size(path, sum(info.file_size for info in archive.infolist()))  # torch.save compresses nothing
+                pickles = [io.BytesIO(archive.read(info)) for info in archive.infolist() if info.filename.endswith("data.pkl")]
+        else:
+            file.seek(0)
+            pickles = [file] * 5  # before torch 1.6 a file was five pickles, then the numbers
+        for stream in pickles:
+            _Rehearsal(stream, os.path.getsize(path)).load()
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def from_pt(path: str) -> tuple:
     """A dict saved by torch: x_train, x_test lists of tensors (T, M, V, C) (or one tensor (N, T, M, V, C)), y_train, y_test labels."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise DataError(f"{path} is no .pt file of plain tensors ({brief(error)}); save a dict of tensors with torch.save") from None
-    halves = []
+    content, halves = read_torch(path, "is no .pt file of plain tensors", "save a dict of tensors with torch.save"), []
     for half in ("train", "test"):
         x, y = (content.get(f"{key}_{half}") for key in "xy") if isinstance(content, dict) else (None, None)
         if not all(isinstance(v, (list, tuple)) or isinstance(v, Tensor) and v.dim() for v in (x, y)) or len(x) == 0:
             raise DataError(f"{path} has no list x_{half} with its y_{half}; expected a dict of x_train, y_train, x_test, y_test")
-        first = x[0]
+        check_size(path, sum(v.numel() + 50 for v in ([x] if isinstance(x, Tensor) else x) if isinstance(v, Tensor)))
         for i, sequence in enumerate(x):
-            if not isinstance(sequence, Tensor) or sequence.dim() != 4 or 0 in sequence.shape or sequence.shape[2:] != first.shape[2:] \
-                    or sequence.shape[1] > 2 or sequence.shape[3] not in (2, 3):
-                shape = tuple(sequence.shape) if isinstance(sequence, Tensor) else type(sequence).__name__
-                raise DataError(f"{path}: x_{half}[{i}] is {shape}; expected a tensor (T, M, V, C), M 1 or 2, C 2 or 3, "
-                                "V and C the same in all")
-        try:
-            y = torch.as_tensor(y)
-        except (TypeError, ValueError, RuntimeError):
-            raise DataError(f"y_{half} in {path} is no list of labels; expected integers") from None
-        label = read_labels(y, len(x), f"y_{half} in {path}")
-        halves.append(flatten([s.float() for s in x], label, [f"{half}[{i}]" for i in range(len(x))], path))
-    if halves[0].frames.shape[2:] != halves[1].frames.shape[2:]:
+            shape = tuple(sequence.shape) if isinstance(sequence, Tensor) else ()
+            if len(shape) != 4 or 0 in shape or shape[2:] != tuple(x[0].shape[2:]) or shape[1] > 2 or shape[3] not in (2, 3):
+                raise DataError(f"{path}: x_{half}[{i}] is {shape or type(sequence).__name__}; expected a tensor (T, M, V, C), M 1 or 2, "
+                                "C 2 or 3, V and C the same in all")
+        with reading(f"y_{half} in {path}", "is no list of labels", "expected integers"):
+            if len(y) and isinstance(y[0], (list, tuple)):  # one-hot
+                check_size(path, len(y) * len(y[0]))
+                if any(isinstance(value, (list, tuple)) for value in y[0]):
+                    raise ValueError("lists in lists in lists")
+            label = read_labels(torch.as_tensor(y), len(x), f"y_{half} in {path}")
+        halves.append((x, label))
+    persons = max(s.shape[1] for x, _ in halves for s in x)
+    train, test = (flatten([s.float() for s in x], label, [f"{half}[{i}]" for i in range(len(x))], path, persons)
+                   for half, (x, label) in zip(("train", "test"), halves))
+    if train.frames.shape[2:] != test.frames.shape[2:]:
         raise DataError(f"{path}: x_train and x_test have different joints or coordinates; expected the same")
-    persons = max(h.frames.shape[1] for h in halves)
-    halves = [replace(h, frames=pad(h.frames, (0, 0, 0, 0, 0, persons - h.frames.shape[1])),
-                      present=pad(h.present, (0, persons - h.present.shape[1])),
-                      there=pad(h.there, (0, persons - h.there.shape[1]))) for h in halves]
-    return *halves, "x_train / x_test", False
+    return train, test, "x_train / x_test", False
 
 
 def find_layout(V: int, C: int, path: str) -> str:
     fits = [name for name, s in SKELETONS.items() if len(s["joints"]) == V]
-    native = [name for name in fits if (C == 3) == (name in NATIVE_3D)]
-    if len(native or fits) != 1:
+    fits = [name for name in fits if (C == 3) == (name in NATIVE_3D)] or fits
+    if len(fits) != 1:
         raise DataError(f"{path}: {V} joints in {C}D fit {' and '.join(fits) or 'no known layout'}; name one with --layout "
                         f"({', '.join(SKELETONS)}, or a JSON file)")
-    return (native or fits)[0]
+    return fits[0]
 
 
 def load_skeleton(layout: str) -> dict:
@@ -554,11 +569,8 @@ def load_skeleton(layout: str) -> dict:
         return SKELETONS[layout]
     if not layout.endswith(".json"):
         raise DataError(f"unknown layout {layout}; expected {', '.join(SKELETONS)}, or a JSON file")
-    try:
-        with open(layout) as file:
-            return make_skeleton(**json.load(file))
-    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
-        raise DataError(f"{layout} is no skeleton layout ({error}); expected joints, edges, parts, centre, and optionally pairs") from None
+    with reading(layout, "is no skeleton layout", "expected joints, edges, parts, centre, and optionally pairs"), open(layout) as file:
+        return make_skeleton(**json.load(file))
 
 
 def load(path: str | None = None, split: str | None = None, layout: str | None = None, test_fraction: float = 0.2,
@@ -814,7 +826,7 @@ class Loader:
 # What the angles of a stick figure do in each action: joint angle -> (amplitude in radians or body units, cycles per period,
 # phase in periods). All swing about the same resting pose, so that no single pose gives the action away. "l" and "r" are
 # exchanged at random. After "|" comes the second person, who stands face to face.
-ANGLES = ("swing_l swing_r raise_l raise_r elbow_l elbow_r leg_l leg_r knee_l knee_r lean sway up forward".split())
+ANGLES = "swing_l swing_r raise_l raise_r elbow_l elbow_r leg_l leg_r knee_l knee_r lean sway up forward".split()
 ACTIONS = {
     "walk": "leg_l .5 1 0, leg_r .5 1 .5, swing_l .5 1 .5, swing_r .5 1 0, knee_l .3 1 .3, knee_r .3 1 .8",
     "march": "leg_l .55 1 0, leg_r .55 1 .5, knee_l .5 1 .3, knee_r .5 1 .8, up .05 2 0",
@@ -844,33 +856,28 @@ def stick_figures(size: int) -> tuple:
     if size < 2 * len(ACTIONS):
         raise DataError(f"a built-in set of {size} sequences; expected at least {2 * len(ACTIONS)}, two for each action")
     table = torch.zeros(len(ACTIONS), 2, len(ANGLES), 3)  # (K, M, angles, amplitude / cycles / phase)
-    pairs = torch.zeros(len(ACTIONS), dtype=torch.bool)
     for k, action in enumerate(ACTIONS.values()):
         for person, terms in enumerate(action.split("|")):
-            pairs[k] |= person == 1
-            for term in terms.split(","):
-                angle, *numbers = term.split()
+            for angle, *numbers in map(str.split, terms.split(",")):
                 table[k, person, ANGLES.index(angle)] = torch.tensor([float(n) for n in numbers])
-    generator, parts = torch.Generator().manual_seed(0), []
-    labels = torch.arange(size) % len(ACTIONS)
-    for chunk in labels.split(2048):
-        parts.append(_draw(table[chunk], pairs[chunk], generator))
-    frames, length = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    present = torch.stack([torch.ones(size, dtype=torch.bool), pairs[labels]], 1)
-    there = torch.repeat_interleave(present, length, 0)
-    data = Sequences(frames, length.cumsum(0) - length, length, labels, present, there, [f"stick[{i}]" for i in range(size)])
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(size) % len(ACTIONS)
+    pairs = torch.tensor(["|" in action for action in ACTIONS.values()])[labels]
+    parts = [draw_figures(table[chunk], pair, generator) for chunk, pair in zip(labels.split(2048), pairs.split(2048))]
+    frames, length = map(torch.cat, zip(*parts))
+    present = torch.stack([torch.ones_like(pairs), pairs], 1)
+    data = Sequences(frames, length.cumsum(0) - length, length, labels, present, present.repeat_interleave(length, 0),
+                     [f"stick[{i}]" for i in range(size)])
     order = torch.randperm(size, generator=generator)
-    cut = size // 5
-    return data.subset(order[cut:]), data.subset(order[:cut]), "built-in stick figures, a fifth for testing", False
+    return data.subset(order[size // 5:]), data.subset(order[:size // 5]), "built-in stick figures, a fifth for testing", False
 
 
-def _draw(table: Tensor, pairs: Tensor, generator) -> tuple:
+def draw_figures(table: Tensor, pairs: Tensor, generator) -> tuple:
     """Frames (F, 2, 17, 2) and lengths (n,) of n sequences whose angles follow table (n, 2, angles, 3)."""
     def normal(*shape, spread=1.0):
         return spread * torch.randn(n, *shape, generator=generator)
 
     n, T = len(table), 80
-    mirrored = table[:, :, [ANGLES.index(a[:-2] + {"_l": "_r", "_r": "_l"}[a[-2:]]) if a[-2] == "_" else i for i, a in enumerate(ANGLES)]]
+    mirrored = table[:, :, [ANGLES.index({"_l": a[:-1] + "r", "_r": a[:-1] + "l"}.get(a[-2:], a)) for a in ANGLES]]
     table = torch.where(torch.rand(n, 1, 1, 1, generator=generator) < 0.5, table, mirrored)
     amplitude, cycles, phase = (table * torch.cat([1 + normal(1, 1, 1, spread=0.15), torch.ones(n, 1, 1, 2)], -1)).unbind(-1)
     period = 30 * torch.exp(normal(1, 1, 1, spread=0.12))                          # frames, (n, 1, 1, 1)
@@ -879,42 +886,40 @@ def _draw(table: Tensor, pairs: Tensor, generator) -> tuple:
     swing = torch.sin(2 * math.pi * (cycles[:, :, None] * time + phase[:, :, None]))
     angle = rest + normal(2, 1, len(ANGLES), spread=0.12) + amplitude[:, :, None] * swing
     a = dict(zip(ANGLES, angle.unbind(-1)))                                        # each (n, 2, T)
-    size = 1 + normal(2, 1, 10, spread=0.07)
-    bone = dict(zip("trunk neck upper_arm forearm thigh shin shoulder hip eye ear".split(),
-                    (size * torch.tensor([.5, .22, .3, .27, .42, .4, .19, .11, .05, .08])).unbind(-1)))  # each (n, 2, 1)
+    size = (1 + normal(2, 1, 10, spread=0.07)) * torch.tensor([.5, .22, .3, .27, .42, .4, .19, .11, .05, .08])
+    bone = dict(zip("trunk neck upper_arm forearm thigh shin shoulder hip eye ear".split(), size.unbind(-1)))  # each (n, 2, 1)
     zero = torch.zeros(n, 2, T)
+
+    def along(x, y, z):
+        return torch.stack([zero + x, zero + y, zero + z], -1)                     # (n, 2, T, 3)
 
     def limb(side, bend, length, lift=zero):
         """A bone that hangs down, swung forward by `bend` and raised sideways by `lift`."""
-        return torch.stack([side * lift.sin(), -lift.cos() * bend.cos(), lift.cos() * bend.sin()], -1) * length[..., None]
+        return along(side * lift.sin(), -lift.cos() * bend.cos(), lift.cos() * bend.sin()) * length[..., None]
 
-    def along(x, y, z):
-        return torch.stack(torch.broadcast_tensors(x, y, z), -1)
-
-    hips = along(zero, a["up"], a["forward"])                                      # (n, 2, T, 3)
+    hips = along(0, a["up"], a["forward"])
     trunk = along(a["sway"].sin(), a["lean"].cos() * a["sway"].cos(), a["lean"].sin())
     neck = hips + trunk * bone["trunk"][..., None]
     head = neck + trunk * bone["neck"][..., None]
-    joints = {"nose": head + along(zero, zero, zero + .1)}
-    for side, tail in ((1, "_l"), (-1, "_r")):
-        name = {"_l": "left_", "_r": "right_"}[tail]
-        joints[name + "eye"] = head + along(zero + side * bone["eye"], zero + .05, zero + .07)
-        joints[name + "ear"] = head + along(zero + side * bone["ear"], zero + .02, zero)
-        joints[name + "shoulder"] = neck + along(zero + side * bone["shoulder"], zero, zero)
-        joints[name + "elbow"] = joints[name + "shoulder"] + limb(side, a["swing" + tail], bone["upper_arm"], a["raise" + tail])
-        joints[name + "wrist"] = joints[name + "elbow"] + limb(side, a["swing" + tail] + a["elbow" + tail], bone["forearm"],
-                                                               a["raise" + tail])
-        joints[name + "hip"] = hips + along(zero + side * bone["hip"], zero, zero)
-        joints[name + "knee"] = joints[name + "hip"] + limb(side, a["leg" + tail], bone["thigh"])
-        joints[name + "ankle"] = joints[name + "knee"] + limb(side, a["leg" + tail] - a["knee" + tail], bone["shin"])
+    joints = {"nose": head + along(0, 0, .1)}
+    for side, name in ((1, "left_"), (-1, "right_")):
+        swing, lift, bend, leg, knee = (a[f"{angle}_{name[0]}"] for angle in ("swing", "raise", "elbow", "leg", "knee"))
+        joints[name + "eye"] = head + along(side * bone["eye"], .05, .07)
+        joints[name + "ear"] = head + along(side * bone["ear"], .02, 0)
+        joints[name + "shoulder"] = neck + along(side * bone["shoulder"], 0, 0)
+        joints[name + "elbow"] = joints[name + "shoulder"] + limb(side, swing, bone["upper_arm"], lift)
+        joints[name + "wrist"] = joints[name + "elbow"] + limb(side, swing + bend, bone["forearm"], lift)
+        joints[name + "hip"] = hips + along(side * bone["hip"], 0, 0)
+        joints[name + "knee"] = joints[name + "hip"] + limb(side, leg, bone["thigh"])
+        joints[name + "ankle"] = joints[name + "knee"] + limb(side, leg - knee, bone["shin"])
     body = torch.stack([joints[name] for name in SKELETONS["coco17"]["joints"]], 3)  # (n, 2, T, 17, 3)
     body[..., 2] -= 0.5 * (1 + normal(1, 1, 1, spread=0.1)) * pairs.view(n, 1, 1, 1)  # of two, each stands half a step back
-    turn = (2 * torch.rand(n, 1, generator=generator) - 1) * 1.0 + math.pi * torch.arange(2)     # the second person faces the first
-    turn = turn[:, :, None, None]
-    x = body[..., 0] * turn.cos() + body[..., 2] * turn.sin()
-    depth = 4 + normal(1, 1, 1, spread=0.3) - body[..., 0] * turn.sin() + body[..., 2] * turn.cos()
+    view = 2 * torch.rand(n, 1, generator=generator) - 1 + math.pi * torch.arange(2)  # the second person faces the first
+    view = view[:, :, None, None]
+    x = body[..., 0] * view.cos() + body[..., 2] * view.sin()
+    depth = 4 + normal(1, 1, 1, spread=0.3) - body[..., 0] * view.sin() + body[..., 2] * view.cos()
     pixels = torch.stack([320 + normal(1, 1, 1, spread=40.) + 500 * x / depth, 240 - 500 * body[..., 1] / depth], -1)
-    pixels = pixels + torch.randn(pixels.shape, generator=generator) * 1.5
+    pixels += torch.randn(pixels.shape, generator=generator) * 1.5
     pixels[~pairs, 1] = 0
     length = torch.randint(40, T + 1, (n,), generator=generator)
     return pixels.transpose(1, 2)[torch.arange(T) < length[:, None]], length

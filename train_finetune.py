@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, SkeletonClassifier, SkeletonMAE
 from train_pretrain import (CommonSettings, Failure, Progress, augmentation, check_finite, option, parse, read_checkpoint, read_data,
-                            refuse_change, resume_settings, run, save, set_up, to_device, write_atomically, write_log)
+                            recorded, refuse_change, resume_settings, run, save, set_up, to_device, write_atomically, write_log)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -46,11 +46,11 @@ class Settings(CommonSettings):
     linear_probe: bool = option(False, "freeze the encoder, train one linear layer on its pooled features")
     eval_only: bool = option(False, "measure a fine-tuned --ckpt on the test set, train nothing")
     eval_every: int = option(10, "epochs between measurements on the test set", low=1)
-    width: int = option(64, "D, joint embedding", low=4)
-    hidden: int = option(128, "H, encoder width", low=4)
-    layers: int = option(3, "L_D, encoder layers", low=1)
-    strl_layers: int = option(3, "M_l, STRL layers", low=1)
-    blocks: int = option(2, "attention blocks in each STRL layer", low=0)
+    width: int = option(64, "D, joint embedding", low=4, high=4096)
+    hidden: int = option(128, "H, encoder width", low=4, high=4096)
+    layers: int = option(3, "L_D, encoder layers", low=1, high=100)
+    strl_layers: int = option(3, "M_l, STRL layers", low=1, high=100)
+    blocks: int = option(2, "attention blocks in each STRL layer", low=0, high=100)
     stride: int = option(2, "temporal stride between STRL layers", low=1)
     dropout: float = option(0.2, "input feature dropout of the encoder", low=0, high=0.99)
     attention_dropout: float = option(0.1, "supplement A: 0.1", low=0, high=0.99)
@@ -111,13 +111,14 @@ def metrics(outputs: dict) -> dict:
 
 def take_settings(settings: Settings, given: set, source: dict):
     """A checkpoint decides its shape and, unless told otherwise, its data."""
-    before = source["settings"]
     fixed = set(PRETRAINED + (FINETUNED if source["kind"] == "finetune" else ()))
+    its_data = {"data", "split", "layout", "test_fraction", "synthetic_size"}
+    before = recorded(Settings, source, settings.ckpt, fixed | its_data)
     refuse_change(settings, before, fixed & given, settings.ckpt, "leave it out")
     for name in fixed:
         setattr(settings, name, before[name])
     if "data" not in given:
-        for name in {"data", "split", "layout", "test_fraction", "synthetic_size"} - given:
+        for name in its_data - given:
             setattr(settings, name, before[name])
     if settings.eval_only and "out" not in given:
         settings.out = os.path.dirname(settings.ckpt) or "."

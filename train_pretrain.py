@@ -14,6 +14,7 @@ import ctypes
 import difflib
 import glob
 import io
+import math
 import os
 import signal
 import sys
@@ -22,8 +23,9 @@ import time
 import typing
 from dataclasses import asdict, dataclass, field, fields
 
-from data import Augmentation, DataError, Dataset, Loader, Sequences, brief, load  # before torch: they silence its one remark about numpy
-from skeletonmae import SkeletonMAE, draw_mask
+from data import (Augmentation, DataError, Dataset, Loader, Sequences, brief, load, read_torch,  # before torch: it silences
+                  reading)                                                                       # torch's one remark about numpy
+from skeletonmae import SkeletonMAE, draw_mask, skeleton as make_skeleton
 import torch
 from torch import Tensor
 
@@ -42,17 +44,17 @@ class CommonSettings:
     split: str = option("", "split of a PYSKL pickle: xsub for xsub_train and xsub_val, or train_name,test_name")
     layout: str = option("", "skeleton layout where two fit, or a JSON file with your own")
     test_fraction: float = option(0.2, "share of test sequences where a pickle has no split", low=0, high=1)
-    synthetic_size: int = option(1600, "how many stick figures the built-in set has", low=32)
-    frames: int = option(64, "T, frames sampled from each sequence", low=2)
+    synthetic_size: int = option(1600, "how many stick figures the built-in set has", low=32, high=1_000_000)
+    frames: int = option(64, "T, frames sampled from each sequence", low=2, high=10_000)
     rotation: float = option(None, "3D: random rotation in degrees to either side; default: what suits the data", low=0, high=180)
     scaling: float = option(None, "random scaling of each axis by up to this; default: what suits the data", low=0, high=0.9)
     shift: float = option(None, "random shift in body units; default: what suits the data", low=0)
     flip: float = option(None, "probability of a mirror image; default: what suits the data", low=0, high=1)
     noise: float = option(None, "coordinate noise in body units; default: what suits the data", low=0)
     crop: float = option(None, "shortest random part of a sequence to sample from; default: what suits the data", low=0, high=1)
-    repeat: int = option(1, "passes over the data per epoch", low=1)
-    workers: int = option(0, "loader processes; 0 builds batches in this one (supplement A: 4; measured slower)", low=0)
-    seed: int = option(0, "seed of weights, order, masks and augmentation", low=0)
+    repeat: int = option(1, "passes over the data per epoch", low=1, high=10_000)
+    workers: int = option(0, "loader processes; 0 builds batches in this one (supplement A: 4; measured slower)", low=0, high=256)
+    seed: int = option(0, "seed of weights, order, masks and augmentation", low=0, high=2**31)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     amp: bool = option(None, "bfloat16 autocast; default on GPUs that have bfloat16, off on CPUs")
     compile: bool = option(False, "torch.compile; needs a C++ compiler on CPUs")
@@ -67,9 +69,9 @@ class Settings(CommonSettings):
     batch_size: int = option(1024, "sequences per optimiser step, supplement A: 1024", low=2)
     micro_batch: int = option(256, "sequences per forward pass; bounds memory, batch norm sees this many", low=1)
     lr: float = option(1.5e-4, "Adam's learning rate, supplement A: 1.5e-4", low=0)
-    width: int = option(64, "D, joint embedding", low=4)
-    hidden: int = option(128, "H, encoder width", low=4)
-    layers: int = option(3, "L_D, encoder layers", low=1)
+    width: int = option(64, "D, joint embedding", low=4, high=4096)
+    hidden: int = option(128, "H, encoder width", low=4, high=4096)
+    layers: int = option(3, "L_D, encoder layers", low=1, high=100)
     dropout: float = option(0.2, "input feature dropout, supplement A: 0.2", low=0, high=0.99)
     beta: float = option(2.0, "power of the re-weighted cosine error", low=1)
     mask_parts: tuple = option(("right_arm", "right_leg"), "body parts to mask, with commas")
@@ -81,8 +83,16 @@ class Settings(CommonSettings):
     eval_every: int = option(10, "epochs between measurements on held-out sequences", low=1)
 
 
-class Failure(Exception):
-    """Bad input: main's caller prints it as one line and exits with status 2."""
+class Failure(DataError):
+    """Bad input of another kind: main's caller prints it as one line and exits with status 2."""
+
+
+def flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def bounds(f) -> tuple:
+    return f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
 
 
 def parse(settings: type, doc: str, argv=None) -> tuple:
@@ -114,18 +124,16 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
                     argument_default=argparse.SUPPRESS)
     types = typing.get_type_hints(settings)
     for f in fields(settings):
-        flag, meta, kind = "--" + f.name.replace("_", "-"), f.metadata, types[f.name]
-        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        text = {"help": meta["help"].replace("%", "%%") + (f" (default {default})" if default not in ("", None) else "")}
+        kind, default = types[f.name], ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **text)
-        elif kind is tuple:
-            parser.add_argument(flag, type=several(f.default), metavar="A,B", **text)
+            extra = {"action": argparse.BooleanOptionalAction}
         elif kind is str:
-            parser.add_argument(flag, choices=meta.get("choices"), **text, **({"nargs": "?", "const": meta["bare"]} if "bare" in meta else {}))
+            extra = {"choices": f.metadata.get("choices")} | ({"nargs": "?", "const": f.metadata["bare"]} if "bare" in f.metadata else {})
         else:
-            convert = number(kind, meta.get("low", float("-inf")), meta.get("high", float("inf")))
-            parser.add_argument(flag, type=convert, metavar=kind.__name__.upper(), **text)
+            extra = {"type": several(f.default) if kind is tuple else number(kind, *bounds(f)),
+                     "metavar": "A,B" if kind is tuple else kind.__name__.upper()}
+        text = f.metadata["help"].replace("%", "%%") + (f" (default {default})" if default not in ("", None) else "")
+        parser.add_argument("--" + flag(f.name), help=text, **extra)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [o for a in parser._actions for o in a.option_strings], 1)
@@ -145,7 +153,7 @@ def run(main):
     signal.signal(signal.SIGTERM, terminate)
     try:
         return main()
-    except (Failure, DataError) as error:
+    except DataError as error:
         status, message = 2, f"error: {error}"
     except OSError as error:
         status, message = 2, f"error: {error.filename or 'file'}: {error.strerror or error}"
@@ -255,35 +263,57 @@ def write_log(rows: list, path: str):
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
+PARTS = {"model": dict, "optimizer": dict, "settings": dict, "model_settings": dict, "skeleton": dict, "log": list, "epoch": int,
+         "layout": str, "channels": int}  # of every checkpoint; a fine-tuned one has persons and classes as well
+WITHIN = {"model": Tensor, "log": dict, "classes": int}
+
+
 def read_checkpoint(path: str, kinds: tuple) -> dict:
-    """A checkpoint of one of these kinds ("pretrain", "finetune"), on the CPU. Raises Failure, OSError."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise Failure(f"{path} is no checkpoint of these scripts ({brief(error)}); expected {' or '.join(kinds)}.pt") from None
+    """A checkpoint of one of these kinds ("pretrain", "finetune"), on the CPU. Raises DataError, OSError."""
+    checkpoint = read_torch(path, "is no checkpoint of these scripts", f"expected {' or '.join(kinds)}.pt")
     kind = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if kind not in kinds:
-        raise Failure(f"{path} holds {kind or type(checkpoint).__name__}, no {' or '.join(kinds)} checkpoint; "
+    if not isinstance(kind, str) or kind not in kinds:
+        raise Failure(f"{path} holds {kind if isinstance(kind, str) else type(checkpoint).__name__}, no {' or '.join(kinds)} checkpoint; "
                       "expected a file that these scripts wrote")
-    parts = {"model", "optimizer", "settings", "model_settings", "epoch", "log", "skeleton", "layout", "channels"}
-    if not parts <= checkpoint.keys():
-        raise Failure(f"{path} lacks parts of a {kind} checkpoint; expected a file that these scripts wrote")
+    for name, part in {**PARTS, **({"persons": int, "classes": list} if kind == "finetune" else {})}.items():
+        value = checkpoint.get(name)
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if not isinstance(value, part) or not all(isinstance(item, WITHIN.get(name, object)) for item in items):
+            raise Failure(f"{path} lacks the {name} of a {kind} checkpoint; expected a file that these scripts wrote")
+    with reading(path, "holds no skeleton", "expected a file that these scripts wrote"):
+        checkpoint["skeleton"] = make_skeleton(**checkpoint["skeleton"])
     return checkpoint
+
+
+def recorded(settings: type, checkpoint: dict, path: str, names=None) -> dict:
+    """What the run that wrote a checkpoint was set to, of all settings or these; refused where no command line can have set it so."""
+    types, before = typing.get_type_hints(settings), {}
+    for f in fields(settings):
+        if names is None or f.name in names:
+            value, kind, low, high = checkpoint["settings"].get(f.name, f.default), types[f.name], *bounds(f)
+            if kind in (int, float):
+                right = type(value) in (int, kind) and low <= value <= high
+            elif kind is tuple:
+                right = type(value) is tuple and all(type(v) is type(f.default[0]) for v in value)
+            else:
+                right = type(value) is kind and (kind is bool or value.isprintable())
+            if not right and (value is not None or f.default is not None):
+                raise Failure(f"{path} holds {str(value):.40} as --{flag(f.name)}; expected a file that these scripts wrote")
+            before[f.name] = value
+    return before
 
 
 def refuse_change(asked, before: dict, names: set, path: str, mend: str):
     """A flag that contradicts what the checkpoint at `path` was made with is refused by name; `mend` says what to do."""
     for name in sorted(names):
         if getattr(asked, name) != before[name]:
-            raise Failure(f"--{name.replace('_', '-')} {getattr(asked, name)} differs from {before[name]} of {path}; {mend}")
+            raise Failure(f"--{flag(name)} {getattr(asked, name)} differs from {before[name]} of {path}; {mend}")
 
 
 def resume_settings(settings: type, given: set, asked, checkpoint: dict, path: str):
     """The settings of the interrupted run; a flag that would change the run is refused by name."""
     free = {"epochs", "resume", "out", "workers", "device", "eval_every"}
-    before = checkpoint["settings"]
+    before = recorded(settings, checkpoint, path)
     refuse_change(asked, before, given - free, path, "resume without it, or start anew with another --out")
     return settings(**{**before, **{name: getattr(asked, name) for name in (given & free) | {"resume"}}})
 
@@ -294,9 +324,9 @@ class Progress:
     """One live line on a terminal, one line an epoch elsewhere; silent in all processes but the first."""
 
     def __init__(self, epochs: int, steps: int, first_epoch: int, quiet: bool):
-        self.epochs, self.steps, self.quiet, self.live = epochs, steps, quiet, sys.stdout.isatty()
+        self.epochs, self.quiet, self.live = epochs, quiet, sys.stdout.isatty()
         self.begin = self.drawn = time.monotonic()
-        self.total, self.done, self.first = (epochs - first_epoch) * steps, 0, first_epoch
+        self.total, self.done = (epochs - first_epoch) * steps, 0
 
     def start_epoch(self):
         self.epoch_begin, self.sequences = time.monotonic(), 0
