@@ -704,14 +704,18 @@ def place(x: Tensor, there: Tensor, linear: Tensor, origin: Tensor, shift: Tenso
     return placed.permute(1, 2, 3, 4, 0)
 
 
+def find_batch_pose(x: Tensor, there: Tensor, skeleton: dict, channels: int) -> tuple:
+    """find_pose of every sequence of a batch x (N, M, T, V, C [+ score]) with there (N, M, T)."""
+    owner = torch.arange(len(x), device=x.device).repeat_interleave(x.shape[2])
+    return find_pose(x.transpose(1, 2).flatten(0, 1), there.transpose(1, 2).flatten(0, 1), owner, len(x), skeleton, channels)
+
+
 def normalise(x: Tensor, skeleton: dict, channels: int) -> tuple:
     """Raw whole sequences x (N, M, T, V, C [+ score]) centred, scaled, and in 3D turned to face the viewer, as find_pose describes;
     sample frames after it, for it sees all of them. Persons and frames that are all zero stay zero.
     Returns (x, origin (N, C), unit (N,))."""
-    N, M, T = x.shape[:3]
     there = (x[..., :channels] != 0).flatten(3).any(3)
-    owner = torch.arange(N, device=x.device).repeat_interleave(T)
-    linear, origin, unit = find_pose(x.transpose(1, 2).flatten(0, 1), there.transpose(1, 2).flatten(0, 1), owner, N, skeleton, channels)
+    linear, origin, unit = find_batch_pose(x, there, skeleton, channels)
     return place(x, there, linear, origin), origin, unit
 
 
@@ -814,10 +818,13 @@ class Loader:
         steps = sample_frames(data.length[here], self.frames, self.training, self.augmentation.crop, generator)
         rows = (data.start[here][:, None] + steps).flatten()
         x, there = (t.index_select(0, rows).unflatten(0, steps.shape).transpose(1, 2) for t in (data.frames, data.there))
+        x = x.float()
+        if self.training and self.augmentation.crop < 1:  # a window is normalised by what it shows, as a sequence that short would be
+            pose = find_batch_pose(x, there, self.skeleton, self.channels)
         if self.training:
-            x = self.augmentation(x.float(), there, pose, self.skeleton, generator)       # (N, M, T, V, C)
+            x = self.augmentation(x, there, pose, self.skeleton, generator)       # (N, M, T, V, C)
         else:
-            x = place(x.float(), there, *pose[:2])
+            x = place(x, there, *pose[:2])
         return Batch(x, data.label[here], data.present[index], pose[2], index)
 
 

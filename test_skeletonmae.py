@@ -1251,6 +1251,13 @@ class BatchTest(Case):
             self.close(batch.x[n], expected, 1e-4), self.close(float(batch.unit[n]), float(unit), 1e-4)
         self.assertTrue(torch.equal(batch.label, source.label) and torch.equal(batch.present, source.present) and batch.index.tolist() == [0, 1, 2, 3])
 
+    def test_a_cropped_window_is_normalised_by_itself(self):
+        """In a cropped training batch the centre joint averages to zero over each window, and the RMS distance of its joints is 1."""
+        for batch in Loader(sequences(), FIVE, 3, 4, 6, True, augmentation=Augmentation(crop=0.3)).epoch(0):
+            for x in batch.x:
+                seen = x[(x != 0).flatten(2).any(2)]  # (persons and frames that are there, V, C)
+                self.close(seen[:, FIVE["centre"]].mean((0, 1)), torch.zeros(3), 1e-4), self.close(seen.square().sum(-1).mean(), torch.ones(()), 1e-4)
+
     def test_batches_depend_on_seed_epoch_and_step_alone(self):
         """Two worker processes build the same tensors as none; drawing epoch 1 first changes nothing; seeds and epochs differ."""
         def epochs(*which, **options):
