@@ -1961,6 +1961,7 @@ class ReliabilityTest(ScriptCase):
                  "frombuffer.pkl": head + content + b"](" + made(b"J" + long(K // 4) + b"\x85") * 2000 + b"e.",
                  "scalar.pkl": function["multiarray\nscalar"] + content + b"](" + (get(1) + get(9) + get(0) + b"\x86R") * 200_000 + b"e.",
                  "lists.pkl": b"\x80\2](" + b"]" * 4 * K + b"e.", "marks.pkl": b"\x80\2" + b"(" * 4 * K + b".", "memo.pkl": b"\x80\4N" + b"\x94" * 4 * K + b".",
+                 "promised.pkl": b"\x80\5\x96" + struct.pack("<Q", 2**31) + b".",
                  "long key.pkl": b"\x80\2\x8b" + long(K) + b"\x7f" * K + put(0) + b"}(" + (get(0) + b"N") * 300_000 + b"u.",
                  "equal keys.pkl": b"\x80\2" + (text(b"a" * K) + put(0) + text(b"a" * K) + put(1)) + b"}h\0Ns" + (get(1) + b"Ns") * 400_000 + b".",
                  "dtype.pkl": b"\x80\2cnumpy\ndtype\n" + text(b"f" * K) + b"\x85R(K\3" + text(b"<") + b"t" + put(1) + b"b" + (get(1) + b"b") * 300_000 + b".",
