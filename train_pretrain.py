@@ -422,7 +422,8 @@ def main(argv=None):
     say(f"{settings.data or 'stick figures'}: {data}")
     augment = augmentation(settings, data.channels)
     common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
-    train = Loader(to_device(data.train, device, settings.workers), *common, True, settings.seed, augment, settings.repeat, settings.workers, rank, world)
+    train = Loader(to_device(data.train, device, settings.workers), *common, True, settings.seed, augment, settings.repeat, settings.workers,
+                   rank, world)
     held_out = Loader(to_device(data.test, device, settings.workers), *common, False)
     if train.steps * settings.epochs < 2000:
         say(f"hint: {train.steps * settings.epochs} steps in all is little training; for a small set try --batch-size 64 "
