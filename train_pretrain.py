@@ -296,7 +296,7 @@ def recorded(settings: type, checkpoint: dict, path: str, names=None) -> dict:
             elif kind is tuple:
                 right = type(value) is tuple and all(type(v) is type(f.default[0]) for v in value)
             else:
-                right = type(value) is kind and (kind is bool or value.isprintable())
+                right = type(value) is kind and (kind is bool or value.isprintable()) and value in f.metadata.get("choices", (value,))
             if not right and (value is not None or f.default is not None):
                 raise Failure(f"{path} holds {str(value):.40} as --{flag(f.name)}; expected a file that these scripts wrote")
             before[f.name] = value
@@ -422,8 +422,8 @@ def main(argv=None):
     say(f"{settings.data or 'stick figures'}: {data}")
     augment = augmentation(settings, data.channels)
     common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
-    train = Loader(to_device(data.train, device, settings.workers), *common, True, settings.seed, augment, settings.repeat, settings.workers,
-                   rank, world)
+    train = Loader(to_device(data.train, device, settings.workers), *common, True, settings.seed, augment, settings.repeat,
+                   settings.workers, rank, world)
     held_out = Loader(to_device(data.test, device, settings.workers), *common, False)
     if train.steps * settings.epochs < 2000:
         say(f"hint: {train.steps * settings.epochs} steps in all is little training; for a small set try --batch-size 64 "
