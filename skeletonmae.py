@@ -179,7 +179,7 @@ class NormPReLU(torch.autograd.Function):
         u, batch_mean, inverse_std = torch.native_batch_norm(as_image(x), weight, bias, mean, variance, training, momentum, eps)
         ctx.save_for_backward(x, weight, bias, mean, variance, batch_mean, inverse_std, slope)
         ctx.training, ctx.eps = training, eps
-        return torch.lerp(F.relu(u), u, slope.to(u.dtype)).permute(0, 2, 3, 1).reshape(x.shape)  # u if u > 0, else slope u
+        return F.prelu(u, slope.to(u.dtype)).permute(0, 2, 3, 1).reshape(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
