@@ -339,18 +339,19 @@ class JointEmbedding(nn.Module):
     """P 3.1.1: a joint's coordinates, mapped linearly to D features, plus a learnable embedding of which joint it is.
 
     The input streams are batch-normalised per joint and channel. Motion (the difference of successive frames) and bones (to
-    the parent joint) are derived here. A bone with a masked end is zero, for it would give its masked parent away; a masked
+    the parent joint) are derived here. A bone or a motion with a masked end is zero, for it would give that end away; a masked
     joint's own features are replaced by the mask token. Both happen after the norm, whose statistics stay those of real joints.
-    Shape: (V, P, T, C) and a mask (V, P) or None -> (V, P, T, D).
+    Shape: (V, P, T, C) and a mask (V, P), (V, P, T) or None -> (V, P, T, D).
     """
 
     def __init__(self, skeleton: dict, channels: int, width: int, motion: bool = False, bone: bool = False, score: bool = False):
         super().__init__()
         self.channels, self.motion, self.bone, self.score = channels, motion, bone, score
         V, streams = len(skeleton["joints"]), channels * (1 + motion + bone) + score
-        parents, first = bone_parents(skeleton), channels * (1 + motion)
+        parents, bones, motions = bone_parents(skeleton), channels * (1 + motion), channels
         self.register_buffer("parents", torch.tensor(parents), persistent=False)
-        self.register_buffer("is_bone", torch.tensor([first <= i < first + channels * bone for i in range(streams)]), persistent=False)
+        self.register_buffer("is_bone", torch.tensor([bones <= i < bones + channels * bone for i in range(streams)]), persistent=False)
+        self.register_buffer("is_motion", torch.tensor([motions <= i < motions + channels * motion for i in range(streams)]), persistent=False)
         self.register_buffer("signature", torch.tensor([channels, motion, bone, score, *parents]))  # load_pretrained compares it
         self.norm = BatchNorm(V * streams)
         self.linear = nn.Linear(streams, width)
@@ -369,11 +370,13 @@ class JointEmbedding(nn.Module):
             streams.append(x[..., self.channels:])
         x = torch.cat(streams, -1)
         x = self.norm(x.permute(1, 2, 0, 3).flatten(2)).view(P, T, V, -1).permute(2, 0, 1, 3)  # statistics per joint and channel
-        if self.bone and mask is not None:
-            x = x.masked_fill((mask | mask[self.parents])[..., None, None] & self.is_bone, 0)
+        if mask is not None:
+            mask = mask.reshape(V, P, -1, 1)  # the third dimension is 1 where all frames share a mask
+            next_frame = torch.cat([mask[:, :, 1:], mask[:, :, -1:]], 2)
+            x = x.masked_fill((mask | mask[self.parents]) & self.is_bone | (mask | next_frame) & self.is_motion, 0)
         h = self.linear(x)
         if mask is not None:
-            h = torch.where(mask[..., None, None], self.mask_token.to(h.dtype), h)
+            h = torch.where(mask, self.mask_token.to(h.dtype), h)
         return h + self.joint[:, None, None]
 
 
@@ -414,34 +417,63 @@ def reweighted_cosine_error(prediction: Tensor, target: Tensor, selected: Tensor
     return (error * selected).sum() / selected.sum().clamp(min=1)
 
 
+def squared_error(prediction: Tensor, target: Tensor, selected: Tensor) -> Tensor:
+    """Mean over the selected joints of |prediction - target|^2. Shapes as for reweighted_cosine_error. Ours, not the paper's."""
+    error, selected = (prediction.float() - target.float()).square().sum(-1), selected.float()
+    return (error * selected).sum() / selected.sum().clamp(min=1)
+
+
 class SkeletonMAE(nn.Module):
     """The graph masked autoencoder of P 3.1 with the layers of S Eq. 1.
 
-    skeleton: an entry of SKELETONS or your own; channels: C, 2 or 3; motion, bone, score: further input streams; mask_*: see
-    draw_mask. `scale` is s, the root mean square distance of the training joints from the centre, in the units of x.
+    skeleton: an entry of SKELETONS or your own; channels: C, 2 or 3; motion, bone, score: further input streams; mask_parts,
+    mask_num_parts, mask_ratio: see draw_mask. `scale` is s, the root mean square distance of the training joints from the centre,
+    in the units of x.
 
     The target of a masked joint is its position in homogeneous coordinates, (x / s, y / s, [z / s,] 1): fixed, so it cannot
     collapse as a learned embedding could, and a zero error means the right position, as it would not with the cosine of raw
     coordinates. Joints whose score is 0 are unknown and never count in the loss.
+
+    Three further choices are ours, not the paper's. loss: "cosine" (P Eq. 2) or "squared", the squared error of the position;
+    mask_segments: the frames fall into as many equal segments, each with a mask of its own; strl: arguments of STRLStack, whose
+    layers are then pre-trained as well and take the place of the encoder.
     """
 
     def __init__(self, skeleton: dict, channels: int, width: int = 64, hidden: int = 128, layers: int = 3, dropout: float = 0.2,
                  beta: float = 2.0, mask_parts=("right_arm", "right_leg"), mask_num_parts: int = 0, mask_ratio: float = 0.0,
-                 motion: bool = False, bone: bool = False, score: bool = False):
+                 motion: bool = False, bone: bool = False, score: bool = False, loss: str = "cosine", mask_segments: int = 1,
+                 strl: dict | None = None):
         super().__init__()
-        self.skeleton, self.channels, self.beta = skeleton, channels, beta
+        self.skeleton, self.channels, self.beta, self.loss, self.segments = skeleton, channels, beta, loss, mask_segments
         self.masking = dict(parts=tuple(mask_parts), num_parts=mask_num_parts, ratio=mask_ratio)
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
         draw_mask(1, skeleton, **self.masking)  # a mask that cannot be drawn is an error now, not at the first step
         self.register_buffer("scale", torch.ones(()))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
-        self.encoder = GraphEncoder(adjacency, width, hidden, layers, dropout)
-        self.decoder = GraphConvolution(adjacency, hidden, width)  # one graph layer (P 3.1.3) ...
-        self.head = nn.Linear(width, channels + 1)                 # ... and a linear map to the target
+        if strl is None:
+            self.encoder = GraphEncoder(adjacency, width, hidden, layers, dropout)
+        else:
+            self.encoder = STRLStack(adjacency, width, hidden, layers, dropout=dropout, **strl)
+        self.stride = 1 if strl is None else self.encoder.stride
+        self.decoder = GraphConvolution(adjacency, hidden if strl is None else width, width)          # one graph layer (P 3.1.3) ...
+        self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))  # ... and a linear map to the targets
+
+    def draw(self, num: int, frames: int, generator=None) -> Tensor:
+        """Masks of `num` sequences, True is masked: (num, V), or (num, V, frames) where segments have their own."""
+        mask = draw_mask(num * self.segments, self.skeleton, **self.masking, generator=generator)
+        if self.segments == 1:
+            return mask
+        segment = torch.arange(frames) * self.segments // frames
+        return mask.view(num, self.segments, -1)[:, segment].transpose(1, 2)
+
+    def encode(self, packed: Tensor, packing: "Packing", hidden: Tensor | None = None) -> Tensor:
+        """(V, P, T, C) and a mask as JointEmbedding takes it -> what the encoder makes of them, (V, P, T / stride, H or D)."""
+        h = self.embedding(packed, hidden)
+        return self.encoder(h, packing) if isinstance(self.encoder, STRLStack) else self.encoder(h)
 
     def forward(self, x: Tensor, present: Tensor | None = None, mask: Tensor | None = None):
         """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU, found from x where not given;
-        mask: bool (N, V), True is masked, drawn where not given.
+        mask: bool (N, V) or (N, V, T), True is masked, drawn where not given.
 
         Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1), zero for absent persons; the mask.
         """
@@ -449,21 +481,27 @@ class SkeletonMAE(nn.Module):
         check_input(x, len(self.skeleton["joints"]), C, self.embedding.score)
         packing = persons_of(x, C, present)
         if mask is None:
-            mask = draw_mask(len(x), self.skeleton, **self.masking)
+            mask = self.draw(len(x), x.shape[2])
         mask = mask.to(x.device, non_blocking=True)
-        packed, hidden = packing.pack(x), mask[packing.sequence].T  # (V, P, T, C), (V, P)
-        prediction = self.head(self.decoder(self.encoder(self.embedding(packed, hidden)))).float()
+        packed, hidden = packing.pack(x), mask.view(*mask.shape[:2], -1)[packing.sequence].transpose(0, 1)  # (V, P, T, C), (V, P, 1 or T)
+        prediction = self.head(self.decoder(self.encode(packed, packing, hidden))).float()
+        prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :x.shape[2]]  # every output frame predicts `stride`
         target = torch.cat([packed[..., :C] / self.scale, torch.ones_like(packed[..., :1])], -1)
-        selected = hidden[:, :, None].expand(packed.shape[:3])
+        selected = hidden.expand(packed.shape[:3])
         if packed.shape[-1] > C:
             selected = selected & (packed[..., C] > 0)
-        return reweighted_cosine_error(prediction, target, selected, self.beta), packing.unpack(prediction), mask
+        if self.loss == "cosine":
+            loss = reweighted_cosine_error(prediction, target, selected, self.beta)
+        else:
+            prediction = F.pad(prediction, (0, 1), value=1.0)  # a position is a homogeneous coordinate whose last entry is 1
+            loss = squared_error(prediction, target, selected)
+        return loss, packing.unpack(prediction), mask
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, present: Tensor | None = None, mask: Tensor | None = None):
         """The masked joints as the model sees them from the others.
 
-        Returns (coordinates (N, M, T, V, C) in the units of x, visible joints as given and absent persons zero; mask (N, V)).
+        Returns (coordinates (N, M, T, V, C) in the units of x, visible joints as given and absent persons zero; the mask).
         A prediction (y, w) stands for the position s y / w.
         """
         training, C = self.training, self.channels
@@ -471,7 +509,7 @@ class SkeletonMAE(nn.Module):
         _, prediction, mask = self.eval()(x, present, mask)
         self.train(training)
         position = self.scale * prediction[..., :C] / prediction[..., C:].clamp(min=1e-2)
-        joints = torch.where(mask[:, None, None, :, None], position, x[..., :C])
+        joints = torch.where(mask.view(*mask.shape[:2], -1).transpose(1, 2)[:, None, ..., None], position, x[..., :C])
         return joints * present.to(x.device)[..., None, None, None], mask
 
 
@@ -520,6 +558,32 @@ class STRL(nn.Module):
         return out, (tokens[:, ::stride], h[:, :, ::stride])
 
 
+class STRLStack(nn.Module):
+    """A learnable temporal position, then M_l STRL layers with a temporal stride after each but the last.
+
+    persons: M, 1 or 2; frames: T of the position table (another T at run time is interpolated).
+    Shape: (V, P, T, D) -> (V, P, T / stride, D), where `stride` is that of all layers together.
+    """
+
+    def __init__(self, adjacency: Tensor, width: int, hidden: int, layers: int, persons: int, frames: int, strl_layers: int = 3,
+                 blocks: int = 2, heads: int = 4, ratio: int = 4, stride: int = 2, dropout: float = 0.2, attention_dropout: float = 0.1):
+        super().__init__()
+        self.stride = stride ** (strl_layers - 1)
+        self.position = nn.Parameter(0.02 * torch.randn(frames, width))
+        self.layers = nn.ModuleList(
+            STRL(adjacency, width, hidden, layers, persons, blocks, heads, ratio, stride if i + 1 < strl_layers else 1, dropout,
+                 attention_dropout) for i in range(strl_layers))
+
+    def forward(self, h: Tensor, packing: Packing) -> Tensor:
+        position = self.position
+        if len(position) != h.shape[2]:
+            position = F.interpolate(position.T[None], h.shape[2], mode="linear", align_corners=True)[0].T
+        h, previous = h + position, None
+        for layer in self.layers:
+            h, previous = layer(h, previous, packing)
+        return h
+
+
 class SkeletonClassifier(nn.Module):
     """The paper's Skeleton Sequence Learning model (SSL): joint embedding, temporal position, M_l STRL layers, MLP.
 
@@ -535,10 +599,8 @@ class SkeletonClassifier(nn.Module):
         self.skeleton, self.channels, self.persons = skeleton, channels, persons
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
-        self.position = nn.Parameter(0.02 * torch.randn(frames, width))
-        self.strl = nn.ModuleList(
-            STRL(adjacency, width, hidden, layers, persons, blocks, heads, ratio, stride if i + 1 < strl_layers else 1, dropout,
-                 attention_dropout) for i in range(strl_layers))
+        self.strl = STRLStack(adjacency, width, hidden, layers, persons, frames, strl_layers, blocks, heads, ratio, stride, dropout,
+                              attention_dropout)
         self.hidden_layer = nn.Sequential(nn.Linear(2 * width, 2 * hidden), nn.ReLU(), nn.Dropout(head_dropout))
         self.head = nn.Linear(2 * hidden, classes)
 
@@ -546,14 +608,7 @@ class SkeletonClassifier(nn.Module):
         """The features before the classifier, (N, 2 H). x and present as in forward."""
         check_input(x, len(self.skeleton["joints"]), self.channels, self.embedding.score, self.persons)
         packing = persons_of(x, self.channels, present)
-        h = self.embedding(packing.pack(x))
-        position = self.position
-        if len(position) != h.shape[2]:
-            position = F.interpolate(position.T[None], h.shape[2], mode="linear", align_corners=True)[0].T
-        h, previous = h + position, None  # (V, P, T, D)
-        for layer in self.strl:
-            h, previous = layer(h, previous, packing)
-        h = h.mean(0)                                             # over joints, (P, T', D)
+        h = self.strl(self.embedding(packing.pack(x)), packing).mean(0)  # over joints, (P, T', D)
         return self.hidden_layer(packing.mean(torch.cat([h.mean(1), h.amax(1)], -1)))
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
@@ -562,24 +617,27 @@ class SkeletonClassifier(nn.Module):
         return self.head(self.features(x, present)).float()
 
     def load_pretrained(self, state: dict) -> list:
-        """Copies the joint embedding and the encoder of a SkeletonMAE state dict, the encoder into every STRL layer.
+        """Copies the joint embedding and the encoder of a SkeletonMAE state dict, the encoder into every STRL layer; or, where
+        the STRL layers were pre-trained as well, these as they are.
 
         Returns the names of the tensors that were loaded; raises ValueError where widths, joints or streams differ.
         """
-        own, loaded = self.state_dict(), {}
+        own, loaded, stacked = self.state_dict(), {}, "encoder.position" in state
         for name, value in state.items():
             if name.startswith("embedding."):
                 loaded[name] = value
             elif name.startswith("encoder."):
-                loaded.update({f"strl.{i}.{name}": value for i in range(len(self.strl))})
-        expected = {name for name in own if name.startswith("embedding.") or ".encoder." in name}
+                loaded.update({name.replace("encoder", "strl", 1): value} if stacked else
+                              {f"strl.layers.{i}.{name}": value for i in range(len(self.strl.layers))})
+        expected = {name for name in own if name.startswith("embedding.") or ("strl." if stacked else ".encoder.") in name}
         wrong = sorted(expected ^ loaded.keys()) or [n for n in sorted(expected) if own[n].shape != loaded[n].shape]
-        if not wrong and not own["embedding.signature"].equal(loaded["embedding.signature"].to(self.position.device)):
+        if not wrong and not own["embedding.signature"].equal(loaded["embedding.signature"].to(self.head.weight.device)):
             raise ValueError("the pre-trained encoder does not fit: it was trained on another skeleton or other input streams")
         if wrong:
             shapes = [tuple(d[wrong[0]].shape) if wrong[0] in d else "absent" for d in (own, loaded)]
             raise ValueError(f"the pre-trained encoder does not fit: {wrong[0]} is {shapes[0]} here and {shapes[1]} there; "
-                             "expected the same skeleton, channels, streams, width, hidden and layers")
+                             "expected the same skeleton, channels, streams, width, hidden and layers"
+                             + ", and the same persons, frames, STRL layers and blocks" * stacked)
         self.load_state_dict(loaded, strict=False)
         return sorted(loaded)
 
@@ -593,7 +651,7 @@ class LinearProbe(nn.Module):
     def __init__(self, pretrained: SkeletonMAE, classes: int):
         super().__init__()
         self.pretrained = pretrained.requires_grad_(False).eval()
-        self.norm = nn.BatchNorm1d(2 * pretrained.encoder.layers[-1].linear.out_features, affine=False)
+        self.norm = nn.BatchNorm1d(2 * pretrained.decoder.linear.in_features, affine=False)
         self.head = nn.Linear(self.norm.num_features, classes)
 
     def train(self, mode: bool = True):
@@ -605,7 +663,7 @@ class LinearProbe(nn.Module):
     def pooled(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """(N, M, T, V, C) -> (N, 2 H)."""
         packing = persons_of(x, self.pretrained.channels, present)
-        h = self.pretrained.encoder(self.pretrained.embedding(packing.pack(x))).mean(0)  # (P, T, H)
+        h = self.pretrained.encode(packing.pack(x), packing).mean(0)  # (P, T, H)
         return packing.mean(torch.cat([h.mean(1), h.amax(1)], -1)).float()
 
     def features(self, x: Tensor, present: Tensor | None = None) -> Tensor:

@@ -169,16 +169,16 @@ def plain_strl(layer, persons, previous, edges, stride):
 
 def plain_classifier(model, x, present, strides):
     """Logits of x (N, M, T, V, C), sequence by sequence."""
-    frames, T, logits, position = len(model.position), x.shape[2], [], []
+    frames, T, logits, position = len(model.strl.position), x.shape[2], [], []
     for t in range(T):  # the table of positions, linearly interpolated to T frames
         low = min(t * (frames - 1) // (T - 1), frames - 2)
         share = t * (frames - 1) / (T - 1) - low
-        position.append((1 - share) * model.position[low] + share * model.position[low + 1])
+        position.append((1 - share) * model.strl.position[low] + share * model.strl.position[low + 1])
     for n in range(len(x)):
         persons = {m: model.embedding(x[n, m].transpose(0, 1)[:, None])[:, 0] + torch.stack(position)
                    for m in range(x.shape[1]) if present[n, m]}
         previous = None
-        for layer, stride in zip(model.strl, strides):
+        for layer, stride in zip(model.strl.layers, strides):
             persons, previous = plain_strl(layer, persons, previous, model.skeleton["edges"], stride)
         pooled = [torch.cat([h.mean((0, 1)), h.mean(0).amax(0)]) for h in persons.values()]
         logits.append(model.head(model.hidden_layer(sum(pooled) / len(pooled))))
@@ -186,17 +186,20 @@ def plain_classifier(model, x, present, strides):
 
 
 def plain_embedding(e, x, mask):
-    """JointEmbedding of STAR, joint by joint, in eval mode: x (V, P, T, C), mask (V, P) -> (V, P, T, D)."""
+    """JointEmbedding of STAR, joint by joint, in eval mode: x (V, P, T, C), mask (V, P) or (V, P, T) -> (V, P, T, D)."""
     V, P, T, _ = x.shape
+    mask = mask.reshape(V, P, -1).expand(V, P, T)
     out, norm = torch.empty(V, P, T, 8), {name: value.view(V, -1) for name, value in e.norm.state_dict().items() if value.dim()}
     for v, p, t in product(range(V), range(P), range(T)):
         here, parent = x[v, p, t, :2], STAR_PARENTS[v]
         motion = x[v, p, t + 1, :2] - here if t + 1 < T else torch.zeros(2)
         streams = torch.cat([here] + [motion] * e.motion + [here - x[parent, p, t, :2]] * e.bone + [x[v, p, t, 2:]] * e.score)
         streams = (streams - norm["running_mean"][v]) / (norm["running_var"][v] + 1e-5).sqrt() * norm["weight"][v] + norm["bias"][v]
-        if e.bone and (mask[v, p] or mask[parent, p]):
+        if e.bone and (mask[v, p, t] or mask[parent, p, t]):
             streams[2 + 2 * e.motion:][:2] = 0
-        out[v, p, t] = (e.mask_token if mask[v, p] else e.linear(streams)) + e.joint[v]
+        if e.motion and t + 1 < T and mask[v, p, t + 1]:
+            streams[2:4] = 0
+        out[v, p, t] = (e.mask_token if mask[v, p, t] else e.linear(streams)) + e.joint[v]
     return out
 
 
@@ -290,6 +293,15 @@ class SkeletonTest(Seeded):
             for joint in range(17):
                 self.assertAlmostEqual(sum(joint in joints for joints in masked) / 600, count / 17, delta=0.09)
 
+    def test_mask_segments(self):
+        """Every segment of the frames has a mask of its own, the frames of a segment share it; one segment: a mask for all frames."""
+        self.assertEqual(SkeletonMAE(COCO, 2, 8, 8, mask_ratio=0.5).draw(3, 10).shape, (3, 17))
+        masks = SkeletonMAE(COCO, 2, 8, 8, mask_ratio=0.5, mask_segments=4).draw(20, 10)
+        self.assertEqual((masks.shape, set(masks.sum(1).flatten().tolist())), ((20, 17, 10), {8}))
+        for mask in masks:
+            change = [t for t in range(1, 10) if not mask[:, t].equal(mask[:, t - 1])]
+            self.assertEqual(change, [3, 5, 8])  # frames 0 to 2, 3 and 4, 5 to 7, 8 and 9
+
     def test_mask_refused(self):
         """Never all joints and never none (METHOD); an unknown part is answered with the known ones, when the model is built."""
         for how in (dict(ratio=1.0), dict(ratio=0.01), dict(ratio=-0.5), dict(num_parts=6), dict(num_parts=7), dict(num_parts=-1),
@@ -353,7 +365,7 @@ class LayerTest(Seeded):
 
     def test_dropout(self):
         """S A: feature dropout 0.2, one draw for all frames, mean kept; attention dropout 0.1, on the weights; both off in eval mode."""
-        mae, layer = SkeletonMAE(COCO, 2), SkeletonClassifier(COCO, 2, 3).strl[2]
+        mae, layer = SkeletonMAE(COCO, 2), SkeletonClassifier(COCO, 2, 3).strl.layers[2]
         self.assertEqual((mae.encoder.dropout, layer.encoder.dropout, layer.attention[1].attention.dropout), (0.2, 0.2, 0.1))
         encoder, ones = GraphEncoder(self.adjacency, 8, 8, layers=0), torch.ones(5, 500, 3, 8)
         h = encoder(ones)
@@ -391,14 +403,17 @@ class LayerTest(Seeded):
             x, mask = torch.randn(5, 3, 4, 2 + score), torch.rand(5, 3) < 0.4
             close(embedding(x, mask), plain_embedding(embedding, x, mask))
             close(embedding(x), plain_embedding(embedding, x, mask & False))
+            of_frames = torch.rand(5, 3, 4) < 0.4
+            close(embedding(x, of_frames), plain_embedding(embedding, x, of_frames))
 
     def test_masked_joints_have_no_influence(self):
         """METHOD: other coordinates of the masked joints change nothing, not through motion, nor through a visible child's bone."""
         embedding = shaken(JointEmbedding(STAR, 2, 8, motion=True, bone=True, score=True))
-        x, mask = torch.randn(5, 3, 4, 3), torch.tensor([[0, 1, 0, 1, 0]] * 3).T.bool()
-        other = torch.where(mask[..., None, None], torch.randn_like(x), x)
-        equal(embedding(x, mask), embedding(other, mask))
-        self.assertFalse(torch.equal(embedding(x), embedding(other)))
+        x = torch.randn(5, 3, 4, 3)
+        for mask in (torch.tensor([[0, 1, 0, 1, 0]] * 3).T.bool(), torch.rand(5, 3, 4) < 0.4):  # of all frames, and of each frame
+            other = torch.where(mask.reshape(5, 3, -1, 1), torch.randn_like(x), x)
+            equal(embedding(x, mask), embedding(other, mask))
+            self.assertFalse(torch.equal(embedding(x), embedding(other)))
 
     def test_masking_leaves_statistics_of_bones(self):
         """After pre-training with a mask, an unmasked bone (linear probe) has its usual size: the zeros that hide bones are not data."""
@@ -446,6 +461,26 @@ class PretrainingTest(Seeded):
                 target, y = torch.tensor([x[n, m, t, v, 0] / 1.7, x[n, m, t, v, 1] / 1.7, 1]), prediction[n, m, t, v]
                 errors.append((1 - target @ y / target.norm() / y.norm()) ** 3)
         close(loss, sum(errors) / len(errors))
+
+    def test_squared_loss_of_the_stack(self):
+        """Ours: the squared distance from (x/s, y/s) over the masked joints of every frame, here of the whole STRL stack with masks of
+        their own in each of two segments; every output frame predicts as many frames as the strides skip."""
+        strl = dict(persons=2, frames=6, strl_layers=3, blocks=1, heads=2)
+        model, x, errors = shaken(tiny_mae(mask_ratio=0.4, loss="squared", mask_segments=2, strl=strl)), people(3, 2, 6, 5, 2, [(1, 1)]), []
+        model.scale.fill_(1.7)
+        loss, prediction, mask = model(x)
+        self.assertEqual((prediction.shape, mask.shape, model.head.out_features), ((3, 2, 6, 5, 3), (3, 5, 6), 4 * 2))
+        for n, m, t, v in product(range(3), range(2), range(6), range(5)):
+            if mask[n, v, t] and (n, m) != (1, 1):
+                errors.append(((x[n, m, t, v] / 1.7 - prediction[n, m, t, v, :2]) ** 2).sum())
+        close(loss, sum(errors) / len(errors))
+        packing = Packing(torch.tensor([[1, 1], [1, 0], [1, 1]]).bool(), "cpu")
+        out = model.head(model.decoder(model.encode(packing.pack(x), packing, mask[packing.sequence].transpose(0, 1))))
+        for t in range(6):
+            equal(packing.pack(prediction)[:, :, t, :2], out[:, :, t // 4, 2 * (t % 4):][..., :2])
+        coordinates, _ = model.reconstruct(x, mask=mask)
+        hidden = mask.transpose(1, 2)[:, None, ..., None]
+        close(coordinates, torch.where(hidden, 1.7 * prediction[..., :2], x))
 
     def test_reconstruct(self):
         """A masked joint is s y / max(w, 0.01) in the units of x (METHOD); visible joints stay, absent persons are zero; here with a
@@ -540,7 +575,7 @@ class FinetuningTest(Seeded):
         garbage[1, 1] = float("nan")
         equal(model(garbage, torch.tensor([[True, True], [True, False]])), logits)
         close(model(x[1:]), logits[1:])
-        for layer in model.strl:
+        for layer in model.strl.layers:
             layer.other.weight.data.mul_(-3)
         equal(model(x)[1], logits[1])
         self.assertGreater((model(x)[0] - logits[0]).abs().max(), 1e-3)
@@ -549,7 +584,7 @@ class FinetuningTest(Seeded):
         """In training, batch norm sees the persons present alone (METHOD): three of them in two sequences leave the statistics of
         three sequences of one. (W_other is 0 here, for it would tell the two batches apart.)"""
         model, x = tiny_classifier(STAR, 2, 3, persons=2, dropout=0, attention_dropout=0), people(2, 2, 6, 5, 2, absent=[(1, 1)])
-        for layer in model.strl:
+        for layer in model.strl.layers:
             layer.other.weight.data.zero_()
         apart, nobody = copy.deepcopy(model), torch.zeros(6, 5, 2)
         model(x)
@@ -560,7 +595,7 @@ class FinetuningTest(Seeded):
         """S A: about 1.5 M parameters, for 60 classes and two persons of 17 joints; 3 STRL layers of 3 graph layers."""
         model = SkeletonClassifier(COCO, 2, classes=60, persons=2, frames=64)
         self.assertAlmostEqual(sum(parameter.numel() for parameter in model.parameters()), 1.5e6, delta=0.1e6)
-        self.assertEqual([len(layer.encoder.layers) for layer in model.strl], [3, 3, 3])
+        self.assertEqual([len(layer.encoder.layers) for layer in model.strl.layers], [3, 3, 3])
 
     def test_any_input(self):
         """Any layout, T, M, C and streams: float32 logits (N, K), also under autocast; the loss reaches every parameter."""
@@ -597,9 +632,20 @@ class FinetuningTest(Seeded):
         names = model.load_pretrained(state)
         self.assertCountEqual(names, [name for name in before if name.startswith("embedding.") or ".encoder." in name])
         for name, value in model.state_dict().items():
-            equal(value, state[name.split(".", 2)[2] if "strl" in name else name] if name in names else before[name])
-        model.strl[0].encoder.layers[0].linear.weight.data.zero_()
-        equal(model.strl[1].encoder.layers[0].linear.weight, mae.encoder.layers[0].linear.weight)  # its own copy
+            equal(value, state[name.split(".", 3)[3] if "strl" in name else name] if name in names else before[name])
+        model.strl.layers[0].encoder.layers[0].linear.weight.data.zero_()
+        equal(model.strl.layers[1].encoder.layers[0].linear.weight, mae.encoder.layers[0].linear.weight)  # its own copy
+
+    def test_load_pretrained_stack(self):
+        """Pre-trained STRL layers are copied as they are, with their temporal position; other blocks or frames do not fit."""
+        model, mae = tiny_classifier(STAR, 2, 3), shaken(tiny_mae(strl=dict(persons=1, frames=6, strl_layers=2, blocks=1, heads=2, ratio=2)))
+        names = model.load_pretrained(mae.state_dict())
+        self.assertCountEqual(names, [name for name in model.state_dict() if name.startswith(("embedding.", "strl."))])
+        x, packing = torch.randn(5, 3, 6, 2), Packing(torch.ones(3, 1).bool(), "cpu")
+        equal(model.eval().strl(model.embedding(x), packing), mae.encode(x, packing))
+        for how in (dict(blocks=2), dict(frames=4), dict(strl_layers=3)):
+            with self.assertRaisesRegex(ValueError, "does not fit"):
+                tiny_classifier(**{"skeleton": STAR, "channels": 2, "classes": 3, **how}).load_pretrained(mae.state_dict())
 
     def test_load_pretrained_refuses(self):
         """Another width, depth, number of coordinates, number of joints or stream does not fit: ValueError, and nothing is loaded."""
@@ -846,6 +892,7 @@ def sequences(lengths=(5, 9, 3, 12), persons=2, joints=5, channels=3, seed=0) ->
 FIVE = dict(joints=["root", "left_hand", "right_hand", "left_foot", "right_foot"], edges=[[0, 1], [0, 2], [0, 3], [0, 4]], centre=[0], pairs=[[1, 2], [3, 4]],
             parts=dict(torso=[0], left_arm=[1], right_arm=[2], left_leg=[3], right_leg=[4]))
 TINY_RUN = "--width 8 --hidden 8 --layers 1"
+STACK = " --strl-layers 2 --blocks 1 --loss squared --mask-ratio 0.4 --mask-segments 2"
 
 
 def plain_normalise(x, centre: list, channels: int):
@@ -1491,12 +1538,14 @@ class MeasureTest(Case):
                     ring, distance = {w for u in ring for w in near[u]} - reached, distance + 1
             self.assertTrue(torch.equal(hops, expected))
             x, mask = torch.randn(6, 2, 3, V, 2), draw_mask(6, skeleton, ratio=0.4, generator=torch.Generator().manual_seed(0))
+            mask = torch.stack([mask, mask.flip(0), mask.roll(1, 0)], 1)  # (N, T, V): every frame has its own
             guess = train_pretrain.neighbour_mean(x, mask, hops)
-            for n in range(6):
-                visible = [v for v in range(V) if not mask[n, v]]
+            equal(train_pretrain.neighbour_mean(x[:, :, :1], mask[:, :1], hops), guess[:, :, :1])
+            for n, t in product(range(6), range(3)):
+                visible = [v for v in range(V) if not mask[n, t, v]]
                 for v in range(V):
                     best = min(expected[v, w] for w in visible)
-                    self.close(guess[n, :, :, v], torch.stack([x[n, :, :, w] for w in visible if expected[v, w] == best]).mean(0))
+                    self.close(guess[n, :, t, v], torch.stack([x[n, :, t, w] for w in visible if expected[v, w] == best]).mean(0))
 
     def test_reconstruction_errors_are_in_the_units_of_the_file(self):
         """Against loops over the masked joints of present persons; data ten times as large give errors ten times as large."""
@@ -1681,12 +1730,26 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
             self.finetune(f"{line} --epochs 1 --lr 0")
             after = torch.load("runs/finetune/finetune.pt", weights_only=True)["model"]
             for name in ("embedding.linear.weight", "encoder.layers.0.linear.weight"):
-                for own in [name] if name.startswith("emb") else [f"strl.{i}.{name}" for i in range(2)]:
+                for own in [name] if name.startswith("emb") else [f"strl.layers.{i}.{name}" for i in range(2)]:
                     self.assertEqual(torch.equal(after[own], before[name]), equal)
+
+    def test_pretrained_stack(self):
+        """Fine-tuning takes the shape of pre-trained STRL layers from their checkpoint, and refuses another; the probe freezes them."""
+        self.pretrain(f"{self.data} --epochs 1{STACK}")
+        before = torch.load("runs/pretrain/pretrain.pt", weights_only=True)["model"]
+        self.finetune("--ckpt --epochs 1 --lr 0")
+        after = torch.load("runs/finetune/finetune.pt", weights_only=True)["model"]
+        named = {name.replace("encoder", "strl", 1): value for name, value in before.items() if name.startswith("encoder.") and "running" not in name}
+        self.same({name: after[name] for name in named if "num_batches" not in name}, {n: v for n, v in named.items() if "num_batches" not in n})
+        self.assertIn("--stride 3 differs from 2", self.finetune("--ckpt --stride 3", 2))
+        self.finetune("--ckpt --linear-probe --epochs 1 --out probe")
+        after = torch.load("probe/finetune.pt", weights_only=True)["model"]
+        self.same({name: after["pretrained." + name] for name in before}, dict(before))
+        self.finetune("--ckpt probe/finetune.pt --eval-only --out probe")
 
     def test_resume_is_exact(self):
         """2 + 2 epochs equal 4, bit for bit: weights, optimiser and log; another setting is refused by name."""
-        for module, name, flags, moment in ((self.pretrain, "pretrain", "", "exp_avg"), (self.finetune, "finetune", "", "momentum_buffer"),
+        for module, name, flags, moment in ((self.pretrain, "pretrain", "", "exp_avg"), (self.pretrain, "pretrain", STACK, "exp_avg"), (self.finetune, "finetune", "", "momentum_buffer"),
                                             (self.finetune, "finetune", " --optimizer adamw", "exp_avg")):
             lines = f"{self.data} --batch-size 8 --lr 0.01{flags}"
             module(f"{lines} --epochs 4 --out whole")

@@ -61,7 +61,8 @@ class Settings(CommonSettings):
 
 
 PRETRAINED = ("width", "hidden", "layers", "motion", "bone", "score")  # what a pre-trained checkpoint decides
-FINETUNED = ("frames", "strl_layers", "blocks", "stride", "linear_probe")   # and a fine-tuned one as well
+STRL = ("frames", "strl_layers", "blocks", "stride")          # and one whose STRL layers are pre-trained as well
+FINETUNED = (*STRL, "linear_probe")                           # and a fine-tuned one
 
 
 def learning_rate(epoch: int, base: float, warmup: int, milestones: tuple) -> float:
@@ -111,7 +112,7 @@ def metrics(outputs: dict) -> dict:
 
 def take_settings(settings: Settings, given: set, source: dict):
     """A checkpoint decides its shape and, unless told otherwise, its data."""
-    fixed = set(PRETRAINED + (FINETUNED if source["kind"] == "finetune" else ()))
+    fixed = set(PRETRAINED + (FINETUNED if source["kind"] == "finetune" else STRL if source["settings"].get("strl_layers") else ()))
     its_data = {"data", "split", "layout", "test_fraction", "synthetic_size"}
     before = recorded(Settings, source, settings.ckpt, fixed | its_data)
     refuse_change(settings, before, fixed & given, settings.ckpt, "leave it out")
@@ -134,6 +135,8 @@ def build(settings: Settings, data, source: dict | None) -> tuple:
     shape |= pick("width", "hidden", "layers", "dropout", "motion", "bone")
     loaded = list(source["model"]) if source else []
     if settings.linear_probe:
+        if source:
+            shape |= {name: source["model_settings"][name] for name in ("loss", "strl") if name in source["model_settings"]}
         encoder = SkeletonMAE(**shape)
         if source and source["kind"] == "pretrain":
             encoder.load_state_dict(source["model"])
@@ -184,7 +187,7 @@ def main(argv=None):
     torch.manual_seed(settings.seed)
     try:
         model, shape, loaded = build(settings, data, source)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise Failure(f"{start or 'these settings'}: the model cannot be built ({brief(error)})") from None
     model.to(device)
     if loaded:

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from data import (Augmentation, DataError, Dataset, Loader, Sequences, brief, load, read_torch,  # before torch: it silences
                   reading)                                                                       # torch's one remark about numpy
-from skeletonmae import SkeletonMAE, draw_mask, skeleton as make_skeleton
+from skeletonmae import SkeletonMAE, skeleton as make_skeleton
 import torch
 from torch import Tensor
 
@@ -77,6 +77,11 @@ class Settings(CommonSettings):
     mask_parts: tuple = option(("right_arm", "right_leg"), "body parts to mask, with commas")
     mask_num_parts: int = option(0, "mask this many parts, drawn per sequence, instead", low=0)
     mask_ratio: float = option(0.0, "mask this share of the joints, drawn per sequence, instead", low=0, high=1)
+    mask_segments: int = option(1, "draw masks anew in each of this many segments of the frames; not the paper's", low=1, high=10_000)
+    loss: str = option("cosine", "cosine (paper Eq. 2) or squared, the squared error of positions; not the paper's", choices=("cosine", "squared"))
+    strl_layers: int = option(0, "pre-train this many STRL layers too, 3 for the classifier's; not the paper's", low=0, high=100)
+    blocks: int = option(2, "attention blocks in each STRL layer", low=0, high=100)
+    stride: int = option(2, "temporal stride between STRL layers", low=1, high=100)
     motion: bool = option(False, "motion as further input channels")
     bone: bool = option(False, "bones as further input channels")
     score: bool = option(False, "joint score as a further input channel, where the data have one")
@@ -384,10 +389,10 @@ def joint_distances(skeleton: dict) -> Tensor:
 
 
 def neighbour_mean(x: Tensor, mask: Tensor, hops: Tensor) -> Tensor:
-    """For every joint the mean of its nearest visible joints. x (N, M, T, V, C), mask (N, V) -> (N, M, T, V, C)."""
-    hops = hops.to(x.device).expand(len(mask), -1, -1).masked_fill(mask[:, None, :], float("inf"))  # (N, V to, V from)
-    nearest = (hops == hops.amin(2, keepdim=True)).to(x.dtype)
-    return (nearest / nearest.sum(2, keepdim=True))[:, None, None] @ x
+    """For every joint the mean of its nearest visible joints. x (N, M, T, V, C), mask (N, 1 or T, V) -> (N, M, T, V, C)."""
+    hops = hops.to(x.device).masked_fill(mask[:, :, None, :], float("inf"))  # (N, 1 or T, V to, V from)
+    nearest = (hops == hops.amin(3, keepdim=True)).to(x.dtype)
+    return (nearest / nearest.sum(3, keepdim=True))[:, None] @ x
 
 
 @torch.no_grad()
@@ -398,11 +403,12 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
     sums = torch.zeros(4, dtype=torch.float64)
     for step, batch in enumerate(loader.epoch()):
         x = batch.x[..., :C]
-        mask = draw_mask(len(x), model.skeleton, **model.masking, generator=torch.Generator().manual_seed(step)).to(x.device)
-        seen = (x != 0).flatten(3).any(3)[..., None] & mask[:, None, None]  # (N, M, T, V)
+        mask = model.draw(len(x), x.shape[2], torch.Generator().manual_seed(step)).to(x.device)
+        hidden = mask.view(*mask.shape[:2], -1).transpose(1, 2)               # (N, 1 or T, V)
+        seen = (x != 0).flatten(3).any(3)[..., None] & hidden[:, None]  # (N, M, T, V)
         if batch.x.shape[-1] > C:
             seen = seen & (batch.x[..., C] > 0)
-        guesses = (model.reconstruct(batch.x, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x), neighbour_mean(x, mask, hops))
+        guesses = (model.reconstruct(batch.x, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x), neighbour_mean(x, hidden, hops))
         errors = [((guess - x).norm(dim=-1) * batch.unit.view(-1, 1, 1, 1) * seen).sum() for guess in guesses]
         sums += torch.stack([*errors, seen.sum()]).double().cpu()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), (sums[:3] / sums[3].clamp(min=1)).tolist()))
@@ -432,7 +438,9 @@ def main(argv=None):
     torch.manual_seed(settings.seed)
     shape = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}
     shape |= {name: getattr(settings, name) for name in ("width", "hidden", "layers", "dropout", "beta", "mask_parts", "mask_num_parts",
-                                                         "mask_ratio", "motion", "bone")}
+                                                         "mask_ratio", "mask_segments", "loss", "motion", "bone")}
+    if settings.strl_layers:
+        shape["strl"] = {name: getattr(settings, name) for name in ("frames", "strl_layers", "blocks", "stride")} | {"persons": data.persons}
     try:
         model = SkeletonMAE(**shape).to(device)
     except ValueError as error:
@@ -454,7 +462,7 @@ def main(argv=None):
         first_epoch, log = checkpoint["epoch"] + 1, checkpoint["log"]
         if rank == 0:
             write_log(log, os.path.join(settings.out, "log.csv"))  # the run may have died between its checkpoint and its log
-    step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    step_model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=settings.strl_layers > 0) if world > 1 else model
     if settings.compile:
         step_model = torch.compile(step_model, dynamic=True)
 

@@ -428,7 +428,7 @@ def training(name: str, log: list) -> tuple:
 
 def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
     """(name of a test sequence, its coordinates x and what the pre-trained model makes of them (M, T, V, C), known (M, T, V): there
-    and seen, hidden (V,), its size in the units of the data, whether y points up), for P Fig. 6."""
+    and seen, hidden (1 or T, V), its size in the units of the data, whether y points up), for P Fig. 6."""
     was, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
     try:
         data = load(*(was[key] or None for key in ("data", "split", "layout")), was["test_fraction"], was["synthetic_size"])
@@ -443,11 +443,11 @@ def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
         raise Failure(f"no test sequence {wanted:.60}; expected a number from 0 to {len(names) - 1} or a name such as {names[0]:.60}")
     chosen = names.index(wanted) if wanted in names else int(wanted)
     batch = next(iter(Loader(data.test.subset([chosen]), skeleton, C, 1, was["frames"], False).epoch()))
-    mask = draw_mask(1, skeleton, **model.masking, generator=generator)
+    mask = model.draw(1, was["frames"], generator)
     guess, x, score = model.reconstruct(batch.x, batch.present, mask)[0][0], batch.x[0, ..., :C], batch.x[0, ..., C:]
     known = (x != 0).flatten(2).any(2)[..., None] & (score > 0).all(-1)  # where there is no score, all of none
     head, legs = (data.test.frames[::7, 0, skeleton["parts"].get(part, [0]), 1].mean() for part in ("head", "left_leg"))
-    return names[chosen], x, guess, known, mask[0], float(batch.unit), bool(head > legs or head == legs and C == 3)
+    return names[chosen], x, guess, known, mask[0].view(mask.shape[1], -1).T, float(batch.unit), bool(head > legs or head == legs and C == 3)
 
 
 def fig6(checkpoint: dict, wanted: str, seed: int) -> tuple:
@@ -457,7 +457,8 @@ def fig6(checkpoint: dict, wanted: str, seed: int) -> tuple:
     error = float((guess - x).norm(dim=-1)[known & hidden].sum() / (known & hidden).sum().clamp(min=1))
     frames = torch.linspace(0, T - 1, min(8, T)).round().long()
     view = torch.tensor([[0.9, 0], [0, -1 if up else 1], [0.44, 0]] if x.shape[-1] == 3 else [[1.0, 0], [0, -1 if up else 1]])
-    true, guess, known = (v[:, frames] for v in (x @ view, torch.where(hidden[:, None], guess, x) @ view, known))  # (M, 8, V, 2); (M, 8, V)
+    true, guess, known = (v[:, frames] for v in (x @ view, torch.where(hidden[..., None], guess, x) @ view, known))  # (M, 8, V, 2); (M, 8, V)
+    hidden = hidden.expand(T, -1)[frames]
     if not known.any():
         raise Failure(f"test sequence {name:.60} has no joint that could be drawn; choose another with --sequence")
     low, high = (true.masked_fill(~known[..., None], sign * math.inf) for sign in (1, -1))
@@ -483,7 +484,7 @@ def fig6(checkpoint: dict, wanted: str, seed: int) -> tuple:
             place = f'x="{116 * f + 4}" y="{top}" width="112" height="{height}" viewBox="-56 {-height / 2} 112 {height}"'
             body += f"<svg {place}>{people}</svg>" + text(116 * f + 60, top + height + 12, f"frame {frame + 1}", "small mid") * (row == 2)
     what = "drawn at random" if was["mask_ratio"] or was["mask_num_parts"] else ", ".join(was["mask_parts"])
-    caption = f"Test sequence {name:.60}, {len(frames)} of {T} frames; {int(hidden.sum())} of {len(hidden)} joints masked ({what}). " \
+    caption = f"Test sequence {name:.60}, {len(frames)} of {T} frames; {int(hidden[0].sum())} of {hidden.shape[1]} joints masked ({what}). " \
               f"Mean error of its masked joints: {error * unit:.3g} in the units of the data, {100 * error:.0f} % of the sequence's size " \
               "(root mean square distance of its joints from its origin)."
     return figure("paper-fig6-reconstruction", caption, 936, 3 * height + 96, body)
