@@ -3,6 +3,7 @@
     python train_pretrain.py                                           # built-in stick figures
     python train_pretrain.py --data ntu60.npz                          # supplement A: Adam 1.5e-4, batch 1024, 50 epochs
     python train_pretrain.py --data ntu60.npz --mask-ratio 0.3         # random joints instead of body parts
+    python train_pretrain.py --strl-layers 3 --loss squared --mask-ratio 0.5 --mask-segments 4   # more than the paper; see the README
     python train_pretrain.py --resume                                  # go on where runs/pretrain stopped
 
 Leaves in --out (runs/pretrain): pretrain.pt, the checkpoint that train_finetune.py --ckpt reads, and log.csv. The first half
@@ -450,6 +451,7 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
     masked = (f"{settings.mask_ratio:g} of the joints" if settings.mask_ratio else f"{settings.mask_num_parts} parts"
               if settings.mask_num_parts else ", ".join(settings.mask_parts))
+    masked += f", drawn anew in each of {settings.mask_segments} segments" * (settings.mask_segments > 1)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}; {train.steps} steps an epoch; "
         f"masked: {masked}")
     first_epoch, log = 0, []
@@ -462,7 +464,7 @@ def main(argv=None):
         first_epoch, log = checkpoint["epoch"] + 1, checkpoint["log"]
         if rank == 0:
             write_log(log, os.path.join(settings.out, "log.csv"))  # the run may have died between its checkpoint and its log
-    step_model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=settings.strl_layers > 0) if world > 1 else model
+    step_model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=settings.strl_layers > 0 and data.persons == 2) if world > 1 else model
     if settings.compile:
         step_model = torch.compile(step_model, dynamic=True)
 

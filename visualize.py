@@ -512,6 +512,7 @@ def table2(folders: tuple):
             row = "Random joints" if how["ratio"] else "Parts drawn per sequence" if how["num_parts"] else "Body parts"
             count = round(float(draw_mask(1000, skeleton, **how, generator=torch.Generator().manual_seed(0)).sum()) / 1000)
             what = " ".join(f"V{i}" for i, part in enumerate(parts) if part in how["parts"]) * (row == "Body parts")
+            what += " (STRL layers too)" * (source["settings"].get("strl_layers", 0) > 0)
         protocol = f"{os.path.basename(was['data']) or 'built-in stick figures'}{' ' * bool(was['split'])}{was['split']}, " \
                    f"{100 * was['label_fraction']:g} % of the labels{', linear probe' * was['linear_probe']}"
         cells = found.setdefault((protocol, len(skeleton["joints"])), {})
