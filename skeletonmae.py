@@ -455,8 +455,8 @@ class SkeletonMAE(nn.Module):
         else:
             self.encoder = STRLStack(adjacency, width, hidden, layers, dropout=dropout, **strl)
         self.stride = 1 if strl is None else self.encoder.stride
-        self.decoder = GraphConvolution(adjacency, hidden if strl is None else width, width)          # one graph layer (P 3.1.3) ...
-        self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))  # ... and a linear map to the targets
+        self.decoder = GraphConvolution(adjacency, hidden if strl is None else width, width)  # one graph layer (P 3.1.3) ...
+        self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))           # ... and a linear map to the targets
 
     def draw(self, num: int, frames: int, generator=None) -> Tensor:
         """Masks of `num` sequences, True is masked: (num, V), or (num, V, frames) where segments have their own."""
