@@ -348,10 +348,10 @@ class JointEmbedding(nn.Module):
         super().__init__()
         self.channels, self.motion, self.bone, self.score = channels, motion, bone, score
         V, streams = len(skeleton["joints"]), channels * (1 + motion + bone) + score
-        parents, bones, motions = bone_parents(skeleton), channels * (1 + motion), channels
+        parents, first = bone_parents(skeleton), channels * (1 + motion)  # the first bone's channel; motion comes before it
         self.register_buffer("parents", torch.tensor(parents), persistent=False)
-        self.register_buffer("is_bone", torch.tensor([bones <= i < bones + channels * bone for i in range(streams)]), persistent=False)
-        self.register_buffer("is_motion", torch.tensor([motions <= i < motions + channels * motion for i in range(streams)]), persistent=False)
+        self.register_buffer("is_bone", torch.tensor([first <= i < first + channels * bone for i in range(streams)]), persistent=False)
+        self.register_buffer("is_motion", torch.tensor([channels <= i < first for i in range(streams)]), persistent=False)
         self.register_buffer("signature", torch.tensor([channels, motion, bone, score, *parents]))  # load_pretrained compares it
         self.norm = BatchNorm(V * streams)
         self.linear = nn.Linear(streams, width)
@@ -372,8 +372,10 @@ class JointEmbedding(nn.Module):
         x = self.norm(x.permute(1, 2, 0, 3).flatten(2)).view(P, T, V, -1).permute(2, 0, 1, 3)  # statistics per joint and channel
         if mask is not None:
             mask = mask.reshape(V, P, -1, 1)  # the third dimension is 1 where all frames share a mask
-            next_frame = torch.cat([mask[:, :, 1:], mask[:, :, -1:]], 2)
-            x = x.masked_fill((mask | mask[self.parents]) & self.is_bone | (mask | next_frame) & self.is_motion, 0)
+            if self.bone:
+                x = x.masked_fill((mask | mask[self.parents]) & self.is_bone, 0)
+            if self.motion and mask.shape[2] > 1:  # the motion into a masked frame; a masked joint's own is replaced below
+                x = x.masked_fill(F.pad(mask[:, :, 1:], (0, 0, 0, 1)) & self.is_motion, 0)
         h = self.linear(x)
         if mask is not None:
             h = torch.where(mask, self.mask_token.to(h.dtype), h)
@@ -406,21 +408,29 @@ def persons_of(x: Tensor, channels: int, present: Tensor | None) -> Packing:
 
 # ---------------------------------------------------------------------------------------------- pre-training
 
+def selected_mean(error: Tensor, selected: Tensor) -> Tensor:
+    """Mean of the errors where selected, 0 where none is. Both of one shape."""
+    selected = selected.to(error.dtype)
+    return (error * selected).sum() / selected.sum().clamp(min=1)
+
+
 def reweighted_cosine_error(prediction: Tensor, target: Tensor, selected: Tensor, beta: float = 2.0) -> Tensor:
     """P Eq. 2: mean over the selected (masked) joints of (1 - cos(prediction, target))^beta.
 
     prediction, target: (..., F); selected: bool (...). No vector is divided by zero: an all-zero one has cosine 0.
     """
     cosine = F.cosine_similarity(prediction.float(), target.float(), dim=-1)
-    error = (1 - cosine).clamp(min=0) ** beta
-    selected = selected.to(error.dtype)
-    return (error * selected).sum() / selected.sum().clamp(min=1)
+    return selected_mean((1 - cosine).clamp(min=0) ** beta, selected)
 
 
 def squared_error(prediction: Tensor, target: Tensor, selected: Tensor) -> Tensor:
     """Mean over the selected joints of |prediction - target|^2. Shapes as for reweighted_cosine_error. Ours, not the paper's."""
-    error, selected = (prediction.float() - target.float()).square().sum(-1), selected.float()
-    return (error * selected).sum() / selected.sum().clamp(min=1)
+    return selected_mean((prediction.float() - target.float()).square().sum(-1), selected)
+
+
+def mask_of_frames(mask: Tensor) -> Tensor:
+    """A mask (N, V) of all frames, or (N, V, T) -> (N, 1 or T, V), frames before joints as in (N, M, T, V, C)."""
+    return mask.view(*mask.shape[:2], -1).transpose(1, 2)
 
 
 class SkeletonMAE(nn.Module):
@@ -451,12 +461,12 @@ class SkeletonMAE(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
         if strl is None:
-            self.encoder = GraphEncoder(adjacency, width, hidden, layers, dropout)
+            self.encoder, self.stride, encoded = GraphEncoder(adjacency, width, hidden, layers, dropout), 1, hidden
         else:
             self.encoder = STRLStack(adjacency, width, hidden, layers, dropout=dropout, **strl)
-        self.stride = 1 if strl is None else self.encoder.stride
-        self.decoder = GraphConvolution(adjacency, hidden if strl is None else width, width)  # one graph layer (P 3.1.3) ...
-        self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))           # ... and a linear map to the targets
+            self.stride, encoded = self.encoder.stride, width
+        self.decoder = GraphConvolution(adjacency, encoded, width)                   # one graph layer (P 3.1.3) ...
+        self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))  # ... and a linear map to the targets
 
     def draw(self, num: int, frames: int, generator=None) -> Tensor:
         """Masks of `num` sequences, True is masked: (num, V), or (num, V, frames) where segments have their own."""
@@ -483,7 +493,7 @@ class SkeletonMAE(nn.Module):
         if mask is None:
             mask = self.draw(len(x), x.shape[2])
         mask = mask.to(x.device, non_blocking=True)
-        packed, hidden = packing.pack(x), mask.view(*mask.shape[:2], -1)[packing.sequence].transpose(0, 1)  # (V, P, T, C), (V, P, 1 or T)
+        packed, hidden = packing.pack(x), mask_of_frames(mask)[packing.sequence].permute(2, 0, 1)  # (V, P, T, C), (V, P, 1 or T)
         prediction = self.head(self.decoder(self.encode(packed, packing, hidden))).float()
         prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :x.shape[2]]  # every output frame predicts `stride`
         target = torch.cat([packed[..., :C] / self.scale, torch.ones_like(packed[..., :1])], -1)
@@ -509,7 +519,7 @@ class SkeletonMAE(nn.Module):
         _, prediction, mask = self.eval()(x, present, mask)
         self.train(training)
         position = self.scale * prediction[..., :C] / prediction[..., C:].clamp(min=1e-2)
-        joints = torch.where(mask.view(*mask.shape[:2], -1).transpose(1, 2)[:, None, ..., None], position, x[..., :C])
+        joints = torch.where(mask_of_frames(mask)[:, None, ..., None], position, x[..., :C])
         return joints * present.to(x.device)[..., None, None, None], mask
 
 

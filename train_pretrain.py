@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from data import (Augmentation, DataError, Dataset, Loader, Sequences, brief, load, read_torch,  # before torch: it silences
                   reading)                                                                       # torch's one remark about numpy
-from skeletonmae import SkeletonMAE, skeleton as make_skeleton
+from skeletonmae import SkeletonMAE, mask_of_frames, skeleton as make_skeleton
 import torch
 from torch import Tensor
 
@@ -79,7 +79,7 @@ class Settings(CommonSettings):
     mask_num_parts: int = option(0, "mask this many parts, drawn per sequence, instead", low=0)
     mask_ratio: float = option(0.0, "mask this share of the joints, drawn per sequence, instead", low=0, high=1)
     mask_segments: int = option(1, "draw masks anew in each of this many segments of the frames; not the paper's", low=1, high=10_000)
-    loss: str = option("cosine", "cosine (paper Eq. 2) or squared, the squared error of positions; not the paper's", choices=("cosine", "squared"))
+    loss: str = option("cosine", "cosine (paper Eq. 2) or squared, of positions; not the paper's", choices=("cosine", "squared"))
     strl_layers: int = option(0, "pre-train this many STRL layers too, 3 for the classifier's; not the paper's", low=0, high=100)
     blocks: int = option(2, "attention blocks in each STRL layer", low=0, high=100)
     stride: int = option(2, "temporal stride between STRL layers", low=1, high=100)
@@ -405,11 +405,12 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
     for step, batch in enumerate(loader.epoch()):
         x = batch.x[..., :C]
         mask = model.draw(len(x), x.shape[2], torch.Generator().manual_seed(step)).to(x.device)
-        hidden = mask.view(*mask.shape[:2], -1).transpose(1, 2)               # (N, 1 or T, V)
+        hidden = mask_of_frames(mask)
         seen = (x != 0).flatten(3).any(3)[..., None] & hidden[:, None]  # (N, M, T, V)
         if batch.x.shape[-1] > C:
             seen = seen & (batch.x[..., C] > 0)
-        guesses = (model.reconstruct(batch.x, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x), neighbour_mean(x, hidden, hops))
+        guesses = (model.reconstruct(batch.x, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x),
+                   neighbour_mean(x, hidden, hops))
         errors = [((guess - x).norm(dim=-1) * batch.unit.view(-1, 1, 1, 1) * seen).sum() for guess in guesses]
         sums += torch.stack([*errors, seen.sum()]).double().cpu()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), (sums[:3] / sums[3].clamp(min=1)).tolist()))
@@ -441,7 +442,8 @@ def main(argv=None):
     shape |= {name: getattr(settings, name) for name in ("width", "hidden", "layers", "dropout", "beta", "mask_parts", "mask_num_parts",
                                                          "mask_ratio", "mask_segments", "loss", "motion", "bone")}
     if settings.strl_layers:
-        shape["strl"] = {name: getattr(settings, name) for name in ("frames", "strl_layers", "blocks", "stride")} | {"persons": data.persons}
+        shape["strl"] = {"persons": data.persons}
+        shape["strl"] |= {name: getattr(settings, name) for name in ("frames", "strl_layers", "blocks", "stride")}
     try:
         model = SkeletonMAE(**shape).to(device)
     except ValueError as error:
@@ -464,7 +466,10 @@ def main(argv=None):
         first_epoch, log = checkpoint["epoch"] + 1, checkpoint["log"]
         if rank == 0:
             write_log(log, os.path.join(settings.out, "log.csv"))  # the run may have died between its checkpoint and its log
-    step_model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=settings.strl_layers > 0 and data.persons == 2) if world > 1 else model
+    step_model = model
+    if world > 1:  # a batch without two persons in one sequence does not use the STRL layers' W_other
+        unused = settings.strl_layers > 0 and data.persons == 2
+        step_model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
     if settings.compile:
         step_model = torch.compile(step_model, dynamic=True)
 

@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 
 from data import Loader, brief, load  # before torch: it silences torch's one remark about numpy
-from skeletonmae import SkeletonMAE, draw_mask
+from skeletonmae import SkeletonMAE, draw_mask, mask_of_frames
 from train_pretrain import Failure, option, parse, read_checkpoint, run, write_atomically
 import torch
 from torch import Tensor
@@ -447,7 +447,7 @@ def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
     guess, x, score = model.reconstruct(batch.x, batch.present, mask)[0][0], batch.x[0, ..., :C], batch.x[0, ..., C:]
     known = (x != 0).flatten(2).any(2)[..., None] & (score > 0).all(-1)  # where there is no score, all of none
     head, legs = (data.test.frames[::7, 0, skeleton["parts"].get(part, [0]), 1].mean() for part in ("head", "left_leg"))
-    return names[chosen], x, guess, known, mask[0].view(mask.shape[1], -1).T, float(batch.unit), bool(head > legs or head == legs and C == 3)
+    return names[chosen], x, guess, known, mask_of_frames(mask)[0], float(batch.unit), bool(head > legs or head == legs and C == 3)
 
 
 def fig6(checkpoint: dict, wanted: str, seed: int) -> tuple:
@@ -512,7 +512,7 @@ def table2(folders: tuple):
             row = "Random joints" if how["ratio"] else "Parts drawn per sequence" if how["num_parts"] else "Body parts"
             count = round(float(draw_mask(1000, skeleton, **how, generator=torch.Generator().manual_seed(0)).sum()) / 1000)
             what = " ".join(f"V{i}" for i, part in enumerate(parts) if part in how["parts"]) * (row == "Body parts")
-            what += " (STRL layers too)" * (source["settings"].get("strl_layers", 0) > 0)
+            what += " (STRL layers too)" * bool(source["settings"].get("strl_layers"))
         protocol = f"{os.path.basename(was['data']) or 'built-in stick figures'}{' ' * bool(was['split'])}{was['split']}, " \
                    f"{100 * was['label_fraction']:g} % of the labels{', linear probe' * was['linear_probe']}"
         cells = found.setdefault((protocol, len(skeleton["joints"])), {})
