@@ -171,15 +171,16 @@ def as_image(x: Tensor) -> Tensor:
 
 
 class NormPReLU(torch.autograd.Function):
-    """PReLU(batch norm(x)) in one step that keeps x alone for its backward, not the normalised values too: a third less
-    memory, and a PReLU gradient in 25 ms where torch takes 65 ms (69,632 x 256, 2 cores). Same values, same gradients."""
+    """PReLU(batch norm(x)) in one step that keeps x alone for its backward, not the normalised values too: a third less memory, and
+    fewer passes over it: backward in 41 ms where torch's own PReLU alone takes 57 (69,632 x 256, 2 cores). Same values, same
+    gradients. For the CPU: it reads the slope as a number, which would halt a GPU."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, variance, training, momentum, eps, slope):
         u, batch_mean, inverse_std = torch.native_batch_norm(as_image(x), weight, bias, mean, variance, training, momentum, eps)
         ctx.save_for_backward(x, weight, bias, mean, variance, batch_mean, inverse_std, slope)
         ctx.training, ctx.eps = training, eps
-        return F.prelu(u, slope.to(u.dtype)).permute(0, 2, 3, 1).reshape(x.shape)
+        return F.leaky_relu_(u, float(slope)).permute(0, 2, 3, 1).reshape(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
@@ -187,10 +188,8 @@ class NormPReLU(torch.autograd.Function):
         m, s = (batch_mean, inverse_std) if ctx.training else (mean, (variance + ctx.eps).rsqrt())
         gain = weight * s
         u = torch.addcmul((bias - m * gain).to(x.dtype), x, gain.to(x.dtype))
-        positive = torch.ops.aten.threshold_backward(grad, u, 0)  # the gradient where u > 0, else 0
-        negative = grad - positive
-        grad_slope = torch.linalg.vecdot(negative.flatten(), u.flatten()).to(slope.dtype).view(1)
-        grad_u = positive.addcmul_(negative, slope.to(x.dtype))
+        grad_u = torch.ops.aten.leaky_relu_backward(grad, u, float(slope), False)
+        grad_slope = torch.linalg.vecdot(grad.flatten(), u.clamp_(max=0).flatten()).to(slope.dtype).view(1)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             as_image(grad_u), as_image(x), weight, mean, variance, batch_mean, inverse_std, ctx.training, ctx.eps, [True] * 3)
         return grad_x.permute(0, 2, 3, 1).reshape(x.shape), grad_weight, grad_bias, None, None, None, None, None, grad_slope
@@ -203,7 +202,7 @@ class GraphConvolution(nn.Module):
         super().__init__()
         self.register_buffer("adjacency", adjacency, persistent=False)
         self.linear = nn.Linear(width_in, width_out, bias=False)
-        self.norm, self.activation = BatchNorm(width_out), nn.PReLU()  # applied together by NormPReLU
+        self.norm, self.activation = BatchNorm(width_out), nn.PReLU()  # on a CPU applied together by NormPReLU
 
     def aggregate(self, h: Tensor) -> Tensor:
         return (self.adjacency @ h.reshape(h.shape[0], -1)).view(h.shape)  # every joint sums its neighbours, (V, V) x (V, ...)
@@ -214,6 +213,8 @@ class GraphConvolution(nn.Module):
         else:
             h = self.aggregate(self.linear(h))
         norm = self.norm
+        if h.is_cuda or torch.compiler.is_compiling():  # torch's own two steps: no waiting on a GPU, and the compiler fuses them
+            return self.activation(norm(h))
         if self.training:
             norm.num_batches_tracked.add_(1)
         return NormPReLU.apply(h, norm.weight, norm.bias, norm.running_mean, norm.running_var, self.training, norm.momentum, norm.eps,
@@ -454,6 +455,8 @@ class SkeletonMAE(nn.Module):
                  motion: bool = False, bone: bool = False, score: bool = False, loss: str = "cosine", mask_segments: int = 1,
                  strl: dict | None = None):
         super().__init__()
+        if loss not in ("cosine", "squared"):
+            raise ValueError(f"unknown loss {loss}; expected cosine or squared")
         self.skeleton, self.channels, self.beta, self.loss, self.segments = skeleton, channels, beta, loss, mask_segments
         self.masking = dict(parts=tuple(mask_parts), num_parts=mask_num_parts, ratio=mask_ratio)
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))

@@ -303,12 +303,14 @@ class SkeletonTest(Seeded):
             self.assertEqual(change, [3, 5, 8])  # frames 0 to 2, 3 and 4, 5 to 7, 8 and 9
 
     def test_mask_refused(self):
-        """Never all joints and never none (METHOD); an unknown part is answered with the known ones, when the model is built."""
+        """Never all joints and never none (METHOD); an unknown part or loss is answered with the known ones, when the model is built."""
         for how in (dict(ratio=1.0), dict(ratio=0.01), dict(ratio=-0.5), dict(num_parts=6), dict(num_parts=7), dict(num_parts=-1),
                     dict(parts=list(COCO["parts"])), dict(parts=())):
             self.assertRaises(ValueError, draw_mask, 2, COCO, **how)
         with self.assertRaisesRegex(ValueError, "right_arm, right_leg.*trunk, head, left, right"):
             SkeletonMAE(STAR, 2)
+        with self.assertRaisesRegex(ValueError, "mse; expected cosine or squared"):
+            SkeletonMAE(COCO, 2, loss="mse")
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -330,11 +332,14 @@ class LayerTest(Seeded):
         self.assertFalse([name for name in [*model.state_dict(), *dict(model.named_parameters())] if "adjacency" in name])
 
     def test_graph_convolution(self):
-        """S Eq. 1 against loops over edges, F.batch_norm, F.prelu: output, gradients, running statistics; finite differences."""
-        for (width_in, width_out), training in product(((3, 6), (6, 3), (4, 4)), (True, False)):
+        """S Eq. 1 against loops over edges, F.batch_norm, F.prelu: output, gradients, running statistics; finite differences. Both of
+        the CPU's way and of a GPU's and the compiler's."""
+        for (width_in, width_out), training, torchs in product(((3, 6), (6, 3), (4, 4)), (True, False), (True, False)):
             layer, x = shaken(GraphConvolution(self.adjacency, width_in, width_out)).train(training), torch.randn(5, 2, 3, width_in)
             plain, direction = copy.deepcopy(layer), torch.randn(5, 2, 3, width_out)
-            ours, expected = layer(x.requires_grad_()), plain_graph_layer(plain, x, STAR["edges"], training)
+            with unittest.mock.patch("torch.compiler.is_compiling", lambda: torchs):
+                ours, expected = layer(x.requires_grad_()), plain_graph_layer(plain, x, STAR["edges"], training)
+            self.assertEqual("NormPReLU" in str(ours.grad_fn.next_functions) + str(ours.grad_fn), not torchs)
             close(ours, expected)
             close(gradients(layer, x, ours, direction), gradients(plain, x, expected, direction))
             close(statistics(layer), statistics(plain))
