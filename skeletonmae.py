@@ -287,12 +287,12 @@ class TemporalPooling(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         V, P, T, D = h.shape
-        x = F.relu(self.reduce_norm(self.reduce(h)))
+        x = F.relu_(self.reduce_norm(self.reduce(h)))
         near, far, largest, same = x.view(V * P, 1, T, D).permute(0, 3, 1, 2).chunk(4, 1)  # each (V P, D/4, 1, T), channels last
         x = torch.cat([self.near(near), self.far(far), F.max_pool2d(largest, (1, 3), (1, self.stride), (0, 1)),
                        same[..., ::self.stride]], 1)
         x = x.permute(0, 2, 3, 1).reshape(V, P, -1, D)
-        return F.relu(self.norm(x) + h[:, :, ::self.stride])
+        return F.relu_(self.norm(x) + h[:, :, ::self.stride])
 
 
 # ---------------------------------------------------------------------------------------------- persons
@@ -566,7 +566,7 @@ class STRL(nn.Module):
             other_tokens, other_h = (tokens, h) if previous is None else previous
             other = packing.swap(concat_linear(other_tokens[two], other_h[:, two], self.other.weight))
             mixed = torch.cat([mixed[:, two] + other, mixed[:, 2 * packing.pairs:]], 1)
-        out = self.pool(F.relu(self.norm(mixed) + self.residual(h)))
+        out = self.pool(F.relu_(self.norm(mixed) + self.residual(h)))
         stride = self.pool.stride
         return out, (tokens[:, ::stride], h[:, :, ::stride])
 
