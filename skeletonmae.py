@@ -561,7 +561,7 @@ class STRL(nn.Module):
         where SM of this one stands in. Returns (h (V, P, T / stride, D), this layer's SM at the same frames)."""
         tokens = self.attention(self.token_norm(self.encoder(h).sum(0)))  # (P, T, H)
         mixed = concat_linear(tokens, h, self.own.weight)
-        if self.other is not None and packing.pairs:
+        if self.other is not None:
             two = slice(0, 2 * packing.pairs)
             other_tokens, other_h = (tokens, h) if previous is None else previous
             other = packing.swap(concat_linear(other_tokens[two], other_h[:, two], self.other.weight))
@@ -612,6 +612,7 @@ class SkeletonClassifier(nn.Module):
         self.skeleton, self.channels, self.persons = skeleton, channels, persons
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
+        self.embedding.mask_token.requires_grad_(False)  # nothing is masked here
         self.strl = STRLStack(adjacency, width, hidden, layers, persons, frames, strl_layers, blocks, heads, ratio, stride, dropout,
                               attention_dropout)
         self.hidden_layer = nn.Sequential(nn.Linear(2 * width, 2 * hidden), nn.ReLU(), nn.Dropout(head_dropout))

@@ -549,6 +549,14 @@ class FinetuningTest(Seeded):
         with self.assertRaisesRegex(ValueError, "sequence 1 "):
             Packing(torch.tensor([[True, False], [False, False]]), "cpu")
 
+    def test_every_parameter_takes_part(self):
+        """Whoever is present in a batch, each parameter that is trained gets a gradient: several processes wait for all of them."""
+        strl = dict(persons=2, frames=4, strl_layers=2, blocks=1)
+        for model, absent in product((tiny_mae(), tiny_mae(strl=strl), tiny_classifier(STAR, 2, 3, persons=2)), ([], [(0, 1), (1, 0)])):
+            out = model(people(2, 2, 4, 5, 2, absent=absent))
+            (out[0] if isinstance(model, SkeletonMAE) else out.square().sum()).backward()
+            self.assertEqual([name for name, p in model.named_parameters() if p.requires_grad == (p.grad is None)], [])
+
     def test_shapes_are_checked(self):
         """Another number of axes, joints, coordinates or persons is a ValueError that names the expected shape."""
         for model, shape in ((tiny_mae(), (2, 4, 5, 2)), (tiny_mae(), (2, 3, 4, 5, 2)), (tiny_mae(), (2, 1, 4, 6, 2)),
@@ -1648,7 +1656,7 @@ class ScriptTest(ScriptCase):
         """Two processes share every batch: one of them prints and writes, their weights are equal to the last bit, the losses follow
         those of one process, and --resume goes on; pre-training and fine-tuning."""
         program = """
-import os, sys, torch, {script} as script
+import os, sys, {script} as script, torch
 made = []
 class Kept(script.{model}):
     def __init__(self, *args, **options):
@@ -1671,7 +1679,7 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                                          stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2",
                                          "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "PYTHONPATH": os.path.dirname(data.__file__)}) for rank in (0, 1)]
                 said = [job.communicate() for job in jobs]
-                self.assertEqual([job.returncode for job in jobs], [0, 0], said)
+                self.assertEqual([(job.returncode, errors) for job, (_, errors) in zip(jobs, said)], [(0, "")] * 2)
                 self.assertEqual((said[1][0], said[0][0].count("epoch 2/2") + said[0][0].count("epoch 3/3")), ("", 1))
                 self.same(*(torch.load(f"{rank}.weights", weights_only=True) for rank in (0, 1)))
             losses = []

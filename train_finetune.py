@@ -227,7 +227,7 @@ def main(argv=None):
         first_epoch, log = resumed["epoch"] + 1, resumed["log"]
         if rank == 0:
             write_log(log, os.path.join(settings.out, "log.csv"))
-    step_model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+    step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if settings.compile:
         step_model = torch.compile(step_model, dynamic=True)
 

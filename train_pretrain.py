@@ -466,10 +466,7 @@ def main(argv=None):
         first_epoch, log = checkpoint["epoch"] + 1, checkpoint["log"]
         if rank == 0:
             write_log(log, os.path.join(settings.out, "log.csv"))  # the run may have died between its checkpoint and its log
-    step_model = model
-    if world > 1:  # a batch without two persons in one sequence does not use the STRL layers' W_other
-        unused = settings.strl_layers > 0 and data.persons == 2
-        step_model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+    step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if settings.compile:
         step_model = torch.compile(step_model, dynamic=True)
 
