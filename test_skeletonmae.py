@@ -553,6 +553,7 @@ class FinetuningTest(Seeded):
         """Whoever is present in a batch, each parameter that is trained gets a gradient: several processes wait for all of them."""
         strl = dict(persons=2, frames=4, strl_layers=2, blocks=1)
         for model, absent in product((tiny_mae(), tiny_mae(strl=strl), tiny_classifier(STAR, 2, 3, persons=2)), ([], [(0, 1), (1, 0)])):
+            model.zero_grad()
             out = model(people(2, 2, 4, 5, 2, absent=absent))
             (out[0] if isinstance(model, SkeletonMAE) else out.square().sum()).backward()
             self.assertEqual([name for name, p in model.named_parameters() if p.requires_grad == (p.grad is None)], [])
