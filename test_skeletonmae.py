@@ -1392,6 +1392,15 @@ class AugmentationTest(Case):
         pose = torch.eye(C).repeat(len(x), 1, 1), torch.zeros(len(x), C), torch.ones(len(x))
         return Augmentation(**settings)(x, self.there[..., 0, 0], pose, skeleton, self.draw)
 
+    def test_matrix_products(self):
+        """The CPU's and a GPU's way of multiplying, against torch.einsum."""
+        class OnGPU(torch.Tensor):
+            is_cuda = True
+
+        a, b = torch.randn(5, 3, 4), torch.randn(5, 4, 7)
+        for first in (a, a.as_subclass(OnGPU)):
+            close(data.compose(first, b), torch.einsum("nij,njk->nik", a, b))
+
     def test_off_by_default(self):
         """Without settings nothing changes, and whatever is on, zeros stay zero and the score passes through."""
         self.assertTrue(torch.equal(self.change(self.x), self.x))
