@@ -76,7 +76,6 @@ class Sequences:
     there: Tensor     # (F, M) bool: who is there in which frame
     names: list       # (N,) for messages
     pose: tuple = ()  # see find_pose: what takes each sequence to its normalised form, found once, by load
-    stretch: bool = False  # see stretched: the last step of normalisation, if asked for
 
     def __len__(self) -> int:
         return len(self.start)
@@ -575,9 +574,8 @@ def load_skeleton(layout: str) -> dict:
 
 
 def load(path: str | None = None, split: str | None = None, layout: str | None = None, test_fraction: float = 0.2,
-         synthetic_size: int = 1600, stretch: bool = False) -> Dataset:
+         synthetic_size: int = 1600) -> Dataset:
     """Reads a data set by what the file is, checks all of it, and finds its layout. Without a path: the built-in stick figures.
-    stretch: batches of it are `stretched`.
 
     Raises DataError for what is in the file, OSError for the file itself.
     """
@@ -607,7 +605,7 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     first = int(labels.min())  # labels that do not start at 0 are shifted
     for half in (train, test):
         half.label = half.label - first
-        half.pose, half.stretch = find_poses(half, skeleton, C), stretch
+        half.pose = find_poses(half, skeleton, C)
     return Dataset(train, test, layout, skeleton, C, score, list(range(first, int(labels.max()) + 1)), note)
 
 
@@ -707,26 +705,13 @@ def find_batch_pose(x: Tensor, there: Tensor, skeleton: dict, channels: int) -> 
     return find_pose(x.transpose(1, 2).flatten(0, 1), there.transpose(1, 2).flatten(0, 1), owner, len(x), skeleton, channels)
 
 
-def stretched(x: Tensor, there: Tensor, channels: int) -> tuple:
-    """Each axis of every sequence of a batch x (N, M, T, V, C [+ score]), there (N, M, T), from -1 to 1 over its persons and frames:
-    how wide, high and deep a movement is no longer matters. Returns (x, half of what each axis spanned (N, C))."""
-    absent, planes = ~there[:, None, ..., None], x[..., :channels].movedim(4, 1)  # (N, 1, M, T, 1), (N, C, M, T, V)
-    low, high = planes.masked_fill(absent, math.inf).amin((2, 3, 4)), planes.masked_fill(absent, -math.inf).amax((2, 3, 4))
-    half = ((high - low) / 2).clamp(min=1e-6)
-    return place(x, there, torch.diag_embed(1 / half), ((low + high) / 2).nan_to_num()), half
-
-
-def normalise(x: Tensor, skeleton: dict, channels: int, stretch: bool = False) -> tuple:
-    """Raw whole sequences x (N, M, T, V, C [+ score]) centred, scaled, and in 3D turned to face the viewer, as find_pose describes,
-    and `stretched` if asked for; sample frames after it, for it sees all of them. Persons and frames that are all zero stay zero.
-    Returns (x, origin (N, C), unit (N,), or (N, C) for the axes of what was stretched)."""
+def normalise(x: Tensor, skeleton: dict, channels: int) -> tuple:
+    """Raw whole sequences x (N, M, T, V, C [+ score]) centred, scaled, and in 3D turned to face the viewer, as find_pose describes;
+    sample frames after it, for it sees all of them. Persons and frames that are all zero stay zero.
+    Returns (x, origin (N, C), unit (N,))."""
     there = (x[..., :channels] != 0).flatten(3).any(3)
     linear, origin, unit = find_batch_pose(x, there, skeleton, channels)
-    x = place(x, there, linear, origin)
-    if stretch:
-        x, half = stretched(x, there, channels)
-        unit = unit[:, None] * half
-    return x, origin, unit
+    return place(x, there, linear, origin), origin, unit
 
 
 @dataclass(frozen=True)
@@ -774,7 +759,7 @@ class Batch:
     x: Tensor        # (N, M, T, V, C), or C + 1 with the joint score last, normalised
     label: Tensor    # (N,)
     present: Tensor  # (N, M) bool, on the CPU
-    unit: Tensor     # (N,), or (N, C) for the axes of what was stretched: x times unit is in the units of the file
+    unit: Tensor     # (N,): x times unit is in the units of the file
     index: Tensor    # (N,) which sequences these are, on the CPU
 
 
@@ -835,11 +820,7 @@ class Loader:
             x = self.augmentation(x, there, pose, self.skeleton, generator)       # (N, M, T, V, C)
         else:
             x = place(x, there, *pose[:2])
-        unit = pose[2]
-        if data.stretch:
-            x, half = stretched(x, there, self.channels)
-            unit = unit[:, None] * half
-        return Batch(x, data.label[here], data.present[index], unit, index)
+        return Batch(x, data.label[here], data.present[index], pose[2], index)
 
 
 # ---------------------------------------------------------------------------------------------- built-in stick figures

@@ -47,7 +47,6 @@ class CommonSettings:
     test_fraction: float = option(0.2, "share of test sequences where a pickle has no split", low=0, high=1)
     synthetic_size: int = option(1600, "how many stick figures the built-in set has", low=32, high=1_000_000)
     frames: int = option(64, "T, frames sampled from each sequence", low=2, high=10_000)
-    stretch: bool = option(False, "each axis of a sequence from -1 to 1, after augmentation")
     rotation: float = option(None, "3D: random rotation in degrees to either side; default: what suits the data", low=0, high=180)
     scaling: float = option(None, "random scaling of each axis by up to this; default: what suits the data", low=0, high=0.9)
     shift: float = option(None, "random shift in body units; default: what suits the data", low=0)
@@ -216,8 +215,7 @@ def keep_freed_memory():
 
 
 def read_data(settings: CommonSettings) -> Dataset:
-    return load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.synthetic_size,
-                settings.stretch)
+    return load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.synthetic_size)
 
 
 def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
@@ -413,8 +411,7 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
             seen = seen & (batch.x[..., C] > 0)
         guesses = (model.reconstruct(batch.x, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x),
                    neighbour_mean(x, hidden, hops))
-        unit = batch.unit.view(len(x), 1, 1, 1, -1)
-        errors = [(((guess - x) * unit).norm(dim=-1) * seen).sum() for guess in guesses]
+        errors = [((guess - x).norm(dim=-1) * batch.unit.view(-1, 1, 1, 1) * seen).sum() for guess in guesses]
         sums += torch.stack([*errors, seen.sum()]).double().cpu()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), (sums[:3] / sums[3].clamp(min=1)).tolist()))
 
