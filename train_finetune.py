@@ -27,7 +27,7 @@ from torch import Tensor
 @dataclass
 class Settings(CommonSettings):
     """Fine-tuning; the defaults are supplement A."""
-    ckpt: str = option("", "pre-trained checkpoint; without a value the newest runs/*/pretrain.pt; left out: random weights", bare="newest")
+    ckpt: str = option("", "pre-trained checkpoint; without a value the newest runs/*/pretrain.pt; left out: random weights", nargs="?", const="newest")
     out: str = option("runs/finetune", "folder for checkpoint, log and test outputs")
     epochs: int = option(110, "supplement A: 110", low=1)
     batch_size: int = option(128, "supplement A: 128", low=2)
@@ -137,7 +137,7 @@ def build(settings: Settings, data, source: dict | None) -> tuple:
     if settings.linear_probe:
         if source:
             shape |= {name: source["model_settings"][name] for name in ("loss", "strl") if name in source["model_settings"]}
-        encoder = SkeletonMAE(**shape)
+        encoder = SkeletonMAE(**shape, mask_ratio=0.5)  # it masks nothing, but the default parts may not exist
         if source and source["kind"] == "pretrain":
             encoder.load_state_dict(source["model"])
         model = LinearProbe(encoder, len(data.classes))

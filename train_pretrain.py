@@ -10,6 +10,7 @@ Leaves in --out (runs/pretrain): pretrain.pt, the checkpoint that train_finetune
 of this file is what both scripts share; training itself is `main`, read top to bottom.
 """
 import argparse
+import contextlib
 import csv
 import ctypes
 import difflib
@@ -21,7 +22,6 @@ import signal
 import sys
 import tempfile
 import time
-import typing
 from dataclasses import asdict, dataclass, field, fields
 
 from data import (Augmentation, DataError, Dataset, Loader, Sequences, brief, load, read_torch,  # before torch: it silences
@@ -112,14 +112,10 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
         convert.__name__ = kind.__name__
         return convert
 
-    def several(default):
-        kind = type(default[0]) if default else str
+    def several(kind):
         def convert(text):
-            try:
-                return tuple(kind(part.strip()) for part in text.split(","))
-            except ValueError:
-                example = ",".join(map(str, default))
-                raise argparse.ArgumentTypeError(f"{text} is no list; expected values with commas, as in {example}") from None
+            return tuple(kind(part.strip()) for part in text.split(","))
+        convert.__name__ = f"comma-separated {kind.__name__}"  # argparse names it where a ValueError leaves it
         return convert
 
     class Parser(argparse.ArgumentParser):
@@ -128,16 +124,15 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
 
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    types = typing.get_type_hints(settings)
     for f in fields(settings):
-        kind, default = types[f.name], ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        if kind is bool:
-            extra = {"action": argparse.BooleanOptionalAction}
-        elif kind is str:
-            extra = {"choices": f.metadata.get("choices")} | ({"nargs": "?", "const": f.metadata["bare"]} if "bare" in f.metadata else {})
-        else:
-            extra = {"type": several(f.default) if kind is tuple else number(kind, *bounds(f)),
-                     "metavar": "A,B" if kind is tuple else kind.__name__.upper()}
+        default = ",".join(map(str, f.default)) if f.type is tuple else f.default
+        extra = {key: f.metadata[key] for key in ("choices", "nargs", "const") if key in f.metadata}
+        if f.type is bool:
+            extra |= {"action": argparse.BooleanOptionalAction}
+        elif f.type is tuple and "nargs" not in f.metadata:
+            extra |= {"type": several(type(f.default[0]) if f.default else str), "metavar": "A,B"}
+        elif f.type in (int, float):
+            extra |= {"type": number(f.type, *bounds(f)), "metavar": f.type.__name__.upper()}
         text = f.metadata["help"].replace("%", "%%") + (f" (default {default})" if default not in ("", None) else "")
         parser.add_argument("--" + flag(f.name), help=text, **extra)
     given, unknown = parser.parse_known_args(argv)
@@ -183,8 +178,10 @@ def set_up(settings: CommonSettings) -> tuple:
     tempfile.TemporaryFile(dir=settings.out).close()
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = settings.device
-    if name == "auto":
-        name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" or name == "auto" and torch.cuda.is_available():
+        name = f"cuda:{local}"
+    elif name == "auto":
+        name = "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -293,10 +290,10 @@ def read_checkpoint(path: str, kinds: tuple) -> dict:
 
 def recorded(settings: type, checkpoint: dict, path: str, names=None) -> dict:
     """What the run that wrote a checkpoint was set to, of all settings or these; refused where no command line can have set it so."""
-    types, before = typing.get_type_hints(settings), {}
+    before = {}
     for f in fields(settings):
         if names is None or f.name in names:
-            value, kind, low, high = checkpoint["settings"].get(f.name, f.default), types[f.name], *bounds(f)
+            value, kind, low, high = checkpoint["settings"].get(f.name, f.default), f.type, *bounds(f)
             if kind in (int, float):
                 right = type(value) in (int, kind) and low <= value <= high
             elif kind is tuple:
@@ -321,7 +318,7 @@ def resume_settings(settings: type, given: set, asked, checkpoint: dict, path: s
     free = {"epochs", "resume", "out", "workers", "device", "eval_every"}
     before = recorded(settings, checkpoint, path)
     refuse_change(asked, before, given - free, path, "resume without it, or start anew with another --out")
-    return settings(**{**before, **{name: getattr(asked, name) for name in (given & free) | {"resume"}}})
+    return settings(**{**before, **{name: getattr(asked, name) for name in (given & free) | {"resume", "out"}}})
 
 
 # ---------------------------------------------------------------------------------------------- progress
@@ -400,18 +397,19 @@ def neighbour_mean(x: Tensor, mask: Tensor, hops: Tensor) -> Tensor:
 def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) -> dict:
     """Mean distance of the masked joints from where they are, on the loader's sequences, in the units of the file: of the
     reconstruction, of the training set's mean pose, and of the mean of each joint's nearest visible neighbours."""
-    C, hops = model.channels, joint_distances(model.skeleton)
+    C, hops, device = model.channels, joint_distances(model.skeleton), model.scale.device
     sums = torch.zeros(4, dtype=torch.float64)
     for step, batch in enumerate(loader.epoch()):
-        x = batch.x[..., :C]
-        mask = model.draw(len(x), x.shape[2], torch.Generator().manual_seed(step)).to(x.device)
+        full, unit = batch.x.to(device), batch.unit.to(device)
+        x = full[..., :C]
+        mask = model.draw(len(x), x.shape[2], torch.Generator().manual_seed(step)).to(device)
         hidden = mask_of_frames(mask)
         seen = (x != 0).flatten(3).any(3)[..., None] & hidden[:, None]  # (N, M, T, V)
-        if batch.x.shape[-1] > C:
-            seen = seen & (batch.x[..., C] > 0)
-        guesses = (model.reconstruct(batch.x, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x),
+        if full.shape[-1] > C:
+            seen = seen & (full[..., C] > 0)
+        guesses = (model.reconstruct(full, batch.present, mask)[0], mean_pose.to(device)[None, :, None].expand_as(x),
                    neighbour_mean(x, hidden, hops))
-        errors = [((guess - x).norm(dim=-1) * batch.unit.view(-1, 1, 1, 1) * seen).sum() for guess in guesses]
+        errors = [((guess - x).norm(dim=-1) * unit.view(-1, 1, 1, 1) * seen).sum() for guess in guesses]
         sums += torch.stack([*errors, seen.sum()]).double().cpu()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), (sums[:3] / sums[3].clamp(min=1)).tolist()))
 
@@ -466,7 +464,7 @@ def main(argv=None):
         first_epoch, log = checkpoint["epoch"] + 1, checkpoint["log"]
         if rank == 0:
             write_log(log, os.path.join(settings.out, "log.csv"))  # the run may have died between its checkpoint and its log
-    step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    step_model = parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if settings.compile:
         step_model = torch.compile(step_model, dynamic=True)
 
@@ -479,11 +477,12 @@ def main(argv=None):
         for batch in train.epoch(epoch):
             loss = 0
             for first in range(0, len(batch.x), settings.micro_batch):  # gradients of the parts add up to the batch's
-                part = slice(first, first + settings.micro_batch)
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    part_loss, _, _ = step_model(batch.x[part].to(device), batch.present[part])
-                part_loss = part_loss * (len(batch.x[part]) / len(batch.x))
-                part_loss.backward()
+                part, last = slice(first, first + settings.micro_batch), first + settings.micro_batch >= len(batch.x)
+                with contextlib.nullcontext() if last or world == 1 else parallel.no_sync():  # processes meet once a batch
+                    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                        part_loss, _, _ = step_model(batch.x[part].to(device), batch.present[part])
+                    part_loss = part_loss * (len(batch.x[part]) / len(batch.x))
+                    part_loss.backward()
                 loss = loss + part_loss.detach()
             losses.append(loss)
             indices.append(batch.index)

@@ -17,9 +17,10 @@ import statistics
 import sys
 from dataclasses import dataclass
 
-from data import Loader, brief, load  # before torch: it silences torch's one remark about numpy
+from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import SkeletonMAE, draw_mask, mask_of_frames
-from train_pretrain import Failure, option, parse, read_checkpoint, run, write_atomically
+from train_finetune import Settings as Finetuning
+from train_pretrain import Failure, Settings as Pretraining, option, parse, read_checkpoint, read_data, recorded, run, write_atomically
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from torch import Tensor
 class Settings:
     run: str = option("runs/finetune", "run folder of train_finetune.py; as the first word it stands without --run")
     compare: str = option("", "a second run folder on the same test set, beside the first in Fig. 2")
-    table: tuple = option((), "run folders for Table 2, with spaces, as in --table runs/*")
+    table: tuple = option((), "run folders for Table 2, as in --table runs/*", nargs="+")
     pretrained: str = option("", "pre-training to draw; default: what the run started from; none: leave it out")
     classes: tuple = option((), "ids or names of the classes in Fig. 4 and Table 1; default: five of the rarer half, drawn by --seed")
     class_names: str = option("", "text file with a class name a line, in the order of the labels")
@@ -36,16 +37,6 @@ class Settings:
     seed: int = option(0, "seed of everything that is drawn", low=0)
     tsne: bool = option(True, "t-SNE in Fig. 1")
     out: str = option("", "folder for report.html and the .svg files; default: the run folder")
-
-
-def as_flags(words: list) -> list:
-    """What `parse` reads, flags with one value each: a bare first word is --run's, the folders after --table get commas."""
-    words = ["--run"] * (bool(words) and not words[0].startswith("-")) + words
-    if "--table" in words:
-        first = words.index("--table") + 1
-        last = next((i for i in range(first, len(words)) if words[i].startswith("-")), len(words))
-        words[first:last] = [",".join(words[first:last])]
-    return words
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -61,7 +52,9 @@ def read(path: str, script: str = "train_finetune"):
             return rows
         if path.endswith("test_outputs.pt"):
             return read_outputs(path)
-        return read_checkpoint(path, ("finetune",) if path.endswith("finetune.pt") else ("pretrain", "finetune"))
+        checkpoint = read_checkpoint(path, ("finetune",) if path.endswith("finetune.pt") else ("pretrain", "finetune"))
+        kind = Pretraining if checkpoint["kind"] == "pretrain" else Finetuning
+        return checkpoint | {"settings": recorded(kind, checkpoint, path)}
     except Exception as error:  # a damaged file can raise almost anything
         state = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be used ({brief(error)})"
         command = f"python {script}.py --out {shlex.quote(os.path.dirname(path) or '.')}"
@@ -84,10 +77,14 @@ def read_outputs(path: str) -> dict:
 
 def read_pretraining(path: str) -> tuple:
     """The pre-training at `path`, or what a fine-tuned checkpoint there started from: (its folder, checkpoint or None)."""
-    if not path:
-        return "", None
-    found = read(path, "train_finetune" if path.endswith("finetune.pt") else "train_pretrain")
-    return (os.path.dirname(path), found) if found["kind"] == "pretrain" else read_pretraining(found["settings"]["ckpt"])
+    seen = set()  # a run that was fine-tuned again in its own folder started from itself
+    while path and path not in seen:
+        seen.add(path)
+        found = read(path, "train_finetune" if path.endswith("finetune.pt") else "train_pretrain")
+        if found["kind"] == "pretrain":
+            return os.path.dirname(path), found
+        path = found["settings"]["ckpt"]
+    return "", None
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -431,7 +428,7 @@ def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
     and seen, hidden (1 or T, V), its size in the units of the data, whether y points up), for P Fig. 6."""
     was, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
     try:
-        data = load(*(was[key] or None for key in ("data", "split", "layout")), was["test_fraction"], was["synthetic_size"])
+        data = read_data(Pretraining(**was))
         model = SkeletonMAE(**checkpoint["model_settings"])
         model.load_state_dict(checkpoint["model"])
     except (OSError, ValueError, RuntimeError, TypeError) as error:
@@ -562,7 +559,8 @@ SCRIPT = f"""for (const cube of document.querySelectorAll(".turn")) {{
 
 
 def main(argv=None):
-    settings, _ = parse(Settings, __doc__, as_flags(sys.argv[1:] if argv is None else list(argv)))
+    words = sys.argv[1:] if argv is None else list(argv)
+    settings, _ = parse(Settings, __doc__, ["--run"] * (words[:1] != [] and not words[0].startswith("-")) + words)
     folder, out = settings.run, settings.out or settings.run
     outputs, checkpoint, log = (read(os.path.join(folder, name)) for name in ("test_outputs.pt", "finetune.pt", "log.csv"))
     counts, train_counts, ids, names = outputs["counts"], outputs["train_counts"], [str(c) for c in outputs["classes"]], []
