@@ -232,9 +232,9 @@ class _DType:
         self.code = code
 
 
-class _Array:
+def _empty(*_) -> Tensor:
     """Stands in for numpy.ndarray: empty until BUILD gives it shape, dtype and bytes."""
-    tensor = None
+    return torch.empty(0)
 
 
 class _Unpickler(pickle._Unpickler):
@@ -246,9 +246,9 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, file, size: int):
         super().__init__(file)
         self.size, self.left = size, 8 * size + 2**26
-        self.allowed = {"numpy.ndarray": _Array, "numpy.dtype": _DType, "_codecs.encode": self.encode}
+        self.allowed = {"numpy.ndarray": _empty, "numpy.dtype": _DType, "_codecs.encode": self.encode}
         for core in ("numpy.core", "numpy._core"):
-            self.allowed |= {f"{core}.multiarray._reconstruct": lambda *_: _Array(), f"{core}.multiarray.scalar": self.scalar,
+            self.allowed |= {f"{core}.multiarray._reconstruct": _empty, f"{core}.multiarray.scalar": self.scalar,
                              f"{core}.numeric._frombuffer": lambda data, dtype, shape, order: self.array(data, dtype, shape, order == "F")}
 
     def find_class(self, module, name):
@@ -269,23 +269,21 @@ class _Unpickler(pickle._Unpickler):
         self.spend(len(text))
         return text.encode("latin1")
 
-    def array(self, data, dtype, shape, fortran) -> _Array:
+    def array(self, data, dtype, shape, fortran) -> Tensor:
         if not isinstance(data, (bytes, bytearray)) or not isinstance(dtype, _DType):
             raise DataError(f"an array of dtype {getattr(dtype, 'code', 'object')} is not stored as plain numbers, which alone are loaded; "
                             "save a numeric array")
         self.spend(len(data) + 500)
-        made = _Array()
-        made.tensor = array(bytearray(data), dtype.code, shape, bool(fortran))
-        return made
+        return array(bytearray(data), dtype.code, shape, bool(fortran))
 
     def scalar(self, dtype, data):
-        return self.array(data, dtype, (), False).tensor.item()
+        return self.array(data, dtype, (), False).item()
 
     def load_build(self):
         state, made = self.stack.pop(), self.stack[-1]
-        if type(made) is _Array:
+        if type(made) is Tensor:
             _, shape, dtype, fortran, data = state
-            made.tensor = self.array(data, dtype, shape, fortran).tensor
+            made.data = self.array(data, dtype, shape, fortran)
         elif type(made) is not _DType:
             raise DataError("the pickle tries to change a function or class; it is hostile or damaged")
         elif state[1] in ("<", ">", "|", "="):
@@ -314,15 +312,15 @@ class _Unpickler(pickle._Unpickler):
 
 
 def read_pickle(path: str):
-    """The object in a pickle, arrays as _Array; runs no foreign code. Raises DataError, naming what was refused."""
+    """The object in a pickle, arrays as tensors; runs no foreign code. Raises DataError, naming what was refused."""
     with reading(path, "is no readable pickle", "expected PYSKL's format, copy it again"), open(path, "rb") as file:
         return _Unpickler(file, os.fstat(file.fileno()).st_size).load()
 
 
 def _as_tensor(value, what: str) -> Tensor:
-    if not isinstance(value, _Array) or value.tensor is None:
-        raise DataError(f"{what} is {type(value).__name__.strip('_')}; expected an array of numbers")
-    return value.tensor
+    if not isinstance(value, Tensor):
+        raise DataError(f"{what} is {type(value).__name__}; expected an array of numbers")
+    return value
 
 
 def is_name(value) -> bool:
@@ -491,8 +489,6 @@ def from_npz(path: str, layout: str | None, own: dict | None) -> tuple:
         names = [f"{half}[{i}]" for i in range(N)]
         length, present, there = scan(x, names, what)
         halves.append(Sequences(x.flatten(0, 1), torch.arange(N) * T, length, label, present, there.flatten(0, 1), names))
-    if halves[0].frames.shape[1:] != halves[1].frames.shape[1:]:
-        raise DataError(f"{path}: x_train and x_test have different numbers of columns; expected the same")
     return *halves, "x_train / x_test", False
 
 
@@ -549,8 +545,6 @@ def from_pt(path: str) -> tuple:
     persons = max(s.shape[1] for x, _ in halves for s in x)
     train, test = (flatten([s.float() for s in x], label, [f"{half}[{i}]" for i in range(len(x))], path, persons)
                    for half, (x, label) in zip(("train", "test"), halves))
-    if train.frames.shape[2:] != test.frames.shape[2:]:
-        raise DataError(f"{path}: x_train and x_test have different joints or coordinates; expected the same")
     return train, test, "x_train / x_test", False
 
 
@@ -583,19 +577,18 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     if path is None:
         if own and own != SKELETONS["coco17"]:
             raise DataError(f"the built-in stick figures are coco17, not {layout}; leave --layout out, or name your --data")
-        train, test, note, score = stick_figures(synthetic_size)
         layout = "coco17"
+        train, test, note, score = stick_figures(synthetic_size)
+    elif path.endswith((".pt", ".pth")):
+        train, test, note, score = from_pt(path)
+    elif path.endswith(".npz"):
+        train, test, note, score = from_npz(path, layout, own)
+    elif path.endswith((".pkl", ".pickle")):
+        train, test, note, score = from_pyskl(path, split, test_fraction)
     else:
-        with open(path, "rb") as file:
-            magic = file.read(1)
-        if path.endswith((".pt", ".pth")):
-            train, test, note, score = from_pt(path)
-        elif path.endswith(".npz"):
-            train, test, note, score = from_npz(path, layout, own)
-        elif path.endswith((".pkl", ".pickle")) or magic == b"\x80":
-            train, test, note, score = from_pyskl(path, split, test_fraction)
-        else:
-            raise DataError(f"{path} ends in neither .npz, .pkl nor .pt; expected CTR-GCN's npz, PYSKL's pickle or a .pt dict")
+        raise DataError(f"{path} ends in neither .npz, .pkl nor .pt; expected CTR-GCN's npz, PYSKL's pickle or a .pt dict")
+    if train.frames.shape[1:] != test.frames.shape[1:]:
+        raise DataError(f"{path}: x_train and x_test have different numbers of persons, joints or coordinates; expected the same")
     V, C = train.frames.shape[2], train.frames.shape[3] - score
     layout = layout or find_layout(V, C, str(path))
     skeleton = own or SKELETONS[layout]
@@ -694,7 +687,7 @@ def place(x: Tensor, there: Tensor, linear: Tensor, origin: Tensor, shift: Tenso
     N, C, S = len(x), linear.shape[1], x.shape[4]
     planes = x.new_empty(N, S + 1, *x.shape[1:4])
     planes[:, :S], planes[:, S] = x.movedim(4, 1), there[..., None]  # the last plane, 1 where someone is, takes the constant part
-    matrix = torch.eye(S, S + 1, device=x.device).repeat(N, 1, 1)
+    matrix = torch.eye(S, S + 1, dtype=x.dtype, device=x.device).repeat(N, 1, 1)
     matrix[:, :C, :C], matrix[:, :C, S] = linear, shift - (linear * origin[:, None]).sum(-1)
     return compose(matrix, planes.flatten(2)).view(N, S, *x.shape[1:4]).movedim(1, 4)
 
@@ -724,32 +717,28 @@ class Augmentation:
     noise: float = 0.0      # standard deviation of Gaussian noise on every coordinate
     crop: float = 1.0       # see sample_frames
 
-    def draw(self, num: int, channels: int, pairs: bool, generator=None, device=None) -> tuple:
-        """For `num` sequences (linear (num, C, C), shift (num, C), mirror (num,) bool): x -> linear x + shift. Without
-        left/right pairs nothing is mirrored."""
+    def __call__(self, x: Tensor, there: Tensor, pose: tuple, skeleton: dict, generator=None) -> Tensor:
+        """Normalises raw x (N, M, T, V, C [+ score]) by pose = (normal, origin, unit) and changes it, in one affine map a sequence;
+        without left/right pairs nothing is mirrored."""
         def uniform(*shape, reach):
-            return (2 * torch.rand(num, *shape, generator=generator, device=device) - 1) * reach
+            return (2 * torch.rand(N, *shape, generator=generator, device=x.device) - 1) * reach
 
-        linear = torch.eye(channels, device=device).repeat(num, 1, 1)
-        if self.rotation and channels == 3:
+        (normal, origin, _), pairs = pose, skeleton["pairs"]
+        N, C = normal.shape[:2]
+        linear = torch.eye(C, device=x.device).repeat(N, 1, 1)
+        if self.rotation and C == 3:
             reach = math.radians(self.rotation)
             linear = compose(turn(uniform(reach=reach / 2), axis=0), turn(uniform(reach=reach), axis=1))
-        mirror = torch.rand(num, generator=generator, device=device) < self.flip * pairs
+        mirror = torch.rand(N, generator=generator, device=x.device) < self.flip * bool(pairs)
         linear[:, 0] *= 1 - 2 * mirror[:, None].float()
-        return linear * (1 + uniform(channels, 1, reach=self.scaling)), uniform(channels, reach=self.shift), mirror
-
-    def __call__(self, x: Tensor, there: Tensor, pose: tuple, skeleton: dict, generator=None) -> Tensor:
-        """Normalises raw x (N, M, T, V, C [+ score]) by pose = (linear, origin, unit) and changes it, in one step."""
-        normal, origin, _ = pose
-        linear, shift, mirror = self.draw(len(x), normal.shape[1], bool(skeleton["pairs"]), generator, x.device)
+        linear, shift = linear * (1 + uniform(C, 1, reach=self.scaling)), uniform(C, reach=self.shift)
         x = place(x, there, compose(linear, normal), origin, shift)
-        if self.flip and skeleton["pairs"]:
+        if self.flip and pairs:
             order = list(range(len(skeleton["joints"])))
-            for left, right in skeleton["pairs"]:
+            for left, right in pairs:
                 order[left], order[right] = right, left
             x = torch.where(mirror.view(-1, 1, 1, 1, 1), x[..., order, :], x)
         if self.noise:
-            C = normal.shape[1]
             x[..., :C] += self.noise * torch.randn(x[..., :C].shape, generator=generator, device=x.device) * there[..., None, None]
         return x
 
@@ -775,7 +764,7 @@ class Loader:
                  augmentation: Augmentation = Augmentation(), repeat: int = 1, workers: int = 0, rank: int = 0, world: int = 1):
         self.data = data if data.pose else replace(data, pose=find_poses(data, skeleton, channels))
         self.skeleton, self.channels, self.frames, self.training = skeleton, channels, frames, training
-        self.batch_size, self.seed, self.augmentation, self.repeat = batch_size, seed, augmentation, repeat
+        self.batch_size, self.seed, self.augmentation, self.repeat = batch_size, seed, augmentation if training else Augmentation(), repeat
         self.workers, self.rank, self.world = workers, rank, world
         self.steps = len(self._batches(torch.arange(len(data) * repeat)))
 
@@ -807,19 +796,16 @@ class Loader:
         """One vectorised gather on the device that holds the frames, then normalisation and augmentation as one affine map."""
         index, seed = index_and_seed
         data, device = self.data, self.data.frames.device
-        generator = torch.Generator(device).manual_seed(seed) if self.training else None
+        generator = torch.Generator(device).manual_seed(seed)
         here = index.to(device, non_blocking=True)
         pose = tuple(p[here] for p in data.pose)
         steps = sample_frames(data.length[here], self.frames, self.training, self.augmentation.crop, generator)
         rows = (data.start[here][:, None] + steps).flatten()
         x, there = (t.index_select(0, rows).unflatten(0, steps.shape).transpose(1, 2) for t in (data.frames, data.there))
         x = x.float()
-        if self.training and self.augmentation.crop < 1:  # a window is normalised by what it shows, as a sequence that short would be
+        if self.augmentation.crop < 1:  # a window is normalised by what it shows, as a sequence that short would be
             pose = find_batch_pose(x, there, self.skeleton, self.channels)
-        if self.training:
-            x = self.augmentation(x, there, pose, self.skeleton, generator)       # (N, M, T, V, C)
-        else:
-            x = place(x, there, *pose[:2])
+        x = self.augmentation(x, there, pose, self.skeleton, generator)  # (N, M, T, V, C)
         return Batch(x, data.label[here], data.present[index], pose[2], index)
 
 

@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+import types
 import unittest
 import unittest.mock
 import xml.etree.ElementTree as ElementTree
@@ -1042,11 +1043,11 @@ class PickleTest(Case):
     def test_array_dtypes(self):
         """Half, double and big-endian coordinates, integer and boolean arrays, Fortran order."""
         for code, values in (("<f2", [0.5, -2.0]), (">f4", [0.5, 1e9]), ("<f8", [0.1, -3.0]), ("<i2", [-300, 7]), ("|u1", [255, 3]), ("|b1", [True, False])):
-            loaded = data.read_pickle(self.write("a.pkl", pickled(ndarray((2,), values, dtype(code))))).tensor
+            loaded = data.read_pickle(self.write("a.pkl", pickled(ndarray((2,), values, dtype(code)))))
             self.assertEqual(loaded.tolist(), torch.tensor(values, dtype=loaded.dtype).tolist())
             self.assertEqual(loaded.dtype.itemsize, int(code[2:]))
         fortran = rebuilt((2, 3), dtype("<f4"), True, raw("<f4", [1, 4, 2, 5, 3, 6]))
-        self.assertEqual(data.read_pickle(self.write("a.pkl", pickled(fortran))).tensor.tolist(), [[1, 2, 3], [4, 5, 6]])
+        self.assertEqual(data.read_pickle(self.write("a.pkl", pickled(fortran))).tolist(), [[1, 2, 3], [4, 5, 6]])
 
     def test_bare_list_is_split_by_fraction(self):
         """Without `split` test_fraction of the annotations are for testing, always the same, none in both halves."""
@@ -1278,6 +1279,7 @@ class BatchTest(Case):
                 x[..., C] = (x[..., C] > 30).float()
                 x[0, ..., C] = 0
             y, origin, unit = data.normalise(x, skeleton, C)
+            self.close(data.normalise(x.double(), skeleton, C)[0].float(), y, 1e-4)
             for n in range(3):
                 expected, centre, size = plain_normalise(x[n], [0, 3], C)
                 self.close(y[n], expected), self.close(origin[n].flatten(), centre), self.close(float(unit[n]), float(size))
@@ -1678,7 +1680,7 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
 """
         for module, script, model, tail in ((self.pretrain, "train_pretrain", "SkeletonMAE", ""),
                                             (self.finetune, "train_finetune", "SkeletonClassifier", " --strl-layers 2 --blocks 1 --attention-dropout 0")):
-            line = f"{self.data} --dropout 0 --batch-size 8 --lr 0.01"
+            line = f"{self.data} --dropout 0 --batch-size 7 --lr 0.01" + " --micro-batch 3" * (script == "train_pretrain")  # 4 = 3 + 1 here, 3 there
             module(f"{line} --epochs 3 --out runs/alone" + " --attention-dropout 0" * bool(tail))
             source = program.format(script=script, model=model)
             with socket.socket() as free:
@@ -1756,6 +1758,12 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                 for own in [name] if name.startswith("emb") else [f"strl.layers.{i}.{name}" for i in range(2)]:
                     self.assertEqual(torch.equal(after[own], before[name]), equal)
 
+    def test_probe_of_any_layout(self):
+        """A linear probe masks nothing, so it needs no right arm and leg."""
+        own = types.SimpleNamespace(skeleton=STAR, channels=2, score=False, persons=1, classes=[0, 1])
+        probe = train_finetune.build(train_finetune.Settings(linear_probe=True), own, None)[0]
+        self.assertEqual(probe(torch.randn(3, 1, 4, 5, 2)).shape, (3, 2))
+
     def test_pretrained_stack(self):
         """Fine-tuning takes the shape of pre-trained STRL layers from their checkpoint, and refuses another; the probe freezes them."""
         self.pretrain(f"{self.data} --epochs 1{STACK}")
@@ -1769,6 +1777,13 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         after = torch.load("probe/finetune.pt", weights_only=True)["model"]
         self.same({name: after["pretrained." + name] for name in before}, dict(before))
         self.finetune("--ckpt probe/finetune.pt --eval-only --out probe")
+
+    def test_a_moved_folder_is_resumed_where_it_is(self):
+        """--resume goes on in the folder it found, not in the one that the run was started with."""
+        self.pretrain(f"{self.data} --epochs 1 --out first")
+        os.renames("first", "runs/pretrain")
+        self.pretrain("--resume --epochs 2")
+        self.assertFalse(os.path.exists("first"))
 
     def test_resume_is_exact(self):
         """2 + 2 epochs equal 4, bit for bit: weights, optimiser and log; another setting is refused by name."""
@@ -2405,6 +2420,13 @@ class FigureTest(Case):
         torch.save(outputs | {"metrics": {"top1": "high"}}, os.path.join(self.folder, "test_outputs.pt"))
         with self.assertRaisesRegex(train_pretrain.Failure, "cannot be used"):
             draw(self.folder)
+        make_run(self.folder)
+        checkpoint = torch.load(os.path.join(self.folder, "finetune.pt"), weights_only=True)
+        torch.save(checkpoint | {"settings": checkpoint["settings"] | {"epochs": "many"}}, os.path.join(self.folder, "finetune.pt"))
+        with self.assertRaisesRegex(train_pretrain.Failure, "--epochs"):
+            draw(self.folder)
+        torch.save(checkpoint | {"settings": checkpoint["settings"] | {"ckpt": os.path.join(self.folder, "finetune.pt")}}, os.path.join(self.folder, "finetune.pt"))
+        self.assertEqual(visualize.read_pretraining(os.path.join(self.folder, "finetune.pt")), ("", None))  # it was fine-tuned again in its own folder
         self.assertEqual(glob.glob(os.path.join(self.folder, "report.html")), [])
 
     def test_nothing_imports_it(self):
