@@ -567,6 +567,11 @@ def load_skeleton(layout: str) -> dict:
         return make_skeleton(**json.load(file))
 
 
+def first_byte(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(1)
+
+
 def load(path: str | None = None, split: str | None = None, layout: str | None = None, test_fraction: float = 0.2,
          synthetic_size: int = 1600) -> Dataset:
     """Reads a data set by what the file is, checks all of it, and finds its layout. Without a path: the built-in stick figures.
@@ -577,13 +582,13 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     if path is None:
         if own and own != SKELETONS["coco17"]:
             raise DataError(f"the built-in stick figures are coco17, not {layout}; leave --layout out, or name your --data")
-        layout = "coco17"
         train, test, note, score = stick_figures(synthetic_size)
+        layout = "coco17"
     elif path.endswith((".pt", ".pth")):
         train, test, note, score = from_pt(path)
     elif path.endswith(".npz"):
         train, test, note, score = from_npz(path, layout, own)
-    elif path.endswith((".pkl", ".pickle")):
+    elif path.endswith((".pkl", ".pickle")) or first_byte(path) == pickle.PROTO:
         train, test, note, score = from_pyskl(path, split, test_fraction)
     else:
         raise DataError(f"{path} ends in neither .npz, .pkl nor .pt; expected CTR-GCN's npz, PYSKL's pickle or a .pt dict")

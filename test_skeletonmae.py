@@ -340,13 +340,13 @@ class LayerTest(Seeded):
             plain, direction = copy.deepcopy(layer), torch.randn(5, 2, 3, width_out)
             with unittest.mock.patch("torch.compiler.is_compiling", lambda: torchs):
                 ours, expected = layer(x.requires_grad_()), plain_graph_layer(plain, x, STAR["edges"], training)
-            self.assertEqual("NormPReLU" in str(ours.grad_fn.next_functions) + str(ours.grad_fn), not torchs)
-            close(ours, expected)
-            close(gradients(layer, x, ours, direction), gradients(plain, x, expected, direction))
-            close(statistics(layer), statistics(plain))
-            self.assertEqual(layer.norm.num_batches_tracked, int(training))
-            x, layer = x.detach().double().requires_grad_(), layer.double()
-            self.assertTrue(torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=True))
+                self.assertEqual("NormPReLU" in str(ours.grad_fn.next_functions) + str(ours.grad_fn), not torchs)
+                close(ours, expected)
+                close(gradients(layer, x, ours, direction), gradients(plain, x, expected, direction))
+                close(statistics(layer), statistics(plain))
+                self.assertEqual(layer.norm.num_batches_tracked, int(training))
+                x, layer = x.detach().double().requires_grad_(), layer.double()
+                self.assertTrue(torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=True))
 
     def test_graph_convolution_in_bfloat16(self):
         """Under autocast, output and gradients stay near float32's; rounding flips signs at PReLU's kink, in torch's layers as here."""

@@ -112,10 +112,14 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
         convert.__name__ = kind.__name__
         return convert
 
-    def several(kind):
+    def several(default):
+        kind = type(default[0]) if default else str
         def convert(text):
-            return tuple(kind(part.strip()) for part in text.split(","))
-        convert.__name__ = f"comma-separated {kind.__name__}"  # argparse names it where a ValueError leaves it
+            try:
+                return tuple(kind(part.strip()) for part in text.split(","))
+            except ValueError:
+                example = ",".join(map(str, default))
+                raise argparse.ArgumentTypeError(f"{text} is no list; expected values with commas, as in {example}") from None
         return convert
 
     class Parser(argparse.ArgumentParser):
@@ -130,7 +134,7 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
         if f.type is bool:
             extra |= {"action": argparse.BooleanOptionalAction}
         elif f.type is tuple and "nargs" not in f.metadata:
-            extra |= {"type": several(type(f.default[0]) if f.default else str), "metavar": "A,B"}
+            extra |= {"type": several(f.default), "metavar": "A,B"}
         elif f.type in (int, float):
             extra |= {"type": number(f.type, *bounds(f)), "metavar": f.type.__name__.upper()}
         text = f.metadata["help"].replace("%", "%%") + (f" (default {default})" if default not in ("", None) else "")
@@ -178,10 +182,10 @@ def set_up(settings: CommonSettings) -> tuple:
     tempfile.TemporaryFile(dir=settings.out).close()
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = settings.device
-    if name == "cuda" or name == "auto" and torch.cuda.is_available():
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
         name = f"cuda:{local}"
-    elif name == "auto":
-        name = "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -398,6 +402,7 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
     """Mean distance of the masked joints from where they are, on the loader's sequences, in the units of the file: of the
     reconstruction, of the training set's mean pose, and of the mean of each joint's nearest visible neighbours."""
     C, hops, device = model.channels, joint_distances(model.skeleton), model.scale.device
+    mean_pose = mean_pose.to(device)
     sums = torch.zeros(4, dtype=torch.float64)
     for step, batch in enumerate(loader.epoch()):
         full, unit = batch.x.to(device), batch.unit.to(device)
@@ -407,7 +412,7 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
         seen = (x != 0).flatten(3).any(3)[..., None] & hidden[:, None]  # (N, M, T, V)
         if full.shape[-1] > C:
             seen = seen & (full[..., C] > 0)
-        guesses = (model.reconstruct(full, batch.present, mask)[0], mean_pose.to(device)[None, :, None].expand_as(x),
+        guesses = (model.reconstruct(full, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x),
                    neighbour_mean(x, hidden, hops))
         errors = [((guess - x).norm(dim=-1) * unit.view(-1, 1, 1, 1) * seen).sum() for guess in guesses]
         sums += torch.stack([*errors, seen.sum()]).double().cpu()

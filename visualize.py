@@ -509,7 +509,7 @@ def table2(folders: tuple):
             row = "Random joints" if how["ratio"] else "Parts drawn per sequence" if how["num_parts"] else "Body parts"
             count = round(float(draw_mask(1000, skeleton, **how, generator=torch.Generator().manual_seed(0)).sum()) / 1000)
             what = " ".join(f"V{i}" for i, part in enumerate(parts) if part in how["parts"]) * (row == "Body parts")
-            what += " (STRL layers too)" * bool(source["settings"].get("strl_layers"))
+            what += " (STRL layers too)" * bool(source["settings"]["strl_layers"])
         protocol = f"{os.path.basename(was['data']) or 'built-in stick figures'}{' ' * bool(was['split'])}{was['split']}, " \
                    f"{100 * was['label_fraction']:g} % of the labels{', linear probe' * was['linear_probe']}"
         cells = found.setdefault((protocol, len(skeleton["joints"])), {})
@@ -560,7 +560,9 @@ SCRIPT = f"""for (const cube of document.querySelectorAll(".turn")) {{
 
 def main(argv=None):
     words = sys.argv[1:] if argv is None else list(argv)
-    settings, _ = parse(Settings, __doc__, ["--run"] * (words[:1] != [] and not words[0].startswith("-")) + words)
+    if words and not words[0].startswith("-"):
+        words = ["--run", *words]
+    settings, _ = parse(Settings, __doc__, words)
     folder, out = settings.run, settings.out or settings.run
     outputs, checkpoint, log = (read(os.path.join(folder, name)) for name in ("test_outputs.pt", "finetune.pt", "log.csv"))
     counts, train_counts, ids, names = outputs["counts"], outputs["train_counts"], [str(c) for c in outputs["classes"]], []
