@@ -76,6 +76,7 @@ class Sequences:
     there: Tensor     # (F, M) bool: who is there in which frame
     names: list       # (N,) for messages
     pose: tuple = ()  # see find_pose: what takes each sequence to its normalised form, found once, by load
+    box: bool = False  # see boxed: the other way of normalising, if asked for
 
     def __len__(self) -> int:
         return len(self.start)
@@ -573,8 +574,9 @@ def first_byte(path: str) -> bytes:
 
 
 def load(path: str | None = None, split: str | None = None, layout: str | None = None, test_fraction: float = 0.2,
-         synthetic_size: int = 1600) -> Dataset:
+         synthetic_size: int = 1600, box: bool = False) -> Dataset:
     """Reads a data set by what the file is, checks all of it, and finds its layout. Without a path: the built-in stick figures.
+    box: batches of it are `boxed`.
 
     Raises DataError for what is in the file, OSError for the file itself.
     """
@@ -603,7 +605,7 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     first = int(labels.min())  # labels that do not start at 0 are shifted
     for half in (train, test):
         half.label = half.label - first
-        half.pose = find_poses(half, skeleton, C)
+        half.pose, half.box = find_poses(half, skeleton, C, not box), box
     return Dataset(train, test, layout, skeleton, C, score, list(range(first, int(labels.max()) + 1)), note)
 
 
@@ -639,13 +641,13 @@ def compose(a: Tensor, b: Tensor) -> Tensor:
     return (a[..., None] * b[:, None]).sum(2) if a.is_cuda else a @ b
 
 
-def find_pose(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: dict, channels: int) -> tuple:
+def find_pose(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: dict, channels: int, turned: bool = True) -> tuple:
     """How each of `num` sequences is normalised: x -> linear (x - origin).
 
     The origin is the centre joint, averaged over frames and persons: one origin for both persons, or their distance would
     vanish. The unit is the root mean square distance of the seen joints (score above 0) from it: the size of the body and
-    of its path. In 3D (y is vertical) the sequence is turned about the vertical so that the first present person's left and right
-    torso joints (shoulders, hips) lie along x on the average over frames: what the camera's place adds is gone.
+    of its path. In 3D (y is vertical), if `turned`, the sequence is turned about the vertical so that the first present person's
+    left and right torso joints (shoulders, hips) lie along x on the average over frames: what the camera's place adds is gone.
 
     frames: (F, M, V, C [+ score]); there: bool (F, M); owner: (F,) the sequence of each frame. Returns (linear (num, C, C),
     origin (num, C), unit (num,)): linear is the turn divided by the unit.
@@ -663,7 +665,7 @@ def find_pose(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: 
     unit = (total(square.sum((1, 2))) / total(seen.sum((1, 2))).clamp(min=1)).sqrt().clamp(min=1e-6)
     linear = torch.eye(channels, device=frames.device).repeat(num, 1, 1)
     across = [(left, right) for left, right in skeleton["pairs"] if left in skeleton["parts"].get("torso", ())]
-    if channels == 3 and across:
+    if turned and channels == 3 and across:
         lead = (total(there[:, 0].long()) == 0).long().clamp(max=there.shape[1] - 1)[owner]  # the second person where no first one is
         first = joints[torch.arange(len(joints), device=joints.device), lead]              # (F, V, 3)
         left, right = (total(first[:, list(side)].mean(1)) for side in zip(*across))       # (num, 3)
@@ -671,14 +673,14 @@ def find_pose(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: 
     return linear / unit[:, None, None], origin, unit
 
 
-def find_poses(data: Sequences, skeleton: dict, channels: int) -> tuple:
+def find_poses(data: Sequences, skeleton: dict, channels: int, turned: bool = True) -> tuple:
     """find_pose of a whole split, in chunks, so that a memory-mapped array is never copied."""
     parts = []
     for start, length in zip(data.start.split(64), data.length.split(64)):
         owner = torch.arange(len(start)).repeat_interleave(length)
         rows = torch.arange(len(owner)) + (start - length.cumsum(0) + length)[owner]
         frames, there = data.frames.index_select(0, rows).float(), data.there.index_select(0, rows)
-        parts.append(find_pose(frames, there, owner, len(start), skeleton, channels))
+        parts.append(find_pose(frames, there, owner, len(start), skeleton, channels, turned))
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
@@ -697,19 +699,33 @@ def place(x: Tensor, there: Tensor, linear: Tensor, origin: Tensor, shift: Tenso
     return compose(matrix, planes.flatten(2)).view(N, S, *x.shape[1:4]).movedim(1, 4)
 
 
-def find_batch_pose(x: Tensor, there: Tensor, skeleton: dict, channels: int) -> tuple:
+def find_batch_pose(x: Tensor, there: Tensor, skeleton: dict, channels: int, turned: bool = True) -> tuple:
     """find_pose of every sequence of a batch x (N, M, T, V, C [+ score]) with there (N, M, T)."""
     owner = torch.arange(len(x), device=x.device).repeat_interleave(x.shape[2])
-    return find_pose(x.transpose(1, 2).flatten(0, 1), there.transpose(1, 2).flatten(0, 1), owner, len(x), skeleton, channels)
+    return find_pose(x.transpose(1, 2).flatten(0, 1), there.transpose(1, 2).flatten(0, 1), owner, len(x), skeleton, channels, turned)
 
 
-def normalise(x: Tensor, skeleton: dict, channels: int) -> tuple:
-    """Raw whole sequences x (N, M, T, V, C [+ score]) centred, scaled, and in 3D turned to face the viewer, as find_pose describes;
-    sample frames after it, for it sees all of them. Persons and frames that are all zero stay zero.
-    Returns (x, origin (N, C), unit (N,))."""
+def boxed(x: Tensor, there: Tensor, channels: int) -> tuple:
+    """Each axis of every sequence of a batch x (N, M, T, V, C [+ score]), there (N, M, T), from -1 to 1 over its persons and frames,
+    as CTR-GCN's feeder for NW-UCLA has it: how wide, high and deep a movement is no longer matters. Returns (x, half of what
+    each axis spanned (N, C))."""
+    absent, planes = ~there[:, None, ..., None], x[..., :channels].movedim(4, 1)  # (N, 1, M, T, 1), (N, C, M, T, V)
+    low, high = planes.masked_fill(absent, math.inf).amin((2, 3, 4)), planes.masked_fill(absent, -math.inf).amax((2, 3, 4))
+    half = ((high - low) / 2).clamp(min=1e-6)
+    return place(x, there, torch.diag_embed(1 / half), ((low + high) / 2).nan_to_num()), half
+
+
+def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False) -> tuple:
+    """Raw whole sequences x (N, M, T, V, C [+ score]) centred, scaled, and in 3D turned to face the viewer, as find_pose describes,
+    or else `boxed`; sample frames after it, for it sees all of them. Persons and frames that are all zero stay zero.
+    Returns (x, origin (N, C), unit (N,), or (N, C) for the axes of what was boxed)."""
     there = (x[..., :channels] != 0).flatten(3).any(3)
-    linear, origin, unit = find_batch_pose(x, there, skeleton, channels)
-    return place(x, there, linear, origin), origin, unit
+    linear, origin, unit = find_batch_pose(x, there, skeleton, channels, not box)
+    x = place(x, there, linear, origin)
+    if box:
+        x, half = boxed(x, there, channels)
+        unit = unit[:, None] * half
+    return x, origin, unit
 
 
 @dataclass(frozen=True)
@@ -753,7 +769,7 @@ class Batch:
     x: Tensor        # (N, M, T, V, C), or C + 1 with the joint score last, normalised
     label: Tensor    # (N,)
     present: Tensor  # (N, M) bool, on the CPU
-    unit: Tensor     # (N,): x times unit is in the units of the file
+    unit: Tensor     # (N,), or (N, C) for the axes of what was boxed: x times unit is in the units of the file
     index: Tensor    # (N,) which sequences these are, on the CPU
 
 
@@ -809,9 +825,12 @@ class Loader:
         x, there = (t.index_select(0, rows).unflatten(0, steps.shape).transpose(1, 2) for t in (data.frames, data.there))
         x = x.float()
         if self.augmentation.crop < 1:  # a window is normalised by what it shows, as a sequence that short would be
-            pose = find_batch_pose(x, there, self.skeleton, self.channels)
-        x = self.augmentation(x, there, pose, self.skeleton, generator)  # (N, M, T, V, C)
-        return Batch(x, data.label[here], data.present[index], pose[2], index)
+            pose = find_batch_pose(x, there, self.skeleton, self.channels, not data.box)
+        x, unit = self.augmentation(x, there, pose, self.skeleton, generator), pose[2]  # (N, M, T, V, C), (N,)
+        if data.box:
+            x, half = boxed(x, there, self.channels)
+            unit = unit[:, None] * half
+        return Batch(x, data.label[here], data.present[index], unit, index)
 
 
 # ---------------------------------------------------------------------------------------------- built-in stick figures

@@ -1302,6 +1302,31 @@ class BatchTest(Case):
         self.close(y[..., 1] * unit + origin[:, 1], x[..., 1], 1e-4)
         self.close(y.norm(dim=-1) * unit, (x - origin).norm(dim=-1), 1e-4)
 
+    def test_boxed_against_loops(self):
+        """Every axis runs from -1 to 1 over the persons and frames that are there, whatever the augmentation; absent ones and scores stay;
+        unit undoes it. A test batch is what `normalise` makes of its frames."""
+        x = torch.randn(4, 2, 6, 5, 3, generator=torch.Generator().manual_seed(4)) * torch.tensor([1.0, 9.0, 0.2])
+        x[1, 1], x[2, :, 3], x[3] = 0, 0, 0
+        there = x.flatten(3).any(3)
+        y, half = data.boxed(torch.cat([x, torch.full_like(x[..., :1], 0.5)], -1), there, 3)
+        self.assertFalse(y[..., :3][~there].any() or (y[..., 3] != 0.5).any())
+        for n in range(3):
+            before, after = x[n][there[n]].flatten(0, 1), y[n, ..., :3][there[n]].flatten(0, 1)  # (joints, 3)
+            for c in range(3):
+                low, high = min(before[:, c].tolist()), max(before[:, c].tolist())
+                self.close(after[:, c], (before[:, c] - low) / (high - low) * 2 - 1, 1e-5), self.close(half[n, c], torch.tensor((high - low) / 2), 1e-5)
+        source = sequences()
+        source.box, source.pose = True, data.find_poses(source, FIVE, 3, False)
+        for training in (True, False):
+            batch = next(iter(Loader(source, FIVE, 3, 4, 6, training, augmentation=Augmentation(60, 0.1, 0.1, crop=0.5)).epoch()))
+            for sequence in batch.x:
+                seen = sequence[(sequence != 0).flatten(2).any(2)].flatten(0, 1)
+                self.close(seen.amin(0), -torch.ones(3), 1e-4), self.close(seen.amax(0), torch.ones(3), 1e-4)
+        plain = next(iter(Loader(data.replace(source, box=False), FIVE, 3, 4, 6, False).epoch()))
+        distances = [torch.cdist(b.x[0, 0] * b.unit[0], b.x[0, 0] * b.unit[0]) for b in (plain, batch)]  # within each frame, in the units of the file
+        self.close(*distances, 1e-4)
+        self.close(data.normalise(x[:3], FIVE, 3, True)[0], data.boxed(data.normalise(x[:3], FIVE, 3)[0], there[:3], 3)[0])
+
     def test_batch_against_plain_indexing(self):
         """A test batch is, sequence by sequence, the middle frames, normalised by the whole sequence; label, presence and unit go along."""
         source = sequences()
@@ -1765,14 +1790,17 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         self.assertEqual(probe(torch.randn(3, 1, 4, 5, 2)).shape, (3, 2))
 
     def test_pretrained_stack(self):
-        """Fine-tuning takes the shape of pre-trained STRL layers from their checkpoint, and refuses another; the probe freezes them."""
-        self.pretrain(f"{self.data} --epochs 1{STACK}")
+        """Fine-tuning takes the shape of pre-trained STRL layers, and how their data were normalised, from the checkpoint, and refuses others;
+        the probe freezes them."""
+        self.pretrain(f"{self.data} --epochs 1 --box{STACK}")
         before = torch.load("runs/pretrain/pretrain.pt", weights_only=True)["model"]
         self.finetune("--ckpt --epochs 1 --lr 0")
-        after = torch.load("runs/finetune/finetune.pt", weights_only=True)["model"]
+        after, settings = (torch.load("runs/finetune/finetune.pt", weights_only=True)[key] for key in ("model", "settings"))
+        self.assertEqual((settings["frames"], settings["strl_layers"], settings["box"]), (8, 2, True))
         named = {name.replace("encoder", "strl", 1): value for name, value in before.items() if name.startswith("encoder.") and "running" not in name}
         self.same({name: after[name] for name in named if "num_batches" not in name}, {n: v for n, v in named.items() if "num_batches" not in n})
         self.assertIn("--stride 3 differs from 2", self.finetune("--ckpt --stride 3", 2))
+        self.assertIn("--box False differs from True", self.finetune("--ckpt --no-box", 2))
         self.finetune("--ckpt --linear-probe --epochs 1 --out probe")
         after = torch.load("probe/finetune.pt", weights_only=True)["model"]
         self.same({name: after["pretrained." + name] for name in before}, dict(before))

@@ -60,7 +60,7 @@ class Settings(CommonSettings):
     score: bool = option(False, "joint score as a further input channel, where the data have one")
 
 
-PRETRAINED = ("width", "hidden", "layers", "motion", "bone", "score")  # what a pre-trained checkpoint decides,
+PRETRAINED = ("width", "hidden", "layers", "motion", "bone", "score", "box")  # what a pre-trained checkpoint decides,
 STRL = ("frames", "strl_layers", "blocks", "stride")                   # one whose STRL layers are pre-trained as well,
 FINETUNED = (*STRL, "linear_probe")                                    # and a fine-tuned one
 

@@ -47,6 +47,7 @@ class CommonSettings:
     test_fraction: float = option(0.2, "share of test sequences where a pickle has no split", low=0, high=1)
     synthetic_size: int = option(1600, "how many stick figures the built-in set has", low=32, high=1_000_000)
     frames: int = option(64, "T, frames sampled from each sequence", low=2, high=10_000)
+    box: bool = option(False, "each axis of a sequence from -1 to 1, after augmentation, instead of turning it to face the viewer")
     rotation: float = option(None, "3D: random rotation in degrees to either side; default: what suits the data", low=0, high=180)
     scaling: float = option(None, "random scaling of each axis by up to this; default: what suits the data", low=0, high=0.9)
     shift: float = option(None, "random shift in body units; default: what suits the data", low=0)
@@ -216,7 +217,8 @@ def keep_freed_memory():
 
 
 def read_data(settings: CommonSettings) -> Dataset:
-    return load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.synthetic_size)
+    return load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.synthetic_size,
+                settings.box)
 
 
 def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
@@ -405,7 +407,7 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
     mean_pose = mean_pose.to(device)
     sums = torch.zeros(4, dtype=torch.float64)
     for step, batch in enumerate(loader.epoch()):
-        full, unit = batch.x.to(device), batch.unit.to(device)
+        full, unit = batch.x.to(device), batch.unit.to(device).view(len(batch.x), 1, 1, 1, -1)
         x = full[..., :C]
         mask = model.draw(len(x), x.shape[2], torch.Generator().manual_seed(step)).to(device)
         hidden = mask_of_frames(mask)
@@ -414,7 +416,7 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
             seen = seen & (full[..., C] > 0)
         guesses = (model.reconstruct(full, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x),
                    neighbour_mean(x, hidden, hops))
-        errors = [((guess - x).norm(dim=-1) * unit.view(-1, 1, 1, 1) * seen).sum() for guess in guesses]
+        errors = [(((guess - x) * unit).norm(dim=-1) * seen).sum() for guess in guesses]
         sums += torch.stack([*errors, seen.sum()]).double().cpu()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), (sums[:3] / sums[3].clamp(min=1)).tolist()))
 

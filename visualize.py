@@ -424,8 +424,8 @@ def training(name: str, log: list) -> tuple:
 
 
 def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
-    """(name of a test sequence, its coordinates x and what the pre-trained model makes of them (M, T, V, C), known (M, T, V): there
-    and seen, hidden (1 or T, V), its size in the units of the data, whether y points up), for P Fig. 6."""
+    """(name of a test sequence, its coordinates x and what the pre-trained model makes of them (M, T, V, C), in the units of the
+    data, known (M, T, V): there and seen, hidden (1 or T, V), whether y points up), for P Fig. 6."""
     was, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
     try:
         data = read_data(Pretraining(**was))
@@ -444,14 +444,16 @@ def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
     guess, x, score = model.reconstruct(batch.x, batch.present, mask)[0][0], batch.x[0, ..., :C], batch.x[0, ..., C:]
     known = (x != 0).flatten(2).any(2)[..., None] & (score > 0).all(-1)  # where there is no score, all of none
     head, legs = (data.test.frames[::7, 0, skeleton["parts"].get(part, [0]), 1].mean() for part in ("head", "left_leg"))
-    return names[chosen], x, guess, known, mask_of_frames(mask)[0], float(batch.unit), bool(head > legs or head == legs and C == 3)
+    x, guess = x * batch.unit, guess * batch.unit  # a number, or one for each axis
+    return names[chosen], x, guess, known, mask_of_frames(mask)[0], bool(head > legs or head == legs and C == 3)
 
 
 def fig6(checkpoint: dict, wanted: str, seed: int) -> tuple:
     """P Fig. 6: eight frames of a test sequence as it is, as the encoder sees it, and as it is reconstructed."""
-    name, x, guess, known, hidden, unit, up = reconstruct(checkpoint, wanted, seed)
+    name, x, guess, known, hidden, up = reconstruct(checkpoint, wanted, seed)
     T, was, edges = x.shape[1], checkpoint["settings"], checkpoint["skeleton"]["edges"]
     error = float((guess - x).norm(dim=-1)[known & hidden].sum() / (known & hidden).sum().clamp(min=1))
+    size = float(x[known].square().sum(-1).mean().sqrt().clamp(min=1e-9))
     frames = torch.linspace(0, T - 1, min(8, T)).round().long()
     view = torch.tensor([[0.9, 0], [0, -1 if up else 1], [0.44, 0]] if x.shape[-1] == 3 else [[1.0, 0], [0, -1 if up else 1]])
     true, guess, known = (v[:, frames] for v in (x @ view, torch.where(hidden[..., None], guess, x) @ view, known))  # (M, 8, V, 2); (M, 8, V)
@@ -482,7 +484,7 @@ def fig6(checkpoint: dict, wanted: str, seed: int) -> tuple:
             body += f"<svg {place}>{people}</svg>" + text(116 * f + 60, top + height + 12, f"frame {frame + 1}", "small mid") * (row == 2)
     what = "drawn at random" if was["mask_ratio"] or was["mask_num_parts"] else ", ".join(was["mask_parts"])
     caption = f"Test sequence {name:.60}, {len(frames)} of {T} frames; {int(hidden[0].sum())} of {hidden.shape[1]} joints masked ({what}). " \
-              f"Mean error of its masked joints: {error * unit:.3g} in the units of the data, {100 * error:.0f} % of the sequence's size " \
+              f"Mean error of its masked joints: {error:.3g} in the units of the data, {100 * error / size:.0f} % of the sequence's size " \
               "(root mean square distance of its joints from its origin)."
     return figure("paper-fig6-reconstruction", caption, 936, 3 * height + 96, body)
 
