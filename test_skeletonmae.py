@@ -1227,6 +1227,14 @@ class PtTest(Case):
         self.refused(self.write("a.pt", pickled(Made("os.system", "true"))), "a.pt")
         self.refused(self.write("a.pt", b""), "a.pt")
 
+    def test_boxed_data_are_not_turned(self):
+        path = os.path.join(self.folder, "a.pt")
+        torch.save(dict(x_train=torch.randn(2, 4, 1, 20, 3), y_train=[0, 1], x_test=torch.randn(1, 4, 1, 20, 3), y_test=[0]), path)
+        for box in (False, True):
+            train = data.load(path, box=box).train
+            linear, _, unit = train.pose
+            self.assertEqual((train.box, torch.allclose(linear * unit[:, None, None], torch.eye(3))), (box, box))
+
     def test_own_layout(self):
         """A JSON file is a layout; a bad one, an unknown name and the wrong number of joints are refused."""
         path, layout = os.path.join(self.folder, "a.pt"), self.write("five.json", json.dumps(FIVE).encode())
@@ -1315,17 +1323,22 @@ class BatchTest(Case):
             for c in range(3):
                 low, high = min(before[:, c].tolist()), max(before[:, c].tolist())
                 self.close(after[:, c], (before[:, c] - low) / (high - low) * 2 - 1, 1e-5), self.close(half[n, c], torch.tensor((high - low) / 2), 1e-5)
+        layout = {**FIVE, "parts": {**FIVE["parts"], "torso": [0, 1, 2]}}  # a pair of joints by which it could be turned
         source = sequences()
-        source.box, source.pose = True, data.find_poses(source, FIVE, 3, False)
+        source.box, source.pose = True, data.find_poses(source, layout, 3, False)
         for training in (True, False):
-            batch = next(iter(Loader(source, FIVE, 3, 4, 6, training, augmentation=Augmentation(60, 0.1, 0.1, crop=0.5)).epoch()))
+            batch = next(iter(Loader(source, layout, 3, 4, 6, training, augmentation=Augmentation(60, 0.1, 0.1, crop=0.5)).epoch()))
             for sequence in batch.x:
                 seen = sequence[(sequence != 0).flatten(2).any(2)].flatten(0, 1)
                 self.close(seen.amin(0), -torch.ones(3), 1e-4), self.close(seen.amax(0), torch.ones(3), 1e-4)
-        plain = next(iter(Loader(data.replace(source, box=False), FIVE, 3, 4, 6, False).epoch()))
-        distances = [torch.cdist(b.x[0, 0] * b.unit[0], b.x[0, 0] * b.unit[0]) for b in (plain, batch)]  # within each frame, in the units of the file
-        self.close(*distances, 1e-4)
-        self.close(data.normalise(x[:3], FIVE, 3, True)[0], data.boxed(data.normalise(x[:3], FIVE, 3)[0], there[:3], 3)[0])
+        raw = source.frames[:, 0] - source.frames[:, 0, :1]  # every frame seen from its first joint: not turned, in the units of the file
+        for crop in (1.0, 0.5):
+            batch = next(iter(Loader(source, layout, 3, 4, 6, True, augmentation=Augmentation(crop=crop)).epoch()))
+            for sequence in batch.x[:, 0] * batch.unit[:, None, None]:
+                shown = sequence - sequence[:, :1]
+                self.assertLess(float((shown[:, None] - raw).abs().amax((2, 3)).amin(1).max()), 1e-3)
+        boxes = data.boxed(x[:3], there[:3], 3)[0]
+        self.close(data.normalise(x[:3], layout, 3, True)[0], boxes, 1e-5)
 
     def test_batch_against_plain_indexing(self):
         """A test batch is, sequence by sequence, the middle frames, normalised by the whole sequence; label, presence and unit go along."""
