@@ -159,9 +159,12 @@ def draw_mask(num: int, skeleton: dict, parts=("right_arm", "right_leg"), num_pa
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm over all leading dimensions of (..., D). As a channels-last image its backward on the CPU takes a twelfth
-    of the time that BatchNorm1d takes on (rows, D): measured 18 ms against 205 ms for 69,632 x 256."""
+    of the time that BatchNorm1d takes on (rows, D): measured 18 ms against 205 ms for 69,632 x 256. torch.compile
+    writes its own, and fails at an image whose width it does not know."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(x.reshape(-1, x.shape[-1], 1, 1)).view(x.shape)
         return super().forward(as_image(x)).permute(0, 2, 3, 1).reshape(x.shape)
 
 
@@ -311,11 +314,15 @@ class Packing:
         N, self.persons = present.shape
         rows = torch.arange(present.numel()).view(present.shape)
         both = present.all(1) if self.persons == 2 else torch.zeros(N, dtype=torch.bool)
-        self.pairs = int(both.sum())
-        rows = torch.cat([rows[both].T.reshape(-1), rows[~both][present[~both]]])  # (P,) into N M
+        self.paired = rows[both]  # (pairs, 2)
+        rows = torch.cat([self.paired.T.reshape(-1), rows[~both][present[~both]]])  # (P,) into N M
         self.rows, self.sequence = rows.to(device), (rows // self.persons).to(device)
         self.count = present.sum(1, dtype=torch.float32).to(device)  # persons of each sequence, (N,)
         self.num = N
+
+    @property
+    def pairs(self) -> int:
+        return len(self.paired)  # a size, which may vary in what torch.compile has made; of a number it would make a constant
 
     def pack(self, x: Tensor) -> Tensor:
         """(N, M, T, V, C) -> (V, P, T, C)."""
@@ -402,8 +409,11 @@ def find_present(x: Tensor, channels: int) -> Tensor:
     return present.cpu()
 
 
-def persons_of(x: Tensor, channels: int, present: Tensor | None) -> Packing:
-    """The packing of a batch: of the persons the caller says are present, else of those whom x shows."""
+def persons_of(x: Tensor, channels: int, present: Tensor | Packing | None) -> Packing:
+    """The packing of a batch: the caller's own, which torch.compile needs, for it cannot count persons; that of the persons whom the
+    caller says are present; else of those whom x shows."""
+    if isinstance(present, Packing):
+        return present
     return Packing(find_present(x, channels) if present is None else present, x.device)
 
 
@@ -485,8 +495,8 @@ class SkeletonMAE(nn.Module):
         return self.encoder(h, packing) if isinstance(self.encoder, STRLStack) else self.encoder(h)
 
     def forward(self, x: Tensor, present: Tensor | None = None, mask: Tensor | None = None):
-        """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU, found from x where not given;
-        mask: bool (N, V) or (N, V, T), True is masked, drawn where not given.
+        """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or a Packing, found from x where
+        not given; mask: bool (N, V) or (N, V, T), True is masked, drawn where not given.
 
         Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1), zero for absent persons; the mask.
         """
@@ -626,8 +636,8 @@ class SkeletonClassifier(nn.Module):
         return self.hidden_layer(packing.mean(torch.cat([h.mean(1), h.amax(1)], -1)))
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
-        """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU, found from x where not given
-        (an absent person is all zero). Returns logits (N, K)."""
+        """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or a Packing, found from x where
+        not given (an absent person is all zero). Returns logits (N, K)."""
         return self.head(self.features(x, present)).float()
 
     def load_pretrained(self, state: dict) -> list:

@@ -332,6 +332,18 @@ class LayerTest(Seeded):
         self.assertEqual([value.dtype for name, value in model.named_buffers() if "adjacency" in name], [torch.float64] * 4)
         self.assertFalse([name for name in [*model.state_dict(), *dict(model.named_parameters())] if "adjacency" in name])
 
+    def test_compiler(self):
+        """torch.compile takes both models whole, for any number of sequences and persons, if it is told who is present and what is masked."""
+        shape = dict(width=8, hidden=8, layers=1, motion=True, bone=True, dropout=0.0)
+        for model in (SkeletonClassifier(STAR, 3, 4, persons=2, frames=8, strl_layers=2, blocks=1, attention_dropout=0.0, **shape),
+                      SkeletonMAE(STAR, 3, mask_ratio=0.4, **shape)):
+            compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+            for N in (4, 5, 3):
+                x, present = torch.randn(N, 2, 8, 5, 3), torch.tensor([[True, n % 2 == 0] for n in range(N)])
+                mask = [model.draw(N, 8)] if isinstance(model, SkeletonMAE) else []
+                ours, plain = compiled(x, Packing(present, "cpu"), *mask), model(x, present, *mask)
+                close(*((ours[0], plain[0]) if mask else (ours, plain)))
+
     def test_graph_convolution(self):
         """S Eq. 1 against loops over edges, F.batch_norm, F.prelu: output, gradients, running statistics; finite differences. Both of
         the CPU's way and of a GPU's and the compiler's."""
@@ -2508,8 +2520,8 @@ def pretraining_step(N: int = 64, T: int = 64, M: int = 1, hidden: int = 256, am
 def finetuning_step(N: int = 16, T: int = 64, M: int = 2, compiled: bool = False):
     model, x, y = SkeletonClassifier(COCO, 2, 60, persons=2), torch.randn(N, 2, T, 17, 2), torch.arange(N) % 60
     x[:, M:] = 0
-    call = torch.compile(model) if compiled else model
-    return training_step(model, torch.optim.SGD(model.parameters(), 0.01, 0.9), lambda: F.cross_entropy(call(x), y))
+    call, present = torch.compile(model, dynamic=True) if compiled else model, x.flatten(2).any(2)
+    return training_step(model, torch.optim.SGD(model.parameters(), 0.01, 0.9), lambda: F.cross_entropy(call(x, Packing(present, "cpu")), y))
 
 
 def matrix_limit() -> float:

@@ -15,7 +15,7 @@ import os
 from dataclasses import asdict, dataclass
 
 from data import Loader, brief  # before torch: it silences torch's one remark about numpy
-from skeletonmae import LinearProbe, SkeletonClassifier, SkeletonMAE
+from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
 from train_pretrain import (CommonSettings, Failure, Progress, augmentation, check_finite, option, parse, read_checkpoint, read_data,
                             recorded, refuse_change, resume_settings, run, save, set_up, to_device, write_atomically, write_log)
 import torch
@@ -242,7 +242,7 @@ def main(argv=None):
         losses, indices = [], []
         for batch in train.epoch(epoch):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                logits = step_model(batch.x.to(device), batch.present)
+                logits = step_model(batch.x.to(device), Packing(batch.present, device))
             loss = F.cross_entropy(logits, batch.label.to(device), label_smoothing=settings.label_smoothing)
             losses.append(loss.detach())
             indices.append(batch.index)

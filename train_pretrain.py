@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from data import (Augmentation, DataError, Dataset, Loader, Sequences, brief, load, read_torch,  # before torch: it silences
                   reading)                                                                       # torch's one remark about numpy
-from skeletonmae import SkeletonMAE, mask_of_frames, skeleton as make_skeleton
+from skeletonmae import Packing, SkeletonMAE, mask_of_frames, skeleton as make_skeleton
 import torch
 from torch import Tensor
 
@@ -487,7 +487,8 @@ def main(argv=None):
                 part, last = slice(first, first + settings.micro_batch), first + settings.micro_batch >= len(batch.x)
                 with contextlib.nullcontext() if last or world == 1 else parallel.no_sync():  # processes meet once a batch
                     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                        part_loss, _, _ = step_model(batch.x[part].to(device), batch.present[part])
+                        mask = model.draw(len(batch.x[part]), settings.frames)
+                        part_loss, _, _ = step_model(batch.x[part].to(device), Packing(batch.present[part], device), mask)
                     part_loss = part_loss * (len(batch.x[part]) / len(batch.x))
                     part_loss.backward()
                 loss = loss + part_loss.detach()
