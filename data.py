@@ -581,6 +581,8 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     Raises DataError for what is in the file, OSError for the file itself.
     """
     own = load_skeleton(layout) if layout else None
+    if split and (path is None or path.endswith((".pt", ".pth", ".npz"))):
+        raise DataError(f"{path or 'the built-in set'} has one split, and --split {split} was asked for; expected none, leave it out")
     if path is None:
         if own and own != SKELETONS["coco17"]:
             raise DataError(f"the built-in stick figures are coco17, not {layout}; leave --layout out, or name your --data")

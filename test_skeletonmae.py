@@ -1254,6 +1254,7 @@ class PtTest(Case):
         self.assertEqual(data.load(path, layout=layout).skeleton, FIVE)
         self.refused(path, "5 joints", "--layout")
         self.refused(path, "coco18", layout="coco18")
+        self.refused(path, "--split xsub", split="xsub")
         self.refused(path, "17", layout="coco17")
         for bad in (b"[", b"[1]", b'{"joints": "a"}', json.dumps(FIVE | {"edges": [[0, 9]]}).encode()):
             self.refused(path, "five.json", layout=self.write("five.json", bad))
