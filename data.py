@@ -707,14 +707,14 @@ def find_batch_pose(x: Tensor, there: Tensor, skeleton: dict, channels: int, tur
     return find_pose(x.transpose(1, 2).flatten(0, 1), there.transpose(1, 2).flatten(0, 1), owner, len(x), skeleton, channels, turned)
 
 
-def boxed(x: Tensor, there: Tensor, channels: int) -> tuple:
+def boxed(x: Tensor, there: Tensor, unit: Tensor, channels: int) -> tuple:
     """Each axis of every sequence of a batch x (N, M, T, V, C [+ score]), there (N, M, T), from -1 to 1 over its persons and frames,
-    as CTR-GCN's feeder for NW-UCLA has it: how wide, high and deep a movement is no longer matters. Returns (x, half of what
-    each axis spanned (N, C))."""
+    as CTR-GCN's feeder for NW-UCLA has it: how wide, high and deep a movement is no longer matters. Returns (x, the unit of
+    each axis (N, C), where that of all was unit (N,))."""
     absent, planes = ~there[:, None, ..., None], x[..., :channels].movedim(4, 1)  # (N, 1, M, T, 1), (N, C, M, T, V)
     low, high = planes.masked_fill(absent, math.inf).amin((2, 3, 4)), planes.masked_fill(absent, -math.inf).amax((2, 3, 4))
     half = ((high - low) / 2).clamp(min=1e-6)
-    return place(x, there, torch.diag_embed(1 / half), ((low + high) / 2).nan_to_num()), half
+    return place(x, there, torch.diag_embed(1 / half), ((low + high) / 2).nan_to_num()), unit[:, None] * half
 
 
 def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False) -> tuple:
@@ -725,8 +725,7 @@ def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False) -> tu
     linear, origin, unit = find_batch_pose(x, there, skeleton, channels, not box)
     x = place(x, there, linear, origin)
     if box:
-        x, half = boxed(x, there, channels)
-        unit = unit[:, None] * half
+        x, unit = boxed(x, there, unit, channels)
     return x, origin, unit
 
 
@@ -830,8 +829,7 @@ class Loader:
             pose = find_batch_pose(x, there, self.skeleton, self.channels, not data.box)
         x, unit = self.augmentation(x, there, pose, self.skeleton, generator), pose[2]  # (N, M, T, V, C), (N,)
         if data.box:
-            x, half = boxed(x, there, self.channels)
-            unit = unit[:, None] * half
+            x, unit = boxed(x, there, unit, self.channels)
         return Batch(x, data.label[here], data.present[index], unit, index)
 
 

@@ -494,7 +494,7 @@ class SkeletonMAE(nn.Module):
         h = self.embedding(packed, hidden)
         return self.encoder(h, packing) if isinstance(self.encoder, STRLStack) else self.encoder(h)
 
-    def forward(self, x: Tensor, present: Tensor | None = None, mask: Tensor | None = None):
+    def forward(self, x: Tensor, present: Tensor | Packing | None = None, mask: Tensor | None = None):
         """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or a Packing, found from x where
         not given; mask: bool (N, V) or (N, V, T), True is masked, drawn where not given.
 
@@ -628,14 +628,14 @@ class SkeletonClassifier(nn.Module):
         self.hidden_layer = nn.Sequential(nn.Linear(2 * width, 2 * hidden), nn.ReLU(), nn.Dropout(head_dropout))
         self.head = nn.Linear(2 * hidden, classes)
 
-    def features(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+    def features(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
         """The features before the classifier, (N, 2 H). x and present as in forward."""
         check_input(x, len(self.skeleton["joints"]), self.channels, self.embedding.score, self.persons)
         packing = persons_of(x, self.channels, present)
         h = self.strl(self.embedding(packing.pack(x)), packing).mean(0)  # over joints, (P, T', D)
         return self.hidden_layer(packing.mean(torch.cat([h.mean(1), h.amax(1)], -1)))
 
-    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
         """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or a Packing, found from x where
         not given (an absent person is all zero). Returns logits (N, K)."""
         return self.head(self.features(x, present)).float()
@@ -684,15 +684,15 @@ class LinearProbe(nn.Module):
         return self
 
     @torch.no_grad()
-    def pooled(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+    def pooled(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
         """(N, M, T, V, C) -> (N, 2 H)."""
         packing = persons_of(x, self.pretrained.channels, present)
         h = self.pretrained.encode(packing.pack(x), packing).mean(0)  # (P, T, H)
         return packing.mean(torch.cat([h.mean(1), h.amax(1)], -1)).float()
 
-    def features(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+    def features(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
         return self.norm(self.pooled(x, present))
 
-    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
         """As SkeletonClassifier.forward."""
         return self.head(self.features(x, present)).float()

@@ -1329,7 +1329,7 @@ class BatchTest(Case):
         x = torch.randn(4, 2, 6, 5, 3, generator=torch.Generator().manual_seed(4)) * torch.tensor([1.0, 9.0, 0.2])
         x[1, 1], x[2, :, 3], x[3] = 0, 0, 0
         there = x.flatten(3).any(3)
-        y, half = data.boxed(torch.cat([x, torch.full_like(x[..., :1], 0.5)], -1), there, 3)
+        y, half = data.boxed(torch.cat([x, torch.full_like(x[..., :1], 0.5)], -1), there, torch.ones(4), 3)
         self.assertFalse(y[..., :3][~there].any() or (y[..., 3] != 0.5).any())
         for n in range(3):
             before, after = x[n][there[n]].flatten(0, 1), y[n, ..., :3][there[n]].flatten(0, 1)  # (joints, 3)
@@ -1350,7 +1350,7 @@ class BatchTest(Case):
             for sequence in batch.x[:, 0] * batch.unit[:, None, None]:
                 shown = sequence - sequence[:, :1]
                 self.assertLess(float((shown[:, None] - raw).abs().amax((2, 3)).amin(1).max()), 1e-3)
-        boxes = data.boxed(x[:3], there[:3], 3)[0]
+        boxes = data.boxed(x[:3], there[:3], torch.ones(3), 3)[0]
         self.close(data.normalise(x[:3], layout, 3, True)[0], boxes, 1e-5)
 
     def test_batch_against_plain_indexing(self):

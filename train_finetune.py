@@ -61,8 +61,8 @@ class Settings(CommonSettings):
 
 
 PRETRAINED = ("width", "hidden", "layers", "motion", "bone", "score", "box")  # what a pre-trained checkpoint decides,
-STRL = ("frames", "strl_layers", "blocks", "stride")                   # one whose STRL layers are pre-trained as well,
-FINETUNED = (*STRL, "linear_probe")                                    # and a fine-tuned one
+STRL = ("frames", "strl_layers", "blocks", "stride")                          # one whose STRL layers are pre-trained as well,
+FINETUNED = (*STRL, "linear_probe")                                           # and a fine-tuned one
 
 
 def learning_rate(epoch: int, base: float, warmup: int, milestones: tuple) -> float:

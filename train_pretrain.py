@@ -487,7 +487,7 @@ def main(argv=None):
                 part, last = slice(first, first + settings.micro_batch), first + settings.micro_batch >= len(batch.x)
                 with contextlib.nullcontext() if last or world == 1 else parallel.no_sync():  # processes meet once a batch
                     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                        mask = model.draw(len(batch.x[part]), settings.frames)
+                        mask = model.draw(len(batch.x[part]), settings.frames)  # outside of what --compile takes, as persons are counted
                         part_loss, _, _ = step_model(batch.x[part].to(device), Packing(batch.present[part], device), mask)
                     part_loss = part_loss * (len(batch.x[part]) / len(batch.x))
                     part_loss.backward()
