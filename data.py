@@ -777,8 +777,8 @@ class Batch:
 class Loader:
     """Epochs of batches. What a batch holds depends on (seed, epoch, step) alone, not on workers or on what was drawn before.
 
-    repeat: passes over the data per epoch, each in an order of its own. No sequence is dropped: a last batch too small to
-    share among the processes, or of one sequence, joins its neighbour. rank, world: this process takes every world-th
+    repeat: passes over the data per epoch, each in an order of its own. No sequence is dropped: a last batch of fewer than two
+    for each process, too few for batch norm, joins its neighbour. rank, world: this process takes every world-th
     sequence of each batch. workers: loader processes; 0 builds batches here, one gather and a few vector operations each.
     """
 
@@ -792,7 +792,7 @@ class Loader:
 
     def _batches(self, order: Tensor) -> list:
         batches = list(order.split(self.batch_size))
-        if len(batches) > 1 and len(batches[-1]) < max(2, self.world):
+        if len(batches) > 1 and len(batches[-1]) < 2 * self.world:
             last = batches.pop()
             batches[-1] = torch.cat([batches[-1], last])
         return batches

@@ -192,8 +192,8 @@ def set_up(settings: CommonSettings) -> tuple:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         raise Failure(f"device {name} cannot be used here; expected auto, cpu" + ", cuda" * torch.cuda.is_available()) from None
-    if settings.batch_size < world:
-        raise Failure(f"--batch-size {settings.batch_size} cannot be shared among {world} processes; expected at least one sequence each")
+    if settings.batch_size < 2 * world:
+        raise Failure(f"--batch-size {settings.batch_size} cannot be shared among {world} processes; expected at least two sequences each")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
