@@ -1831,6 +1831,21 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         self.same({name: after["pretrained." + name] for name in before}, dict(before))
         self.finetune("--ckpt probe/finetune.pt --eval-only --out probe")
 
+    def test_encoder_lr_scale(self):
+        """At a scale of 0 every pre-trained weight stays as it was, after --resume too, and the others move: the encoder was
+        pre-trained, or the whole stack."""
+        for flags, fixed in (("", r"embedding\.|.*\.encoder\."), (STACK, r"embedding\.|strl\.")):
+            self.pretrain(f"{self.data} --epochs 1{flags}")
+            self.finetune("--ckpt --epochs 1 --encoder-lr-scale 0 --lr 0.1")
+            before = torch.load("runs/finetune/finetune.pt", weights_only=True)
+            started = torch.load("runs/pretrain/pretrain.pt", weights_only=True)["model"]["embedding.linear.weight"]
+            self.assertTrue(before["model"]["embedding.linear.weight"].equal(started))
+            self.finetune("--resume --epochs 2")
+            after = torch.load("runs/finetune/finetune.pt", weights_only=True)["model"]
+            learned = [name for name, _ in train_finetune.SkeletonClassifier(**before["model_settings"]).named_parameters() if "mask_token" not in name]
+            stayed = {name for name in learned if after[name].equal(before["model"][name])}
+            self.assertEqual(stayed, {name for name in learned if re.match(fixed, name)})
+
     def test_a_moved_folder_is_resumed_where_it_is(self):
         """--resume goes on in the folder it found, not in the one that the run was started with."""
         self.pretrain(f"{self.data} --epochs 1 --out first")
@@ -2283,7 +2298,7 @@ def write_checkpoint(folder: str, kind: str, settings: dict, model: dict, model_
     os.makedirs(folder, exist_ok=True)
     log = [{"epoch": e, "loss": 1 / e, "lr": 0.1, "top1": 9.0 * e} for e in (1, 2)]
     train_pretrain.save({"kind": kind, "settings": settings, "model": model, "model_settings": model_settings, "optimizer": {}, "epoch": 1, "log": log,
-          "skeleton": SKELETONS["coco17"], "layout": "coco17", "channels": 2, "persons": 1, "classes": [0], "score": False}, os.path.join(folder, kind + ".pt"))
+          "skeleton": SKELETONS["coco17"], "layout": "coco17", "channels": 2, "persons": 1, "classes": [0], "pretrained": [], "score": False}, os.path.join(folder, kind + ".pt"))
 
 
 def make_run(folder: str, K: int = 5, N: int = 60, pretrained: str = ""):

@@ -204,9 +204,9 @@ def main(argv=None):
     if settings.eval_only:
         return report(evaluate(model, test, device, amp), settings.ckpt)
 
-    pretrained = {n: p for n, p in model.named_parameters() if n.startswith("embedding.") or ".encoder." in n}
-    groups = [{"params": [p for n, p in model.named_parameters() if n not in pretrained], "scale": 1.0},
-              {"params": list(pretrained.values()), "scale": settings.encoder_lr_scale}]
+    pretrained = resumed["pretrained"] if resumed else loaded
+    groups = [{"params": [p for n, p in model.named_parameters() if (n in pretrained) == slower], "scale": scale}
+              for slower, scale in ((False, 1.0), (True, settings.encoder_lr_scale))]
     if settings.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
     else:
@@ -265,7 +265,7 @@ def main(argv=None):
         if rank == 0:
             save({"kind": "finetune", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log,
                   "settings": asdict(settings), "model_settings": shape, "skeleton": data.skeleton, "layout": data.layout,
-                  "channels": data.channels, "persons": data.persons, "classes": data.classes}, path)
+                  "channels": data.channels, "persons": data.persons, "classes": data.classes, "pretrained": pretrained}, path)
         progress.end_epoch(epoch, mean_loss, lr, note)
     if rank == 0:
         report(outputs or evaluate(model, test, device, amp), f"last epoch ({settings.epochs}), {described}")

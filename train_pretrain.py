@@ -273,8 +273,9 @@ def write_log(rows: list, path: str):
 
 
 PARTS = {"model": dict, "optimizer": dict, "settings": dict, "model_settings": dict, "skeleton": dict, "log": list, "epoch": int,
-         "layout": str, "channels": int}  # of every checkpoint; a fine-tuned one has persons and classes as well
-WITHIN = {"model": Tensor, "log": dict, "classes": int}
+         "layout": str, "channels": int}  # of every checkpoint
+PARTS_FINETUNED = {**PARTS, "persons": int, "classes": list, "pretrained": list}
+WITHIN = {"model": Tensor, "log": dict, "classes": int, "pretrained": str}
 
 
 def read_checkpoint(path: str, kinds: tuple) -> dict:
@@ -284,7 +285,7 @@ def read_checkpoint(path: str, kinds: tuple) -> dict:
     if not isinstance(kind, str) or kind not in kinds:
         raise Failure(f"{path} holds {kind if isinstance(kind, str) else type(checkpoint).__name__}, no {' or '.join(kinds)} checkpoint; "
                       "expected a file that these scripts wrote")
-    for name, part in {**PARTS, **({"persons": int, "classes": list} if kind == "finetune" else {})}.items():
+    for name, part in (PARTS_FINETUNED if kind == "finetune" else PARTS).items():
         value = checkpoint.get(name)
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         if not isinstance(value, part) or not all(isinstance(item, WITHIN.get(name, object)) for item in items):
