@@ -17,17 +17,14 @@ import os
 import pickle
 import re
 import struct
-import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+from skeletonmae import SKELETONS, skeleton as make_skeleton  # before torch: it silences torch's one remark about numpy
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-from skeletonmae import SKELETONS, skeleton as make_skeleton
 
 
 def shown(text: str) -> str:
@@ -88,8 +85,8 @@ class Sequences:
                        pose=tuple(p[index] for p in self.pose))
 
     def to(self, device) -> "Sequences":
-        return replace(self, frames=self.frames.to(device), start=self.start.to(device), length=self.length.to(device),
-                       label=self.label.to(device), there=self.there.to(device), pose=tuple(p.to(device) for p in self.pose))
+        moved = {name: getattr(self, name).to(device) for name in ("frames", "start", "length", "label", "there")}
+        return replace(self, **moved, pose=tuple(p.to(device) for p in self.pose))
 
 
 @dataclass
@@ -233,11 +230,6 @@ class _DType:
         self.code = code
 
 
-def _empty(*_) -> Tensor:
-    """Stands in for numpy.ndarray: empty until BUILD gives it shape, dtype and bytes."""
-    return torch.empty(0)
-
-
 class _Unpickler(pickle._Unpickler):
     """The one written in Python: its memo is a dict, which a damaged index cannot blow up, and its opcodes can be chosen. The
     stand-ins and functions in `allowed` are all that a pickle can call."""
@@ -247,9 +239,10 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, file, size: int):
         super().__init__(file)
         self.size, self.left = size, 8 * size + 2**26
-        self.allowed = {"numpy.ndarray": _empty, "numpy.dtype": _DType, "_codecs.encode": self.encode}
+        empty = lambda *_: torch.empty(0)  # stands in for numpy.ndarray until BUILD gives it shape, dtype and bytes
+        self.allowed = {"numpy.ndarray": empty, "numpy.dtype": _DType, "_codecs.encode": self.encode}
         for core in ("numpy.core", "numpy._core"):
-            self.allowed |= {f"{core}.multiarray._reconstruct": _empty, f"{core}.multiarray.scalar": self.scalar,
+            self.allowed |= {f"{core}.multiarray._reconstruct": empty, f"{core}.multiarray.scalar": self.scalar,
                              f"{core}.numeric._frombuffer": lambda data, dtype, shape, order: self.array(data, dtype, shape, order == "F")}
 
     def find_class(self, module, name):

@@ -112,15 +112,14 @@ def normalized_adjacency(edges, num_joints: int) -> Tensor:
 
 def bone_parents(skeleton: dict) -> list:
     """The parent of every joint in the tree of bones, (V,) indices; the root and joints without edges are their own."""
-    parents, frontier = {skeleton["centre"][0]: skeleton["centre"][0]}, [skeleton["centre"][0]]
-    while frontier:
-        joint = frontier.pop(0)
-        for edge in skeleton["edges"]:
-            if joint in edge:
-                other = edge[0] + edge[1] - joint
-                if other not in parents:
-                    parents[other] = joint
-                    frontier.append(other)
+    root = skeleton["centre"][0]
+    parents, reached = {root: root}, [root]
+    for joint in reached:  # which grows on the way: breadth first
+        for i, j in skeleton["edges"]:
+            other = i + j - joint
+            if joint in (i, j) and other not in parents:
+                parents[other] = joint
+                reached.append(other)
     return [parents.get(joint, joint) for joint in range(len(skeleton["joints"]))]
 
 
@@ -144,12 +143,12 @@ def draw_mask(num: int, skeleton: dict, parts=("right_arm", "right_leg"), num_pa
         if not 0 < num_parts <= len(names):
             raise ValueError(f"cannot mask {num_parts} of {len(names)} body parts")
         chosen = torch.rand(num, len(names), generator=generator).argsort(1)[:, :num_parts]
-        mask = members[chosen].any(1)
     else:
         unknown = [part for part in parts if part not in names]
         if unknown or not parts:
             raise ValueError(f"no body part {', '.join(unknown) or 'named'}; this skeleton has {', '.join(names)}")
-        mask = members[[names.index(part) for part in parts]].any(0).repeat(num, 1)
+        chosen = torch.tensor([[names.index(part) for part in parts]]).expand(num, -1)
+    mask = members[chosen].any(1)
     if mask.all(1).any():
         raise ValueError("these body parts are all joints; at least one joint must stay visible")
     return mask
@@ -311,14 +310,13 @@ class Packing:
     def __init__(self, present: Tensor, device):
         if not present.any(1).all():
             raise ValueError(f"sequence {int(present.any(1).int().argmin())} of the batch has no person present")
-        N, self.persons = present.shape
+        self.num, self.persons = present.shape
         rows = torch.arange(present.numel()).view(present.shape)
-        both = present.all(1) if self.persons == 2 else torch.zeros(N, dtype=torch.bool)
+        both = present.sum(1) == 2
         self.paired = rows[both]  # (pairs, 2)
         rows = torch.cat([self.paired.T.reshape(-1), rows[~both][present[~both]]])  # (P,) into N M
         self.rows, self.sequence = rows.to(device), (rows // self.persons).to(device)
         self.count = present.sum(1, dtype=torch.float32).to(device)  # persons of each sequence, (N,)
-        self.num = N
 
     @property
     def pairs(self) -> int:
@@ -341,6 +339,11 @@ class Packing:
         """Mean over the persons present, (P, F) -> (N, F)."""
         total = features.new_zeros(self.num, features.shape[1]).index_add(0, self.sequence, features)
         return total / self.count[:, None].to(features.dtype)
+
+    def pool(self, h: Tensor) -> Tensor:
+        """Mean over joints, then mean and maximum over frames, then mean over the persons present: (V, P, T, D) -> (N, 2 D)."""
+        h = h.mean(0)
+        return self.mean(torch.cat([h.mean(1), h.amax(1)], -1))
 
 
 class JointEmbedding(nn.Module):
@@ -371,7 +374,7 @@ class JointEmbedding(nn.Module):
         joints = x[..., :self.channels]
         streams = [joints]
         if self.motion:
-            streams.append(F.pad(joints[:, :, 1:] - joints[:, :, :-1], (0, 0, 0, 1)))
+            streams.append(F.pad(joints.diff(dim=2), (0, 0, 0, 1)))
         if self.bone:
             streams.append(joints - joints[self.parents])
         if self.score:
@@ -390,15 +393,6 @@ class JointEmbedding(nn.Module):
         return h + self.joint[:, None, None]
 
 
-def check_input(x: Tensor, joints: int, channels: int, score: bool, persons: int | None = None):
-    """One clear ValueError instead of a shape error ten layers down."""
-    expected = f"(N, M, T, {joints}, {channels}{' + 1 for the joint score' if score else ''})"
-    if x.dim() != 5 or x.shape[3] != joints or x.shape[4] not in ((channels + 1,) if score else (channels, channels + 1)):
-        raise ValueError(f"expected skeletons of shape {expected}, got {tuple(x.shape)}")
-    if x.shape[1] not in ((1, 2) if persons is None else (persons,)):
-        raise ValueError(f"expected {persons or '1 or 2'} persons in {expected}, got {x.shape[1]}")
-
-
 def find_present(x: Tensor, channels: int) -> Tensor:
     """Who is there, bool (N, M) on the CPU: an absent person's coordinates are all zero, or all scores are where x has them.
     A sequence without anyone counts its first person."""
@@ -409,9 +403,15 @@ def find_present(x: Tensor, channels: int) -> Tensor:
     return present.cpu()
 
 
-def persons_of(x: Tensor, channels: int, present: Tensor | Packing | None) -> Packing:
+def persons_of(x: Tensor, embedding: JointEmbedding, present: Tensor | Packing | None, persons: int | None = None) -> Packing:
     """The packing of a batch: the caller's own, which torch.compile needs, for it cannot count persons; that of the persons whom the
-    caller says are present; else of those whom x shows."""
+    caller says are present; else of those whom x shows. One clear ValueError instead of a shape error ten layers down."""
+    joints, channels, score = len(embedding.joint), embedding.channels, embedding.score
+    expected = f"(N, M, T, {joints}, {channels}{' + 1 for the joint score' if score else ''})"
+    if x.dim() != 5 or x.shape[3] != joints or x.shape[4] not in ((channels + 1,) if score else (channels, channels + 1)):
+        raise ValueError(f"expected skeletons of shape {expected}, got {tuple(x.shape)}")
+    if x.shape[1] not in ((1, 2) if persons is None else (persons,)):
+        raise ValueError(f"expected {persons or '1 or 2'} persons in {expected}, got {x.shape[1]}")
     if isinstance(present, Packing):
         return present
     return Packing(find_present(x, channels) if present is None else present, x.device)
@@ -478,6 +478,8 @@ class SkeletonMAE(nn.Module):
         else:
             self.encoder = STRLStack(adjacency, width, hidden, layers, dropout=dropout, **strl)
             self.stride, encoded = self.encoder.stride, width
+            if self.stride > strl["frames"]:
+                raise ValueError(f"these STRL layers leave one of {self.stride} frames, and there are {strl['frames']}; expected fewer layers or a smaller stride")
         self.decoder = GraphConvolution(adjacency, encoded, width)                   # one graph layer (P 3.1.3) ...
         self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))  # ... and a linear map to the targets
 
@@ -501,8 +503,7 @@ class SkeletonMAE(nn.Module):
         Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1), zero for absent persons; the mask.
         """
         C = self.channels
-        check_input(x, len(self.skeleton["joints"]), C, self.embedding.score)
-        packing = persons_of(x, C, present)
+        packing = persons_of(x, self.embedding, present)
         if mask is None:
             mask = self.draw(len(x), x.shape[2])
         mask = mask.to(x.device, non_blocking=True)
@@ -630,10 +631,8 @@ class SkeletonClassifier(nn.Module):
 
     def features(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
         """The features before the classifier, (N, 2 H). x and present as in forward."""
-        check_input(x, len(self.skeleton["joints"]), self.channels, self.embedding.score, self.persons)
-        packing = persons_of(x, self.channels, present)
-        h = self.strl(self.embedding(packing.pack(x)), packing).mean(0)  # over joints, (P, T', D)
-        return self.hidden_layer(packing.mean(torch.cat([h.mean(1), h.amax(1)], -1)))
+        packing = persons_of(x, self.embedding, present, self.persons)
+        return self.hidden_layer(packing.pool(self.strl(self.embedding(packing.pack(x)), packing)))
 
     def forward(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
         """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or a Packing, found from x where
@@ -686,9 +685,8 @@ class LinearProbe(nn.Module):
     @torch.no_grad()
     def pooled(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
         """(N, M, T, V, C) -> (N, 2 H)."""
-        packing = persons_of(x, self.pretrained.channels, present)
-        h = self.pretrained.encode(packing.pack(x), packing).mean(0)  # (P, T, H)
-        return packing.mean(torch.cat([h.mean(1), h.amax(1)], -1)).float()
+        packing = persons_of(x, self.pretrained.embedding, present)
+        return packing.pool(self.pretrained.encode(packing.pack(x), packing)).float()
 
     def features(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
         return self.norm(self.pooled(x, present))

@@ -312,6 +312,8 @@ class SkeletonTest(Seeded):
             SkeletonMAE(STAR, 2)
         with self.assertRaisesRegex(ValueError, "mse; expected cosine or squared"):
             SkeletonMAE(COCO, 2, loss="mse")
+        with self.assertRaisesRegex(ValueError, "one of 8 frames, and there are 4"):
+            SkeletonMAE(COCO, 2, strl=dict(persons=1, frames=4, strl_layers=4))
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -575,7 +577,7 @@ class FinetuningTest(Seeded):
         """Another number of axes, joints, coordinates or persons is a ValueError that names the expected shape."""
         for model, shape in ((tiny_mae(), (2, 4, 5, 2)), (tiny_mae(), (2, 3, 4, 5, 2)), (tiny_mae(), (2, 1, 4, 6, 2)),
                              (tiny_classifier(STAR, 2, 3, persons=2), (2, 1, 4, 5, 2)), (tiny_classifier(STAR, 2, 3), (2, 1, 4, 5, 4)),
-                             (tiny_classifier(STAR, 2, 3, score=True), (2, 1, 4, 5, 2))):
+                             (tiny_classifier(STAR, 2, 3, score=True), (2, 1, 4, 5, 2)), (LinearProbe(tiny_mae(), 3), (2, 1, 4, 6, 2))):
             with self.assertRaisesRegex(ValueError, r"\(N, M, T, 5, 2"):
                 model(torch.randn(shape))
 
@@ -1702,6 +1704,9 @@ class ScriptTest(ScriptCase):
         self.assertEqual(accuracies.findall(self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --out again")), shown)
         self.same(torch.load("again/test_outputs.pt", weights_only=True), trained)
         self.assertFalse(os.path.exists("again/finetune.pt"))
+        with unittest.mock.patch.dict(os.environ, RANK="1"):  # of several processes the first alone writes
+            self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --out other")
+        self.assertFalse(os.path.exists("other/test_outputs.pt"))
 
     def test_interrupted(self):
         """Ctrl-C ends with status 130, SIGTERM with 143, both with one line that says how to go on."""
@@ -1931,8 +1936,12 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
             self.assertGreater(epoch, 1)
             self.assertEqual(torch.load(f"blown/{name}.pt", weights_only=True)["epoch"], epoch - 2)
             losses = [torch.tensor(0.5), torch.tensor(math.nan)]
-            with self.assertRaisesRegex(train_pretrain.Failure, "epoch 8, step 2, sequences c, a;"):
-                train_pretrain.check_finite(losses, [torch.tensor([0]), torch.tensor([2, 0])], ["a", "b", "c"], 7, "file")
+            for epoch, kept in ((7, "; file of the epoch before is kept$"), (0, "; try a lower --lr$")):
+                progress = train_pretrain.Progress(9, 2, 0, ["a", "b", "c"], "file", 0, 1)
+                progress.start_epoch(epoch, 0.1)
+                with self.assertRaisesRegex(train_pretrain.Failure, f"epoch {epoch + 1}, step 2, sequences c, a.*{kept}"):
+                    for loss, index in zip(losses, ([0], [2, 0])):
+                        progress.step(loss, torch.tensor(index))
 
     def test_a_failed_write_keeps_the_file(self):
         """Whatever goes wrong while it is written, the old file is whole and no other is left."""
@@ -2203,7 +2212,9 @@ class ReliabilityTest(ScriptCase):
         split = {evil + "_train": ["a0"], evil + "_val": ["a1"]}
         self.assertTrue(str(data.load(self.write("e.pkl", pickled({"annotations": pyskl(), "split": split})))).isprintable())
         with self.assertRaises(train_pretrain.Failure) as caught:
-            train_pretrain.check_finite([torch.tensor(math.nan)], [torch.tensor([0])], [evil], 0, "file")
+            progress = train_pretrain.Progress(9, 2, 0, [evil], "file", 0, 1)
+            progress.start_epoch(0, 0.1)
+            progress.step(torch.tensor(math.nan), torch.tensor([0]))
         self.assertTrue(str(caught.exception).isprintable())
 
     def test_full_disk(self):
@@ -2226,6 +2237,7 @@ class ReliabilityTest(ScriptCase):
             if len(epochs) == 2:
                 shutil.rmtree("runs/pretrain")
         with unittest.mock.patch.object(train_pretrain.Progress, "start_epoch", remove), unittest.mock.patch.object(train_pretrain.Progress, "step"), \
+                unittest.mock.patch.object(train_pretrain.Progress, "row", return_value={"loss": 0.0}), \
                 unittest.mock.patch.object(train_pretrain.Progress, "end_epoch"):
             self.pretrain(f"{self.data} --epochs 3")
         self.assertEqual(torch.load("runs/pretrain/pretrain.pt", weights_only=True)["epoch"], 2)
@@ -2581,8 +2593,11 @@ def speed(rows: list):
         with tempfile.TemporaryDirectory() as folder:
             write_ntu(f"{folder}/ntu.npz", 1024)
             read = data.load(f"{folder}/ntu.npz")
-            loader = Loader(read.train, read.skeleton, 3, 128, 64, True, augmentation=train_pretrain.augmentation(train_pretrain.Settings(), 3))
-            show("P4", f"a training sample of NTU's shape, augmented: {1000 * seconds(lambda: sum(1 for _ in loader.epoch())) / 1024:.4f} ms")
+            augment = train_pretrain.augmentation(train_pretrain.Settings(), 3)
+            for batch in (1024, 128):
+                loader = Loader(read.train, read.skeleton, 3, batch, 64, True, augmentation=augment)
+                taken = seconds(lambda: sum(1 for _ in loader.epoch())) / 1024
+                show("P4", f"a training sample of NTU's shape, augmented, batch {batch}: {1000 * taken:.4f} ms")
     if wanted("P5"):
         with tempfile.TemporaryDirectory() as folder:
             write_ntu(f"{folder}/ntu.npz", 40091)

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 
 from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
-from train_pretrain import (CommonSettings, Failure, Progress, augmentation, check_finite, option, parse, read_checkpoint, read_data,
-                            recorded, refuse_change, resume_settings, run, save, set_up, to_device, write_atomically, write_log)
+from train_pretrain import (CommonSettings, Failure, Progress, loaders, option, parse, read_checkpoint, read_data,
+                            recorded, refuse_change, resume_settings, run, save, set_up, write_atomically, write_log)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -45,19 +45,9 @@ class Settings(CommonSettings):
     label_seed: int = option(0, "which labels --label-fraction keeps", low=0)
     linear_probe: bool = option(False, "freeze the encoder, train one linear layer on its pooled features")
     eval_only: bool = option(False, "measure a fine-tuned --ckpt on the test set, train nothing")
-    eval_every: int = option(10, "epochs between measurements on the test set", low=1)
-    width: int = option(64, "D, joint embedding", low=4, high=4096)
-    hidden: int = option(128, "H, encoder width", low=4, high=4096)
-    layers: int = option(3, "L_D, encoder layers", low=1, high=100)
     strl_layers: int = option(3, "M_l, STRL layers", low=1, high=100)
-    blocks: int = option(2, "attention blocks in each STRL layer", low=0, high=100)
-    stride: int = option(2, "temporal stride between STRL layers", low=1)
-    dropout: float = option(0.2, "input feature dropout of the encoder", low=0, high=0.99)
     attention_dropout: float = option(0.1, "supplement A: 0.1", low=0, high=0.99)
     head_dropout: float = option(0.0, "dropout before the classifier", low=0, high=0.99)
-    motion: bool = option(False, "motion as further input channels")
-    bone: bool = option(False, "bones as further input channels")
-    score: bool = option(False, "joint score as a further input channel, where the data have one")
 
 
 PRETRAINED = ("width", "hidden", "layers", "motion", "bone", "score", "box")  # what a pre-trained checkpoint decides,
@@ -165,8 +155,7 @@ def main(argv=None):
     elif settings.eval_only:
         raise Failure("--eval-only needs --ckpt with a fine-tuned checkpoint, as in --ckpt runs/finetune/finetune.pt")
     device, amp, rank, world = set_up(settings)
-    quiet = rank > 0
-    say = (lambda *_: None) if quiet else print
+    say = print if rank == 0 else lambda *_: None
 
     data = read_data(settings)
     say(f"{settings.data or 'stick figures'}: {data}")
@@ -179,10 +168,7 @@ def main(argv=None):
     if settings.label_fraction < 1:
         data.train = data.train.subset(label_subset(data.train.label, settings.label_fraction, settings.label_seed))
         say(f"{len(data.train)} labelled sequences, {settings.label_fraction:g} of each class, label seed {settings.label_seed}")
-    common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
-    train = Loader(to_device(data.train, device, settings.workers), *common, True, settings.seed, augmentation(settings, data.channels),
-                   settings.repeat, settings.workers, rank, world)
-    test = Loader(to_device(data.test, device, settings.workers), *common, False)
+    train, test = loaders(settings, data, device, rank, world)
 
     torch.manual_seed(settings.seed)
     try:
@@ -202,7 +188,9 @@ def main(argv=None):
         write_atomically(os.path.join(settings.out, "test_outputs.pt"), lambda file: torch.save(outputs, file))
 
     if settings.eval_only:
-        return report(evaluate(model, test, device, amp), settings.ckpt)
+        if rank == 0:  # of several processes one writes the file
+            report(evaluate(model, test, device, amp), settings.ckpt)
+        return
 
     pretrained = resumed["pretrained"] if resumed else loaded
     groups = [{"params": [p for n, p in model.named_parameters() if (n in pretrained) == slower], "scale": scale}
@@ -231,32 +219,25 @@ def main(argv=None):
     if settings.compile:
         step_model = torch.compile(step_model, dynamic=True)
 
-    progress, outputs = Progress(settings.epochs, train.steps, first_epoch, quiet), None
+    progress, outputs = Progress(settings.epochs, train.steps, first_epoch, data.train.names, path, rank, world), None
     for epoch in range(first_epoch, settings.epochs):
         torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)  # dropout depends on the epoch alone: resuming is exact
         lr = learning_rate(epoch, settings.lr, settings.warmup, settings.milestones)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         model.train()
-        progress.start_epoch()
-        losses, indices = [], []
+        progress.start_epoch(epoch, lr)
         for batch in train.epoch(epoch):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 logits = step_model(batch.x.to(device), Packing(batch.present, device))
             loss = F.cross_entropy(logits, batch.label.to(device), label_smoothing=settings.label_smoothing)
-            losses.append(loss.detach())
-            indices.append(batch.index)
-            if device.type == "cpu":  # on a GPU, looking at a loss would stop the queue: there once an epoch
-                check_finite(losses, indices, data.train.names, epoch, path, first=len(losses) - 1)
             loss.backward()
             if settings.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            progress.step(epoch, len(batch.x) * world, losses, lr)
-        check_finite(losses, indices, data.train.names, epoch, path)
-        mean_loss = float(torch.stack(losses).mean())
-        row, note = {"epoch": epoch + 1, "loss": mean_loss, "lr": lr}, ""
+            progress.step(loss.detach(), batch.index)
+        row, note = progress.row(), ""
         if rank == 0 and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
             outputs = evaluate(model, test, device, amp)
             row |= metrics(outputs)
@@ -266,7 +247,7 @@ def main(argv=None):
             save({"kind": "finetune", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log,
                   "settings": asdict(settings), "model_settings": shape, "skeleton": data.skeleton, "layout": data.layout,
                   "channels": data.channels, "persons": data.persons, "classes": data.classes, "pretrained": pretrained}, path)
-        progress.end_epoch(epoch, mean_loss, lr, note)
+        progress.end_epoch(row["loss"], note)
     if rank == 0:
         report(outputs or evaluate(model, test, device, amp), f"last epoch ({settings.epochs}), {described}")
         say(f"saved {path}")

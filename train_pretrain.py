@@ -24,9 +24,8 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields
 
-from data import (Augmentation, DataError, Dataset, Loader, Sequences, brief, load, read_torch,  # before torch: it silences
-                  reading)                                                                       # torch's one remark about numpy
-from skeletonmae import Packing, SkeletonMAE, mask_of_frames, skeleton as make_skeleton
+from data import Augmentation, DataError, Dataset, Loader, brief, load, read_torch, reading  # before torch: silences its remark about numpy
+from skeletonmae import Packing, SkeletonMAE, mask_of_frames, normalized_adjacency, skeleton as make_skeleton
 import torch
 from torch import Tensor
 
@@ -56,6 +55,16 @@ class CommonSettings:
     crop: float = option(None, "shortest random part of a sequence to sample from; default: what suits the data", low=0, high=1)
     repeat: int = option(1, "passes over the data per epoch", low=1, high=10_000)
     workers: int = option(0, "loader processes; 0 builds batches in this one (supplement A: 4; measured slower)", low=0, high=256)
+    width: int = option(64, "D, joint embedding", low=4, high=4096)
+    hidden: int = option(128, "H, encoder width", low=4, high=4096)
+    layers: int = option(3, "L_D, encoder layers", low=1, high=100)
+    dropout: float = option(0.2, "input feature dropout, supplement A: 0.2", low=0, high=0.99)
+    blocks: int = option(2, "attention blocks in each STRL layer", low=0, high=100)
+    stride: int = option(2, "temporal stride between STRL layers", low=1, high=100)
+    motion: bool = option(False, "motion as further input channels")
+    bone: bool = option(False, "bones as further input channels")
+    score: bool = option(False, "joint score as a further input channel, where the data have one")
+    eval_every: int = option(10, "epochs between measurements on the test split", low=1)
     seed: int = option(0, "seed of weights, order, masks and augmentation", low=0, high=2**31)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     amp: bool = option(None, "bfloat16 autocast; default on GPUs that have bfloat16, off on CPUs")
@@ -71,10 +80,6 @@ class Settings(CommonSettings):
     batch_size: int = option(1024, "sequences per optimiser step, supplement A: 1024", low=2)
     micro_batch: int = option(256, "sequences per forward pass; bounds memory, batch norm sees this many", low=1)
     lr: float = option(1.5e-4, "Adam's learning rate, supplement A: 1.5e-4", low=0)
-    width: int = option(64, "D, joint embedding", low=4, high=4096)
-    hidden: int = option(128, "H, encoder width", low=4, high=4096)
-    layers: int = option(3, "L_D, encoder layers", low=1, high=100)
-    dropout: float = option(0.2, "input feature dropout, supplement A: 0.2", low=0, high=0.99)
     beta: float = option(2.0, "power of the re-weighted cosine error", low=1)
     mask_parts: tuple = option(("right_arm", "right_leg"), "body parts to mask, with commas")
     mask_num_parts: int = option(0, "mask this many parts, drawn per sequence, instead", low=0)
@@ -82,12 +87,6 @@ class Settings(CommonSettings):
     mask_segments: int = option(1, "draw masks anew in each of this many segments of the frames; not the paper's", low=1, high=10_000)
     loss: str = option("cosine", "cosine (paper Eq. 2) or squared, of positions; not the paper's", choices=("cosine", "squared"))
     strl_layers: int = option(0, "pre-train this many STRL layers too, 3 for the classifier's; not the paper's", low=0, high=100)
-    blocks: int = option(2, "attention blocks in each STRL layer", low=0, high=100)
-    stride: int = option(2, "temporal stride between STRL layers", low=1, high=100)
-    motion: bool = option(False, "motion as further input channels")
-    bone: bool = option(False, "bones as further input channels")
-    score: bool = option(False, "joint score as a further input channel, where the data have one")
-    eval_every: int = option(10, "epochs between measurements on held-out sequences", low=1)
 
 
 class Failure(DataError):
@@ -228,12 +227,17 @@ def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
     return Augmentation(**{name: getattr(suits, name) if value is None else value for name, value in asked.items()})
 
 
-def to_device(data: Sequences, device, workers: int) -> Sequences:
-    """The frames move to the GPU where they fit into half of its free memory; batches are then built there. Loader processes
-    cannot use a GPU: with them the frames stay."""
-    if device.type == "cuda" and not workers and data.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        return data.to(device)
-    return data
+def loaders(settings: CommonSettings, data: Dataset, device, rank: int, world: int) -> tuple:
+    """Batches of the training and of the test split. The frames move to the GPU where they fit into half of its free memory; batches
+    are then built there. Loader processes cannot use a GPU: with them the frames stay."""
+    def placed(split):
+        fits = device.type == "cuda" and not settings.workers and split.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+        return split.to(device) if fits else split
+
+    common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
+    train = Loader(placed(data.train), *common, True, settings.seed, augmentation(settings, data.channels), settings.repeat,
+                   settings.workers, rank, world)
+    return train, Loader(placed(data.test), *common, False)
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -331,41 +335,50 @@ def resume_settings(settings: type, given: set, asked, checkpoint: dict, path: s
 # ---------------------------------------------------------------------------------------------- progress
 
 class Progress:
-    """One live line on a terminal, one line an epoch elsewhere; silent in all processes but the first."""
+    """The losses of an epoch as one live line on a terminal, one line an epoch elsewhere; silent in all processes but the first.
+    The first loss that is not finite stops the run and says where it came from."""
 
-    def __init__(self, epochs: int, steps: int, first_epoch: int, quiet: bool):
-        self.epochs, self.quiet, self.live = epochs, quiet, sys.stdout.isatty()
+    def __init__(self, epochs: int, steps: int, first_epoch: int, names: list, checkpoint: str, rank: int, world: int):
+        self.epochs, self.names, self.checkpoint, self.world, self.quiet = epochs, names, checkpoint, world, rank > 0
         self.begin = self.drawn = time.monotonic()
-        self.total, self.done = (epochs - first_epoch) * steps, 0
+        self.total, self.done, self.live = (epochs - first_epoch) * steps, 0, sys.stdout.isatty()
 
-    def start_epoch(self):
-        self.epoch_begin, self.sequences = time.monotonic(), 0
+    def start_epoch(self, epoch: int, lr: float):
+        self.epoch, self.lr, self.losses, self.indices, self.epoch_begin = epoch, lr, [], [], time.monotonic()
 
-    def step(self, epoch: int, num: int, losses: list, lr: float):
-        self.done, self.sequences = self.done + 1, self.sequences + num
+    def step(self, loss: Tensor, index: Tensor):
+        self.losses.append(loss)
+        self.indices.append(index)
+        self.done += 1
+        if not loss.is_cuda:  # on a GPU, looking at a loss would stop the queue: there once an epoch
+            self.check(len(self.losses) - 1)
         if self.live and not self.quiet and time.monotonic() - self.drawn > 0.5:  # reading a loss waits for the GPU: twice a second
             self.drawn = time.monotonic()
-            print("\r" + self.line(epoch, float(losses[-1]), lr).ljust(100), end="", flush=True)
+            print("\r" + self.line(float(loss)).ljust(100), end="", flush=True)
 
-    def line(self, epoch: int, loss: float, lr: float) -> str:
+    def check(self, first: int = 0):
+        bad = (~torch.stack(self.losses[first:]).isfinite()).nonzero().flatten().tolist()
+        if bad:
+            step = first + bad[0]
+            who = [self.names[i] for i in self.indices[step].tolist()]
+            raise Failure(f"loss is {float(self.losses[step])} in epoch {self.epoch + 1}, step {step + 1}, sequences {', '.join(who[:8])}"
+                          f"{' ...' * (len(who) > 8)}; try a lower --lr" + f"; {self.checkpoint} of the epoch before is kept" * (self.epoch > 0))
+
+    def row(self) -> dict:
+        """What the epoch adds to the log."""
+        self.check()
+        return {"epoch": self.epoch + 1, "loss": float(torch.stack(self.losses).mean()), "lr": self.lr}
+
+    def line(self, loss: float) -> str:
         now = time.monotonic()
         left = (now - self.begin) / max(self.done, 1) * (self.total - self.done)
-        rate = self.sequences / max(now - self.epoch_begin, 1e-9)
-        return f"epoch {epoch + 1}/{self.epochs}  loss {loss:.4g}  lr {lr:.3g}  {rate:.0f} seq/s  {left // 60:.0f}m{left % 60:02.0f}s left"
+        rate = sum(map(len, self.indices)) * self.world / max(now - self.epoch_begin, 1e-9)
+        return (f"epoch {self.epoch + 1}/{self.epochs}  loss {loss:.4g}  lr {self.lr:.3g}  {rate:.0f} seq/s  "
+                f"{left // 60:.0f}m{left % 60:02.0f}s left")
 
-    def end_epoch(self, epoch: int, loss: float, lr: float, note: str):
+    def end_epoch(self, loss: float, note: str):
         if not self.quiet:
-            print(("\r" if self.live else "") + self.line(epoch, loss, lr) + note, flush=True)
-
-
-def check_finite(losses: list, indices: list, names: list, epoch: int, checkpoint: str, first: int = 0):
-    """Stops at the first loss from step `first` on that is not finite and says where it came from."""
-    bad = (~torch.stack(losses[first:]).isfinite()).nonzero().flatten().tolist()
-    if bad:
-        step = first + bad[0]
-        who = [names[i] for i in indices[step].tolist()]
-        raise Failure(f"loss is {float(losses[step])} in epoch {epoch + 1}, step {step + 1}, sequences {', '.join(who[:8])}"
-                      f"{' ...' * (len(who) > 8)}; try a lower --lr or --clip; {checkpoint} of the epoch before is kept")
+            print(("\r" if self.live else "") + self.line(loss) + note, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- pre-training
@@ -383,14 +396,10 @@ def measure_scale(loader: Loader) -> tuple:
 
 
 def joint_distances(skeleton: dict) -> Tensor:
-    """Edges between every two joints, (V, V); V where there is no path."""
+    """Edges between every two joints, (V, V), V where there is no path: so many powers of A + I, from 0 on, do not connect them."""
     V = len(skeleton["joints"])
-    hops = torch.full((V, V), float(V)).fill_diagonal_(0)
-    for i, j in skeleton["edges"]:
-        hops[i, j] = hops[j, i] = 1
-    for k in range(V):
-        hops = torch.minimum(hops, hops[:, k, None] + hops[None, k])
-    return hops
+    adjacency = normalized_adjacency(skeleton["edges"], V).double()
+    return sum(torch.linalg.matrix_power(adjacency, k) == 0 for k in range(V)).float()
 
 
 def neighbour_mean(x: Tensor, mask: Tensor, hops: Tensor) -> Tensor:
@@ -429,16 +438,11 @@ def main(argv=None):
         checkpoint = read_checkpoint(path, ("pretrain",))
         settings = resume_settings(Settings, given, settings, checkpoint, path)
     device, amp, rank, world = set_up(settings)
-    quiet = rank > 0
-    say = (lambda *_: None) if quiet else print
+    say = print if rank == 0 else lambda *_: None
 
     data = read_data(settings)
     say(f"{settings.data or 'stick figures'}: {data}")
-    augment = augmentation(settings, data.channels)
-    common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
-    train = Loader(to_device(data.train, device, settings.workers), *common, True, settings.seed, augment, settings.repeat,
-                   settings.workers, rank, world)
-    held_out = Loader(to_device(data.test, device, settings.workers), *common, False)
+    train, held_out = loaders(settings, data, device, rank, world)
     if train.steps * settings.epochs < 2000:
         say(f"hint: {train.steps * settings.epochs} steps in all is little training; for a small set try --batch-size 64 "
             f"--repeat {max(1, -(-2000 * 64 // (len(data.train) * settings.epochs)))} --lr 1e-3")
@@ -454,7 +458,7 @@ def main(argv=None):
         model = SkeletonMAE(**shape).to(device)
     except ValueError as error:
         raise Failure(str(error)) from None
-    scale, mean_pose = measure_scale(Loader(train.data, *common, False))
+    scale, mean_pose = measure_scale(Loader(train.data, data.skeleton, data.channels, settings.batch_size, settings.frames, False))
     model.scale.copy_(scale)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
     masked = (f"{settings.mask_ratio:g} of the joints" if settings.mask_ratio else f"{settings.mask_num_parts} parts"
@@ -476,12 +480,11 @@ def main(argv=None):
     if settings.compile:
         step_model = torch.compile(step_model, dynamic=True)
 
-    progress = Progress(settings.epochs, train.steps, first_epoch, quiet)
+    progress = Progress(settings.epochs, train.steps, first_epoch, data.train.names, path, rank, world)
     for epoch in range(first_epoch, settings.epochs):
         torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)  # masks, dropout: of the epoch alone, so resuming is exact
         model.train()
-        progress.start_epoch()
-        losses, indices = [], []
+        progress.start_epoch(epoch, settings.lr)
         for batch in train.epoch(epoch):
             loss = 0
             for first in range(0, len(batch.x), settings.micro_batch):  # gradients of the parts add up to the batch's
@@ -493,16 +496,10 @@ def main(argv=None):
                     part_loss = part_loss * (len(batch.x[part]) / len(batch.x))
                     part_loss.backward()
                 loss = loss + part_loss.detach()
-            losses.append(loss)
-            indices.append(batch.index)
-            if device.type == "cpu":  # on a GPU, looking at a loss would stop the queue: there once an epoch
-                check_finite(losses, indices, data.train.names, epoch, path, first=len(losses) - 1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            progress.step(epoch, len(batch.x) * world, losses, settings.lr)
-        check_finite(losses, indices, data.train.names, epoch, path)
-        mean_loss = float(torch.stack(losses).mean())
-        row, note = {"epoch": epoch + 1, "loss": mean_loss, "lr": settings.lr}, ""
+            progress.step(loss, batch.index)
+        row, note = progress.row(), ""
         if rank == 0 and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
             row |= reconstruction_error(model, held_out, mean_pose)
             note = (f"  held-out joint error {row['joint_error']:.4g} (mean pose {row['mean_pose_error']:.4g}, "
@@ -512,7 +509,7 @@ def main(argv=None):
             save({"kind": "pretrain", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log,
                   "settings": asdict(settings), "model_settings": shape, "skeleton": data.skeleton, "layout": data.layout,
                   "channels": data.channels}, path)
-        progress.end_epoch(epoch, mean_loss, settings.lr, note)
+        progress.end_epoch(row["loss"], note)
     say(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}")
     if world > 1:
         torch.distributed.destroy_process_group()
