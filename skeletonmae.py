@@ -479,7 +479,8 @@ class SkeletonMAE(nn.Module):
             self.encoder = STRLStack(adjacency, width, hidden, layers, dropout=dropout, **strl)
             self.stride, encoded = self.encoder.stride, width
             if self.stride > strl["frames"]:
-                raise ValueError(f"these STRL layers leave one of {self.stride} frames, and there are {strl['frames']}; expected fewer layers or a smaller stride")
+                raise ValueError(f"these STRL layers leave one of {self.stride} frames, and there are {strl['frames']}; "
+                                 "expected fewer layers or a smaller stride")
         self.decoder = GraphConvolution(adjacency, encoded, width)                   # one graph layer (P 3.1.3) ...
         self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))  # ... and a linear map to the targets
 

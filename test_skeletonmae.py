@@ -1409,7 +1409,9 @@ class BatchTest(Case):
         for world in (2, 3):
             whole, *parts = [[b.index.tolist() for b in Loader(sequences([3] * 18), FIVE, 3, 7, 4, True, rank=rank, world=of).epoch(1)]
                              for rank, of in [(0, 1), *((r, world) for r in range(world))]]
-            if world == 3:
+            if world == 2:
+                self.assertEqual([len(step) for step in whole], [7, 7, 4])
+            else:
                 whole = whole[:-2] + [whole[-2] + whole[-1]]  # four sequences are too few for three processes
             self.assertEqual([sorted(i) for i in whole], [sorted(sum(step, [])) for step in zip(*parts)])
             self.assertTrue(all(len(step) > 1 for part in parts for step in part))
@@ -1936,10 +1938,10 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
             self.assertGreater(epoch, 1)
             self.assertEqual(torch.load(f"blown/{name}.pt", weights_only=True)["epoch"], epoch - 2)
             losses = [torch.tensor(0.5), torch.tensor(math.nan)]
-            for epoch, kept in ((7, "; file of the epoch before is kept$"), (0, "; try a lower --lr$")):
+            for epoch, kept in ((7, "; file of the epoch before is kept"), (0, "")):
                 progress = train_pretrain.Progress(9, 2, 0, ["a", "b", "c"], "file", 0, 1)
                 progress.start_epoch(epoch, 0.1)
-                with self.assertRaisesRegex(train_pretrain.Failure, f"epoch {epoch + 1}, step 2, sequences c, a.*{kept}"):
+                with self.assertRaisesRegex(train_pretrain.Failure, f"epoch {epoch + 1}, step 2, sequences c, a; try a lower --lr{kept}$"):
                     for loss, index in zip(losses, ([0], [2, 0])):
                         progress.step(loss, torch.tensor(index))
 
