@@ -636,6 +636,11 @@ def compose(a: Tensor, b: Tensor) -> Tensor:
     return (a[..., None] * b[:, None]).sum(2) if a.is_cuda else a @ b
 
 
+def joint_mean(x: Tensor, joints: list) -> Tensor:
+    """The mean position of some joints, (..., V, C) -> (..., C), without an index list, for which a GPU would have to wait."""
+    return torch.stack([x[..., joint, :] for joint in joints]).mean(0)
+
+
 def find_pose(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: dict, channels: int, turned: bool = True) -> tuple:
     """How each of `num` sequences is normalised: x -> linear (x - origin).
 
@@ -651,7 +656,7 @@ def find_pose(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: 
         return values.new_zeros(num, *values.shape[1:]).index_add_(0, owner, values)
 
     joints, seen = frames[..., :channels], there[..., None].expand(frames.shape[:3])  # (F, M, V)
-    centre = joints[:, :, skeleton["centre"]].mean(2) * there[..., None]              # (F, M, C)
+    centre = joint_mean(joints, skeleton["centre"]) * there[..., None]                # (F, M, C)
     origin = total(centre.sum(1)) / total(there.sum(1).float()).clamp(min=1)[:, None]
     if frames.shape[-1] > channels:
         scored = seen & (frames[..., channels] > 0)
@@ -663,7 +668,7 @@ def find_pose(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: 
     if turned and channels == 3 and across:
         lead = (total(there[:, 0].long()) == 0).long().clamp(max=there.shape[1] - 1)[owner]  # the second person where no first one is
         first = joints[torch.arange(len(joints), device=joints.device), lead]              # (F, V, 3)
-        left, right = (total(first[:, list(side)].mean(1)) for side in zip(*across))       # (num, 3)
+        left, right = (total(joint_mean(first, side)) for side in zip(*across))            # (num, 3)
         linear = turn(torch.atan2((left - right)[:, 2], (left - right)[:, 0]), axis=1)
     return linear / unit[:, None, None], origin, unit
 
@@ -752,7 +757,8 @@ class Augmentation:
             order = list(range(len(skeleton["joints"])))
             for left, right in pairs:
                 order[left], order[right] = right, left
-            x = torch.where(mirror.view(-1, 1, 1, 1, 1), x[..., order, :], x)
+            mirrored = x.index_select(3, torch.tensor(order).to(x.device, non_blocking=True))
+            x = torch.where(mirror.view(-1, 1, 1, 1, 1), mirrored, x)
         if self.noise:
             x[..., :C] += self.noise * torch.randn(x[..., :C].shape, generator=generator, device=x.device) * there[..., None, None]
         return x
