@@ -191,7 +191,7 @@ class NormPReLU(torch.autograd.Function):
         gain = weight * s
         u = torch.addcmul((bias - m * gain).to(x.dtype), x, gain.to(x.dtype))
         grad_u = torch.ops.aten.leaky_relu_backward(grad, u, float(slope), False)
-        grad_slope = torch.linalg.vecdot(grad.flatten(), u.clamp_(max=0).flatten()).to(slope.dtype).view(1)
+        grad_slope = u.clamp_(max=0).mul_(grad).sum(dtype=slope.dtype).view(1)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             as_image(grad_u), as_image(x), weight, mean, variance, batch_mean, inverse_std, ctx.training, ctx.eps, [True] * 3)
         return grad_x.permute(0, 2, 3, 1).reshape(x.shape), grad_weight, grad_bias, None, None, None, None, None, grad_slope
@@ -314,7 +314,7 @@ class Packing:
     def __init__(self, present: Tensor, device):
         if not present.any(1).all():
             raise ValueError(f"sequence {int(present.any(1).int().argmin())} of the batch has no person present")
-        self.num, self.persons = present.shape
+        self.persons = present.shape[1]
         rows = torch.arange(present.numel()).view(present.shape)
         both = present.sum(1) == 2
         self.paired = rows[both]  # (pairs, 2)
@@ -322,9 +322,14 @@ class Packing:
         indices = rows, rows // self.persons, present.sum(1, dtype=torch.float32)  # the last: persons of each sequence, (N,)
         self.rows, self.sequence, self.count = (index.to(device, non_blocking=True) for index in indices)
 
+    # Sizes of tensors, which may vary in what torch.compile has made; of a number it would make a constant.
+    @property
+    def num(self) -> int:
+        return len(self.count)
+
     @property
     def pairs(self) -> int:
-        return len(self.paired)  # a size, which may vary in what torch.compile has made; of a number it would make a constant
+        return len(self.paired)
 
     def pack(self, x: Tensor) -> Tensor:
         """(N, M, T, V, C) -> (V, P, T, C)."""

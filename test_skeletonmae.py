@@ -2352,6 +2352,33 @@ class GpuTest(ScriptCase):
                 torch.cuda.set_sync_debug_mode("default")
                 self.assertTrue(loss.isfinite())
 
+    def test_graphs(self):
+        """A CUDA graph gives the losses and gradients of its step, for every number of persons, and draws dropout anew each time."""
+        for model in self.models:
+            model.cuda()
+
+            def step(packing, x, label):
+                loss = model(x, packing, label > 0)[0] if isinstance(model, SkeletonMAE) else F.cross_entropy(model(x, packing), label)
+                loss.backward()
+                return loss.detach()
+
+            replay = train_pretrain.Replay(step)
+            for i in range(12):
+                present = torch.tensor([[True, n <= i % 3] for n in range(6)])
+                x = torch.randn(6, 2, 8, 5, 3, device="cuda")
+                label = (torch.arange(30).view(6, 5) + i) % 3 == 0 if isinstance(model, SkeletonMAE) else (torch.arange(6) + i) % 3
+                results = []
+                for run in (step, replay):
+                    model.zero_grad(set_to_none=False)
+                    loss = run(Packing(present, "cuda"), x, label.cuda())
+                    results.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+                for ours, plain in zip(*results, strict=True):
+                    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
+            self.assertEqual([len(replay.recorded), None in replay.recorded.values()], [3, False])
+        model.strl.layers[0].encoder.dropout = 0.5
+        replay = train_pretrain.Replay(step)
+        self.assertEqual(len({float(replay(Packing(present, "cuda"), x, label.cuda())) for _ in range(4)}), 4)
+
     def test_scripts(self):
         """Both scripts run on it, in bfloat16, and go on from their checkpoints; one that was written there is read without it."""
         self.assertIn("on cuda:0 in bfloat16", self.pretrain(f"{self.data} --device auto --epochs 1"))

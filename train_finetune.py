@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
 from train_pretrain import (CommonSettings, Failure, Progress, loaders, option, parse, read_checkpoint, read_data,
-                            recorded, refuse_change, resume_settings, run, save, set_up, write_atomically, write_log)
+                            recorded, refuse_change, replayed, resume_settings, run, save, set_up, write_atomically, write_log)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -219,6 +219,14 @@ def main(argv=None):
     if settings.compile:
         step_model = torch.compile(step_model, dynamic=True)
 
+    def step(packing: Packing, x: Tensor, label: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
+            logits = step_model(x, packing)
+        loss = F.cross_entropy(logits, label, label_smoothing=settings.label_smoothing)
+        loss.backward()
+        return loss.detach()
+
+    step = replayed(step, settings, device, world, settings.batch_size)
     progress, outputs = Progress(settings.epochs, train.steps, first_epoch, data.train.names, path, rank, world), None
     for epoch in range(first_epoch, settings.epochs):
         torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)  # dropout depends on the epoch alone: resuming is exact
@@ -228,15 +236,12 @@ def main(argv=None):
         model.train()
         progress.start_epoch(epoch, lr)
         for batch in train.epoch(epoch):
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                logits = step_model(batch.x.to(device), Packing(batch.present, device))
-            loss = F.cross_entropy(logits, batch.label.to(device), label_smoothing=settings.label_smoothing)
-            loss.backward()
+            loss = step(Packing(batch.present, device), batch.x.to(device), batch.label.to(device))
             if settings.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.step(loss.detach(), batch.index)
+            optimizer.zero_grad(set_to_none=False)  # a CUDA graph adds to the gradients in place
+            progress.step(loss, batch.index)
         row, note = progress.row(), ""
         if rank == 0 and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
             outputs = evaluate(model, test, device, amp)

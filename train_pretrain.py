@@ -69,6 +69,7 @@ class CommonSettings:
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     amp: bool = option(None, "bfloat16 autocast; default on GPUs that have bfloat16, off on CPUs")
     compile: bool = option(False, "torch.compile; needs a C++ compiler on CPUs")
+    graphs: bool = option(None, "CUDA graphs; default: on one GPU, where a pass has at most 128 sequences")
     resume: bool = option(False, "go on from the checkpoint in --out, with its settings")
 
 
@@ -200,6 +201,8 @@ def set_up(settings: CommonSettings) -> tuple:
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
+    if settings.graphs and (device.type != "cuda" or world > 1 or settings.compile):
+        raise Failure("--graphs works on one GPU and without --compile; expected one of these or none")
     amp = settings.amp if settings.amp is not None else device.type == "cuda" and torch.cuda.is_bf16_supported()
     return device, amp, rank, world
 
@@ -213,6 +216,39 @@ def keep_freed_memory():
         return
     for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
         mallopt(parameter, value)
+
+
+class Replay:
+    """step(packing, *tensors), which runs forward and backward and returns the loss, as a CUDA graph: its hundreds of small kernels start
+    as one, where starting them one by one takes longer than they do. A graph has fixed shapes: each number of persons gets
+    its own when it comes up for the second time; the first time warms up. Gradients are added to those that are there."""
+
+    def __init__(self, step):
+        self.step, self.recorded, self.pool = step, {}, torch.cuda.graph_pool_handle()  # graphs run in turn and share their memory
+
+    def __call__(self, packing: Packing, *tensors: Tensor) -> Tensor:
+        inputs = packing.rows, packing.sequence, packing.count, *tensors
+        shapes = packing.pairs, *(x.shape for x in inputs)
+        if shapes not in self.recorded:
+            self.recorded[shapes] = None
+            return self.step(packing, *tensors)
+        if self.recorded[shapes] is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                loss = self.step(packing, *tensors)
+            self.recorded[shapes] = graph, inputs, loss
+        graph, own, loss = self.recorded[shapes]
+        for mine, x in zip(own, inputs):
+            mine.copy_(x)
+        graph.replay()
+        return loss.clone()
+
+
+def replayed(step, settings: CommonSettings, device, world: int, sequences: int):
+    """The step as a CUDA graph where that is asked for, or where passes are so small that it pays."""
+    if settings.graphs is None:
+        return Replay(step) if device.type == "cuda" and world == 1 and not settings.compile and sequences <= 128 else step
+    return Replay(step) if settings.graphs else step
 
 
 def read_data(settings: CommonSettings) -> Dataset:
@@ -326,7 +362,7 @@ def refuse_change(asked, before: dict, names: set, path: str, mend: str):
 
 def resume_settings(settings: type, given: set, asked, checkpoint: dict, path: str):
     """The settings of the interrupted run; a flag that would change the run is refused by name."""
-    free = {"epochs", "resume", "out", "workers", "device", "eval_every"}
+    free = {"epochs", "resume", "out", "workers", "device", "eval_every", "graphs"}
     before = recorded(settings, checkpoint, path)
     refuse_change(asked, before, given - free, path, "resume without it, or start anew with another --out")
     return settings(**{**before, **{name: getattr(asked, name) for name in (given & free) | {"resume", "out"}}})
@@ -480,6 +516,13 @@ def main(argv=None):
     if settings.compile:
         step_model = torch.compile(step_model, dynamic=True)
 
+    def step(packing: Packing, x: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
+            loss = step_model(x, packing, mask)[0]
+        loss.backward(weight)
+        return loss.detach() * weight
+
+    step = replayed(step, settings, device, world, min(settings.micro_batch, settings.batch_size))
     progress = Progress(settings.epochs, train.steps, first_epoch, data.train.names, path, rank, world)
     for epoch in range(first_epoch, settings.epochs):
         torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)  # masks, dropout: of the epoch alone, so resuming is exact
@@ -489,15 +532,13 @@ def main(argv=None):
             loss = 0
             for first in range(0, len(batch.x), settings.micro_batch):  # gradients of the parts add up to the batch's
                 part, last = slice(first, first + settings.micro_batch), first + settings.micro_batch >= len(batch.x)
+                x = batch.x[part].to(device)
+                mask, weight = model.draw(len(x), settings.frames), torch.tensor(len(x) / len(batch.x))
+                inputs = x, mask.to(device, non_blocking=True), weight.to(device, non_blocking=True)
                 with contextlib.nullcontext() if last or world == 1 else parallel.no_sync():  # processes meet once a batch
-                    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                        mask = model.draw(len(batch.x[part]), settings.frames)  # outside of what --compile takes, as persons are counted
-                        part_loss, _, _ = step_model(batch.x[part].to(device), Packing(batch.present[part], device), mask)
-                    part_loss = part_loss * (len(batch.x[part]) / len(batch.x))
-                    part_loss.backward()
-                loss = loss + part_loss.detach()
+                    loss = loss + step(Packing(batch.present[part], device), *inputs)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=False)  # a CUDA graph adds to the gradients in place
             progress.step(loss, batch.index)
         row, note = progress.row(), ""
         if rank == 0 and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
