@@ -1712,6 +1712,13 @@ class ScriptTest(ScriptCase):
             self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --out other")
         self.assertFalse(os.path.exists("other/test_outputs.pt"))
 
+    def test_full_gpu(self):
+        """A GPU without memory left is one line that names the flags that help."""
+        with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as end:
+            train_pretrain.run(unittest.mock.Mock(side_effect=torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to\nallocate")))
+        self.assertEqual(end.exception.code, 2)
+        self.assertRegex(said.getvalue(), r"^error: the GPU's memory is full \(.*\).*--micro-batch.*\n$")
+
     def test_interrupted(self):
         """Ctrl-C ends with status 130, SIGTERM with 143, both with one line that says how to go on."""
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1909,7 +1916,7 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         for module, line, words in (
                 (pretrain, "--data absent.npz", ["absent.npz"]), (pretrain, "--data text.txt", ["text.txt"]), (pretrain, "--data .", ["."]),
                 (pretrain, "--data tiny.pt", ["--layout"]),
-                (pretrain, "--data splits.pkl --split xsub", ["xsub", "a_train", "a_val"]), (pretrain, f"{self.data} --device tpu", ["device", "tpu"]),
+                (pretrain, "--data splits.pkl --split xsub", ["xsub", "a_train", "a_val"]), (pretrain, f"{self.data} --device tpu", ["device", "tpu"]), (finetune, f"{self.data} --device meta", ["device", "meta"]), (finetune, f"{self.data} --graphs", ["graphs", "GPU"]),
                 (pretrain, "--layout nonsense", ["nonsense"]), (pretrain, "--layout five.json", ["five.json", "17"]),
                 (pretrain, f"{self.data} --mask-parts right_arm,tail", ["tail"]), (pretrain, f"{self.data} --mask-ratio 1", ["ratio"]),
                 (pretrain, "--epoch 3", ["--epochs"]),

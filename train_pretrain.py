@@ -163,6 +163,9 @@ def run(main):
         status, message = 2, f"error: {error}"
     except OSError as error:
         status, message = 2, f"error: {error.filename or 'file'}: {error.strerror or error}"
+    except torch.cuda.OutOfMemoryError as error:
+        status, message = 2, (f"error: the GPU's memory is full ({brief(error)}); try a smaller --micro-batch (pre-training) or --batch-size, "
+                              "--no-graphs, or --device cpu")
     except RuntimeError as error:
         if not torch.distributed.is_initialized() or "onnection" not in str(error):  # gloo: connection closed or reset by peer
             raise
@@ -189,7 +192,7 @@ def set_up(settings: CommonSettings) -> tuple:
         name = f"cuda:{local}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        float(torch.zeros(1, device=device))
     except (RuntimeError, AssertionError):
         raise Failure(f"device {name} cannot be used here; expected auto, cpu" + ", cuda" * torch.cuda.is_available()) from None
     if settings.batch_size < 2 * world:
