@@ -1578,6 +1578,36 @@ class SettingsTest(Case):
 
 
 class MeasureTest(Case):
+    def test_replay(self):
+        """With graphs that only pretend: every batch, the recorded ones too, gives the loss of its own tensors, and keeps it."""
+        def loss(packing, x):
+            return x.sum() + 100 * packing.rows.sum()
+
+        class Graph:
+            def replay(self):
+                self.loss.copy_(loss(*self.inputs))
+
+        @contextlib.contextmanager
+        def record(graph, pool):
+            recording.append(graph)
+            yield
+
+        def step(packing, x):
+            if not recording:
+                return loss(packing, x)
+            graph = recording.pop()
+            graph.inputs, graph.loss = (packing, x), torch.zeros(())
+            return graph.loss
+
+        recording, results = [], []
+        with unittest.mock.patch.multiple(torch.cuda, graph_pool_handle=unittest.mock.DEFAULT, CUDAGraph=Graph, graph=record):
+            replay = train_pretrain.Replay(step)
+            for i in range(18):
+                packing, x = Packing(torch.tensor([[True, (n + i // 3) % 3 < i % 3] for n in range(3)]), "cpu"), torch.randn(3, 2)
+                results.append((replay(packing, x), loss(packing, x)))
+        self.close(*map(torch.stack, zip(*results)))
+        self.assertEqual((len(replay.recorded), None in replay.recorded.values()), (3, False))
+
     def test_label_subset(self):
         """Of each class round(fraction x size), at least one; sorted, without doubles, another choice for another seed."""
         labels = torch.tensor([0] * 40 + [3] * 11 + [2] * 2)[torch.randperm(53, generator=torch.Generator().manual_seed(0))]

@@ -231,7 +231,7 @@ class Replay:
 
     def __call__(self, packing: Packing, *tensors: Tensor) -> Tensor:
         inputs = packing.rows, packing.sequence, packing.count, *tensors
-        shapes = packing.pairs, *(x.shape for x in inputs)
+        shapes = tuple(x.shape for x in inputs)
         if shapes not in self.recorded:
             self.recorded[shapes] = None
             return self.step(packing, *tensors)
