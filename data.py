@@ -72,7 +72,7 @@ class Sequences:
     present: Tensor   # (N, M) bool, stays on the CPU: who is there at all
     there: Tensor     # (F, M) bool: who is there in which frame
     names: list       # (N,) for messages
-    pose: tuple = ()  # see find_pose: what takes each sequence to its normalised form, found once, by load
+    placement: tuple = ()  # see find_placement: what takes each sequence to its normalised form, found once, by load
     box: bool = False  # see boxed: the other way of normalising, if asked for
 
     def __len__(self) -> int:
@@ -82,11 +82,11 @@ class Sequences:
         index = torch.as_tensor(index, dtype=torch.long)
         return replace(self, start=self.start[index], length=self.length[index], label=self.label[index],
                        present=self.present[index], names=[self.names[i] for i in index.tolist()],
-                       pose=tuple(p[index] for p in self.pose))
+                       placement=tuple(p[index] for p in self.placement))
 
     def to(self, device) -> "Sequences":
         moved = {name: getattr(self, name).to(device) for name in ("frames", "start", "length", "label", "there")}
-        return replace(self, **moved, pose=tuple(p.to(device) for p in self.pose))
+        return replace(self, **moved, placement=tuple(p.to(device) for p in self.placement))
 
 
 @dataclass
@@ -600,7 +600,7 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     first = int(labels.min())  # labels that do not start at 0 are shifted
     for half in (train, test):
         half.label = half.label - first
-        half.pose, half.box = find_poses(half, skeleton, C, not box), box
+        half.placement, half.box = find_placements(half, skeleton, C, not box), box
     return Dataset(train, test, layout, skeleton, C, score, list(range(first, int(labels.max()) + 1)), note)
 
 
@@ -641,7 +641,7 @@ def joint_mean(x: Tensor, joints: list) -> Tensor:
     return torch.stack([x[..., joint, :] for joint in joints]).mean(0)
 
 
-def find_pose(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: dict, channels: int, turned: bool = True) -> tuple:
+def find_placement(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: dict, channels: int, turned: bool = True) -> tuple:
     """How each of `num` sequences is normalised: x -> linear (x - origin).
 
     The origin is the centre joint, averaged over frames and persons: one origin for both persons, or their distance would
@@ -673,14 +673,14 @@ def find_pose(frames: Tensor, there: Tensor, owner: Tensor, num: int, skeleton: 
     return linear / unit[:, None, None], origin, unit
 
 
-def find_poses(data: Sequences, skeleton: dict, channels: int, turned: bool = True) -> tuple:
-    """find_pose of a whole split, in chunks, so that a memory-mapped array is never copied."""
+def find_placements(data: Sequences, skeleton: dict, channels: int, turned: bool = True) -> tuple:
+    """find_placement of a whole split, in chunks, so that a memory-mapped array is never copied."""
     parts = []
     for start, length in zip(data.start.split(64), data.length.split(64)):
         owner = torch.arange(len(start)).repeat_interleave(length)
         rows = torch.arange(len(owner)) + (start - length.cumsum(0) + length)[owner]
         frames, there = data.frames.index_select(0, rows).float(), data.there.index_select(0, rows)
-        parts.append(find_pose(frames, there, owner, len(start), skeleton, channels, turned))
+        parts.append(find_placement(frames, there, owner, len(start), skeleton, channels, turned))
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
@@ -699,10 +699,10 @@ def place(x: Tensor, there: Tensor, linear: Tensor, origin: Tensor, shift: Tenso
     return compose(matrix, planes.flatten(2)).view(N, S, *x.shape[1:4]).movedim(1, 4)
 
 
-def find_batch_pose(x: Tensor, there: Tensor, skeleton: dict, channels: int, turned: bool = True) -> tuple:
-    """find_pose of every sequence of a batch x (N, M, T, V, C [+ score]) with there (N, M, T)."""
+def find_batch_placement(x: Tensor, there: Tensor, skeleton: dict, channels: int, turned: bool = True) -> tuple:
+    """find_placement of every sequence of a batch x (N, M, T, V, C [+ score]) with there (N, M, T)."""
     owner = torch.arange(len(x), device=x.device).repeat_interleave(x.shape[2])
-    return find_pose(x.transpose(1, 2).flatten(0, 1), there.transpose(1, 2).flatten(0, 1), owner, len(x), skeleton, channels, turned)
+    return find_placement(x.transpose(1, 2).flatten(0, 1), there.transpose(1, 2).flatten(0, 1), owner, len(x), skeleton, channels, turned)
 
 
 def boxed(x: Tensor, there: Tensor, unit: Tensor, channels: int) -> tuple:
@@ -716,11 +716,11 @@ def boxed(x: Tensor, there: Tensor, unit: Tensor, channels: int) -> tuple:
 
 
 def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False) -> tuple:
-    """Raw whole sequences x (N, M, T, V, C [+ score]) centred, scaled, and in 3D turned to face the viewer, as find_pose describes,
+    """Raw whole sequences x (N, M, T, V, C [+ score]) centred, scaled, and in 3D turned to face the viewer, as find_placement describes,
     or else `boxed`; sample frames after it, for it sees all of them. Persons and frames that are all zero stay zero.
     Returns (x, origin (N, C), unit (N,), or (N, C) for the axes of what was boxed)."""
     there = (x[..., :channels] != 0).flatten(3).any(3)
-    linear, origin, unit = find_batch_pose(x, there, skeleton, channels, not box)
+    linear, origin, unit = find_batch_placement(x, there, skeleton, channels, not box)
     x = place(x, there, linear, origin)
     if box:
         x, unit = boxed(x, there, unit, channels)
@@ -737,13 +737,13 @@ class Augmentation:
     noise: float = 0.0      # standard deviation of Gaussian noise on every coordinate
     crop: float = 1.0       # see sample_frames
 
-    def __call__(self, x: Tensor, there: Tensor, pose: tuple, skeleton: dict, generator=None) -> Tensor:
-        """Normalises raw x (N, M, T, V, C [+ score]) by pose = (normal, origin, unit) and changes it, in one affine map a sequence;
+    def __call__(self, x: Tensor, there: Tensor, placement: tuple, skeleton: dict, generator=None) -> Tensor:
+        """Normalises raw x (N, M, T, V, C [+ score]) by placement = (normal, origin, unit) and changes it, in one affine map a sequence;
         without left/right pairs nothing is mirrored."""
         def uniform(*shape, reach):
             return (2 * torch.rand(N, *shape, generator=generator, device=x.device) - 1) * reach
 
-        (normal, origin, _), pairs = pose, skeleton["pairs"]
+        (normal, origin, _), pairs = placement, skeleton["pairs"]
         N, C = normal.shape[:2]
         linear = torch.eye(C, device=x.device).repeat(N, 1, 1)
         if self.rotation and C == 3:
@@ -783,7 +783,7 @@ class Loader:
 
     def __init__(self, data: Sequences, skeleton: dict, channels: int, batch_size: int, frames: int, training: bool, seed: int = 0,
                  augmentation: Augmentation = Augmentation(), repeat: int = 1, workers: int = 0, rank: int = 0, world: int = 1):
-        self.data = data if data.pose else replace(data, pose=find_poses(data, skeleton, channels))
+        self.data = data if data.placement else replace(data, placement=find_placements(data, skeleton, channels))
         self.skeleton, self.channels, self.frames, self.training = skeleton, channels, frames, training
         self.batch_size, self.seed, self.augmentation, self.repeat = batch_size, seed, augmentation if training else Augmentation(), repeat
         self.workers, self.rank, self.world = workers, rank, world
@@ -819,14 +819,14 @@ class Loader:
         data, device = self.data, self.data.frames.device
         generator = torch.Generator(device).manual_seed(seed)
         here = index.to(device, non_blocking=True)
-        pose = tuple(p[here] for p in data.pose)
+        placement = tuple(p[here] for p in data.placement)
         steps = sample_frames(data.length[here], self.frames, self.training, self.augmentation.crop, generator)
         rows = (data.start[here][:, None] + steps).flatten()
         x, there = (t.index_select(0, rows).unflatten(0, steps.shape).transpose(1, 2) for t in (data.frames, data.there))
         x = x.float()
         if self.augmentation.crop < 1:  # a window is normalised by what it shows, as a sequence that short would be
-            pose = find_batch_pose(x, there, self.skeleton, self.channels, not data.box)
-        x, unit = self.augmentation(x, there, pose, self.skeleton, generator), pose[2]  # (N, M, T, V, C), (N,)
+            placement = find_batch_placement(x, there, self.skeleton, self.channels, not data.box)
+        x, unit = self.augmentation(x, there, placement, self.skeleton, generator), placement[2]  # (N, M, T, V, C), (N,)
         if data.box:
             x, unit = boxed(x, there, unit, self.channels)
         return Batch(x, data.label[here], data.present[index], unit, index)

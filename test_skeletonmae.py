@@ -1246,7 +1246,7 @@ class PtTest(Case):
         torch.save(dict(x_train=torch.randn(2, 4, 1, 20, 3), y_train=[0, 1], x_test=torch.randn(1, 4, 1, 20, 3), y_test=[0]), path)
         for box in (False, True):
             train = data.load(path, box=box).train
-            linear, _, unit = train.pose
+            linear, _, unit = train.placement
             self.assertEqual((train.box, torch.allclose(linear * unit[:, None, None], torch.eye(3))), (box, box))
 
     def test_own_layout(self):
@@ -1340,7 +1340,7 @@ class BatchTest(Case):
                 self.close(after[:, c], (before[:, c] - low) / (high - low) * 2 - 1, 1e-5), self.close(half[n, c], torch.tensor((high - low) / 2), 1e-5)
         layout = {**FIVE, "parts": {**FIVE["parts"], "torso": [0, 1, 2]}}  # a pair of joints by which it could be turned
         source = sequences()
-        source.box, source.pose = True, data.find_poses(source, layout, 3, False)
+        source.box, source.placement = True, data.find_placements(source, layout, 3, False)
         for training in (True, False):
             batch = next(iter(Loader(source, layout, 3, 4, 6, training, augmentation=Augmentation(60, 0.1, 0.1, crop=0.5)).epoch()))
             for sequence in batch.x:
@@ -1808,11 +1808,18 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                 if "..." not in words:
                     train_pretrain.parse(getattr(sys.modules[script], "Settings"), "", words.split())
         self.finetune(f"{self.data} --epochs 1")
-        code = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
-        self.assertEqual(len(code.strip().splitlines()), 5)
+        convert, classify = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        self.assertEqual(len(classify.strip().splitlines()), 5)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(code, {})
+            exec(classify, {})
         self.assertRegex(printed.getvalue(), r"tensor\(\[[0-2]\]\)")
+        os.mkdir("all_sqe")
+        for i, name in enumerate(("a01_s01_e00_v01", "a12_s02_e03_v02", "a12_s02_e03_v03", "a02_s01_e00_v03")):
+            Path("all_sqe", name + ".json").write_text(json.dumps({"skeletons": torch.full((2 + i % 3, 20, 3), min(i, 2) + 0.5).tolist()}))
+        Path("all_sqe", "a08_s01_e00_v02.json").write_text(Path("all_sqe", "a02_s01_e00_v03.json").read_text())  # a copy of a test sequence
+        exec(convert, {})
+        read = data.load("nwucla.pt")
+        self.assertEqual((read.layout, read.train.label.tolist(), read.test.label.tolist()), ("kinect20", [0, 9], [1, 9]))
 
     def test_zero_frames_at_the_end_change_nothing(self):
         """METHOD: padding never reaches the model. 100 zero frames after every sequence of an npz: identical logits."""
