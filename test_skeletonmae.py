@@ -1581,7 +1581,7 @@ class MeasureTest(Case):
     def test_replay(self):
         """With graphs that only pretend: every batch, the recorded ones too, gives the loss of its own tensors, and keeps it."""
         def loss(packing, x):
-            return x.sum() + 100 * packing.rows.sum()
+            return x.sum() + sum((index * torch.arange(1.0, len(index) + 1)).sum() for index in (packing.rows, packing.sequence, packing.count))
 
         class Graph:
             def replay(self):
@@ -1735,8 +1735,8 @@ class ScriptTest(ScriptCase):
         self.close(trained["features"] @ checkpoint["model"]["head.weight"].T + checkpoint["model"]["head.bias"], trained["logits"])
         self.assertEqual(accuracies.findall(self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --out again")), shown)
         again = torch.load("again/test_outputs.pt", weights_only=True)
-        self.same(again["labels"], trained["labels"])
-        self.close(again["logits"], trained["logits"])  # a matrix product may round by where in memory its factors lie
+        for key, value in trained.items():  # on an Intel Xeon two evaluations were equal only up to rounding
+            (self.close if key in ("logits", "features") else self.same)(again[key], value)
         self.assertFalse(os.path.exists("again/finetune.pt"))
         with unittest.mock.patch.dict(os.environ, RANK="1"):  # of several processes the first alone writes
             self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --out other")
@@ -2408,7 +2408,7 @@ class GpuTest(ScriptCase):
 
             replay = train_pretrain.Replay(step)
             for i in range(12):
-                present = torch.tensor([[True, n <= i % 3] for n in range(6)])
+                present = torch.tensor([[True, (n + i) % 6 <= i % 3] for n in range(6)])
                 x = torch.randn(6, 2, 8, 5, 3, device="cuda")
                 label = (torch.arange(30).view(6, 5) + i) % 3 == 0 if isinstance(model, SkeletonMAE) else (torch.arange(6) + i) % 3
                 results = []
@@ -2419,9 +2419,22 @@ class GpuTest(ScriptCase):
                 for ours, plain in zip(*results, strict=True):
                     torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
             self.assertEqual([len(replay.recorded), None in replay.recorded.values()], [3, False])
+            for name, value in model.named_buffers():
+                if name.endswith("num_batches_tracked"):
+                    self.assertEqual(int(value), 24, name)  # by the step and by its graph
         model.strl.layers[0].encoder.dropout = 0.5
         replay = train_pretrain.Replay(step)
         self.assertEqual(len({float(replay(Packing(present, "cuda"), x, label.cuda())) for _ in range(4)}), 4)
+
+    def test_graphs_train_alike(self):
+        """With CUDA graphs and without, both scripts log the same losses: gradients add up over micro-batches and start from zero."""
+        for run, flags in ((self.pretrain, "--micro-batch 4 --lr 0.01"), (self.finetune, "--clip 5")):
+            losses = []
+            for graphs in ("graphs", "no-graphs"):
+                run(f"{self.data} --device cuda --no-amp --epochs 6 --batch-size 8 {flags} --{graphs} --out {run.__name__}-{graphs}")
+                with open(f"{run.__name__}-{graphs}/log.csv", newline="") as file:
+                    losses.append(torch.tensor([float(row["loss"]) for row in csv.DictReader(file)]))
+            torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-3)
 
     def test_scripts(self):
         """Both scripts run on it, in bfloat16, and go on from their checkpoints; one that was written there is read without it."""

@@ -193,8 +193,8 @@ def set_up(settings: CommonSettings) -> tuple:
     try:
         device = torch.device(name)
         float(torch.zeros(1, device=device))
-    except (RuntimeError, AssertionError):
-        raise Failure(f"device {name} cannot be used here; expected auto, cpu" + ", cuda" * torch.cuda.is_available()) from None
+    except (RuntimeError, AssertionError) as error:
+        raise Failure(f"device {name} cannot be used here ({brief(error)}); expected auto, cpu" + ", cuda" * torch.cuda.is_available()) from None
     if settings.batch_size < 2 * world:
         raise Failure(f"--batch-size {settings.batch_size} cannot be shared among {world} processes; expected at least two sequences each")
     if world > 1:
@@ -205,7 +205,7 @@ def set_up(settings: CommonSettings) -> tuple:
     else:
         keep_freed_memory()
     if settings.graphs and (device.type != "cuda" or world > 1 or settings.compile):
-        raise Failure("--graphs works on one GPU and without --compile; expected one of these or none")
+        raise Failure(f"--graphs needs one GPU and no --compile, this is {world} x {device.type}; leave it out")
     amp = settings.amp if settings.amp is not None else device.type == "cuda" and torch.cuda.is_bf16_supported()
     return device, amp, rank, world
 
@@ -223,8 +223,11 @@ def keep_freed_memory():
 
 class Replay:
     """step(packing, *tensors), which runs forward and backward and returns the loss, as a CUDA graph: its hundreds of small kernels start
-    as one, where starting them one by one takes longer than they do. A graph has fixed shapes: each number of persons gets
-    its own when it comes up for the second time; the first time warms up. Gradients are added to those that are there."""
+    as one, where starting them one by one takes longer than they do.
+
+    A graph has fixed shapes: each number of sequences and persons gets its own when it comes up for the second time; the first time
+    warms up. It writes where it was recorded: parameters, buffers and gradients must stay the same tensors (zero_grad(set_to_none=False)),
+    and whatever else the step reads, training mode and numbers, stays as it was."""
 
     def __init__(self, step):
         self.step, self.recorded, self.pool = step, {}, torch.cuda.graph_pool_handle()  # graphs run in turn and share their memory
@@ -236,10 +239,11 @@ class Replay:
             self.recorded[shapes] = None
             return self.step(packing, *tensors)
         if self.recorded[shapes] is None:
+            tensors = tuple(x.clone() for x in tensors)  # its own: a part of a batch would keep the whole batch
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 loss = self.step(packing, *tensors)
-            self.recorded[shapes] = graph, inputs, loss
+            self.recorded[shapes] = graph, (packing.rows, packing.sequence, packing.count, *tensors), loss
         graph, own, loss = self.recorded[shapes]
         for mine, x in zip(own, inputs):
             mine.copy_(x)
@@ -368,7 +372,7 @@ def resume_settings(settings: type, given: set, asked, checkpoint: dict, path: s
     free = {"epochs", "resume", "out", "workers", "device", "eval_every", "graphs"}
     before = recorded(settings, checkpoint, path)
     refuse_change(asked, before, given - free, path, "resume without it, or start anew with another --out")
-    return settings(**{**before, **{name: getattr(asked, name) for name in (given & free) | {"resume", "out"}}})
+    return settings(**{**before, **{name: getattr(asked, name) for name in (given & free) | {"resume", "out", "graphs"}}})
 
 
 # ---------------------------------------------------------------------------------------------- progress
