@@ -239,11 +239,11 @@ class Replay:
             self.recorded[shapes] = None
             return self.step(packing, *tensors)
         if self.recorded[shapes] is None:
-            tensors = tuple(x.clone() for x in tensors)  # its own: a part of a batch would keep the whole batch
+            own = *inputs[:3], *(x.clone() for x in tensors)  # a part of a batch would keep the whole batch
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                loss = self.step(packing, *tensors)
-            self.recorded[shapes] = graph, (packing.rows, packing.sequence, packing.count, *tensors), loss
+                loss = self.step(packing, *own[3:])
+            self.recorded[shapes] = graph, own, loss
         graph, own, loss = self.recorded[shapes]
         for mine, x in zip(own, inputs):
             mine.copy_(x)
@@ -253,9 +253,8 @@ class Replay:
 
 def replayed(step, settings: CommonSettings, device, world: int, sequences: int):
     """The step as a CUDA graph where that is asked for, or where passes are so small that it pays."""
-    if settings.graphs is None:
-        return Replay(step) if device.type == "cuda" and world == 1 and not settings.compile and sequences <= 128 else step
-    return Replay(step) if settings.graphs else step
+    pays = device.type == "cuda" and world == 1 and not settings.compile and sequences <= 128
+    return Replay(step) if settings.graphs or settings.graphs is None and pays else step
 
 
 def read_data(settings: CommonSettings) -> Dataset:
