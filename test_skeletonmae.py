@@ -2447,7 +2447,7 @@ class GpuTest(ScriptCase):
 
 class DependencyTest(unittest.TestCase):
     def test_torch_and_the_standard_library_alone(self):
-        """No file at top level imports anything but torch, the standard library and its neighbours."""
+        """No file at top level imports anything but torch, the standard library and its neighbours; numpy stays out, unless torch brings it."""
         folder = os.path.dirname(data.__file__)
         own = {name[:-3] for name in os.listdir(folder) if name.endswith(".py")}
         for name in sorted(own):
@@ -2455,6 +2455,7 @@ class DependencyTest(unittest.TestCase):
             modules = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names] + [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
             imported = {module.split(".")[0] for module in modules}
             self.assertLessEqual(imported, sys.stdlib_module_names | own | {"torch"}, name)
+        self.assertEqual(str("numpy" in sys.modules), child("import sys, torch; print('numpy' in sys.modules)"))
 
 
 # ---------------------------------------------------------------------------------------------- figures

@@ -197,6 +197,8 @@ def set_up(settings: CommonSettings) -> tuple:
         raise Failure(f"device {name} cannot be used here ({brief(error)}); expected auto, cpu" + ", cuda" * torch.cuda.is_available()) from None
     if settings.batch_size < 2 * world:
         raise Failure(f"--batch-size {settings.batch_size} cannot be shared among {world} processes; expected at least two sequences each")
+    if settings.graphs and (device.type != "cuda" or world > 1 or settings.compile):
+        raise Failure(f"--graphs needs one GPU and no --compile, this is {world} x {device.type}; leave it out")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
@@ -204,8 +206,6 @@ def set_up(settings: CommonSettings) -> tuple:
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
-    if settings.graphs and (device.type != "cuda" or world > 1 or settings.compile):
-        raise Failure(f"--graphs needs one GPU and no --compile, this is {world} x {device.type}; leave it out")
     amp = settings.amp if settings.amp is not None else device.type == "cuda" and torch.cuda.is_bf16_supported()
     return device, amp, rank, world
 
