@@ -17,18 +17,19 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from skeletonmae import SKELETONS, skeleton as make_skeleton  # before torch: it silences torch's one remark about numpy
+from skeletonmae import SKELETONS, make_skeleton  # before torch: it silences torch's one remark about numpy
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 
 def shown(text: str) -> str:
-    """Text that a file may have had a part in, as it is safe to print: one line of a page at most, no control characters."""
+    """Text that may come from a file, made safe to print: no control characters, at most 2000 characters."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:2000])[:2000]
 
 
@@ -112,6 +113,7 @@ class Dataset:
 
 
 MAX_COORDINATE = 1e9  # beyond any unit a body is measured in: a larger number is damage, and its square overflows
+MAX_LABEL = 100_000   # more classes than any data set has: a larger label is damage
 
 
 def scan(x: Tensor, names: list, what: str) -> tuple:
@@ -136,10 +138,13 @@ def scan(x: Tensor, names: list, what: str) -> tuple:
 def flatten(sequences: list, labels: Tensor, names: list, what: str, persons: int = 1) -> Sequences:
     """A list of (T, M, V, C) tensors, T and M may differ, in the one flat form of at least `persons` persons."""
     persons = max(persons, *(s.shape[1] for s in sequences))
-    scans = [scan(sequence[None], [name], what) for sequence, name in zip(sequences, names)]
-    length = torch.cat([n for n, _, _ in scans])
-    present, there = (torch.cat([pad(m, (0, persons - m.shape[1])) for m in masks])
-                      for masks in ([p for _, p, _ in scans], [t[0, :int(n)] for n, _, t in scans]))
+
+    def widened(masks):  # each (1 or T, its persons) -> all of them, one after the other, (..., persons)
+        return torch.cat([pad(mask, (0, persons - mask.shape[1])) for mask in masks])
+
+    lengths, presents, theres = zip(*(scan(sequence[None], [name], what) for sequence, name in zip(sequences, names)))
+    length, present = torch.cat(lengths), widened(presents)
+    there = widened(there[0, :int(n)] for there, n in zip(theres, lengths))
     frames = torch.zeros(len(there), persons, *sequences[0].shape[2:])
     for part, sequence in zip(frames.split(length.tolist()), sequences):
         part[:, :sequence.shape[1]] = sequence[:len(part)]
@@ -162,7 +167,7 @@ DTYPES = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "i1": t
 def array(buffer, code: str, shape: tuple, fortran: bool = False, offset: int = 0) -> Tensor:
     """The tensor that numpy wrote as `shape` values of dtype `code` ("<f4", ">i8", "|b1") at `offset`; no copy where the bytes
     already lie as torch wants them. Raises DataError."""
-    order, kind = (code[0], code[1:]) if code[:1] in "<>|=" else ("<", code)
+    kind = code[1:] if code[:1] in "<>|=" else code
     if kind not in DTYPES:
         raise DataError(f"dtype {code!r} is not supported; expected one of {', '.join(DTYPES)}, save the array as one of them")
     if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**61 for n in shape):
@@ -175,7 +180,7 @@ def array(buffer, code: str, shape: tuple, fortran: bool = False, offset: int = 
     if size == 0:
         return torch.zeros(shape, dtype=dtype)
     flat = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=offset)
-    if order == ">":
+    if code[0] == ">":
         flat = flat.view(-1, dtype.itemsize).flip(1).flatten()
     flat = flat.view(dtype)
     return flat.view(shape[::-1]).permute(*reversed(range(len(shape)))) if fortran else flat.view(shape)
@@ -195,6 +200,12 @@ def read_npy(body: memoryview, what: str) -> Tensor:
         return array(body, code, shape, bool(fortran), first + size)
 
 
+def inflate(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """An entry of a zip, never more of it than it claims to hold: archive.read inflates up to 2 GiB before it cuts."""
+    with archive.open(entry) as stream:
+        return stream.read(entry.file_size)
+
+
 def read_npz(path: str, wanted: tuple) -> dict:
     """The wanted arrays of an npz as tensors. An entry stored without compression is memory-mapped in place (private,
     copy-on-write) and never copied; a deflated one is inflated once. Entries not wanted are not read."""
@@ -212,9 +223,7 @@ def read_npz(path: str, wanted: tuple) -> dict:
                 first = info.header_offset + 30 + sum(struct.unpack("<2H", mapped[info.header_offset + 26:info.header_offset + 30]))
                 body = mapped[first:first + info.file_size]
             else:
-                body = memoryview(bytearray(info.file_size))
-                with archive.open(info) as stream:
-                    body = body[:io.BufferedReader(stream).readinto(body)]
+                body = memoryview(bytearray(inflate(archive, info)))  # writable, as tensors are
             arrays[name] = read_npy(body, what)
     return arrays
 
@@ -239,7 +248,10 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, file, size: int):
         super().__init__(file)
         self.size, self.left = size, 8 * size + 2**26
-        empty = lambda *_: torch.empty(0)  # stands in for numpy.ndarray until BUILD gives it shape, dtype and bytes
+
+        def empty(*_):  # stands in for numpy.ndarray until BUILD gives it shape, dtype and bytes
+            return torch.empty(0)
+
         self.allowed = {"numpy.ndarray": empty, "numpy.dtype": _DType, "_codecs.encode": self.encode}
         for core in ("numpy.core", "numpy._core"):
             self.allowed |= {f"{core}.multiarray._reconstruct": empty, f"{core}.multiarray.scalar": self.scalar,
@@ -284,7 +296,8 @@ class _Unpickler(pickle._Unpickler):
             made.code = state[1] + made.code.lstrip("<>|=")
 
     def load_pairs(self, load):
-        at = slice(-2, -1) if load is pickle._Unpickler.load_setitem else slice(None, None, 2)
+        one = load is pickle._Unpickler.load_setitem  # its key lies below the value; of several, every second is a key
+        at = slice(-2, -1) if one else slice(None, None, 2)
         keys = self.stack[at]
         if not all(is_name(key) or type(key) is float for key in keys):  # the hash of tuples nested in tuples can take for ever
             raise DataError("a dict in the pickle has keys other than strings and numbers; it is hostile or damaged")
@@ -301,7 +314,7 @@ class _Unpickler(pickle._Unpickler):
     for _code in (pickle.SETITEM, pickle.SETITEMS, pickle.DICT):
         dispatch[_code[0]] = lambda self, load=dispatch[_code[0]]: self.load_pairs(load)
     for _code in (pickle.MARK, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.LIST, pickle.DICT, pickle.MEMOIZE, pickle.TUPLE,
-                  pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.REDUCE):  # a byte of the file is 100 of memory here
+                  pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.REDUCE):  # each is one byte and builds an object of about 100
         dispatch[_code[0]] = lambda self, load=dispatch[_code[0]]: (self.spend(100), load(self))
 
 
@@ -370,7 +383,9 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
                             f"expected an integer from 0 to {MAX_LABEL}")
         elements += sequence.numel() + 50
         check_size(path, elements)
-        names.append(str(name)), sequences.append(sequence), labels.append(label)
+        names.append(str(name))
+        sequences.append(sequence)
+        labels.append(label)
     data = flatten(sequences, torch.tensor(labels), names, path)
     if scored:
         fill_missing(data)
@@ -397,22 +412,22 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
     return *halves, f"{train_name} / {test_name}", scored
 
 
-def find_split(present: list, wanted: str | None, path: str) -> tuple:
+def find_split(names: list, wanted: str | None, path: str) -> tuple:
     """The pair (training split, test split). wanted: None for the obvious pair, "xsub" for xsub_train and xsub_val or
     xsub_test, or "a,b" for two names as they stand in the file."""
-    pairs = [(name, name[:-5] + tail) for name in present if name.endswith("train") for tail in ("val", "test")
-             if name[:-5] + tail in present]
+    pairs = [(name, name.removesuffix("train") + tail) for name in names if name.endswith("train") for tail in ("val", "test")
+             if name.removesuffix("train") + tail in names]
     if wanted is None:
         obvious = ("xsub_train", "xsub_val"), ("train", "val"), ("train", "test")
-        fits = [pair for pair in obvious if pair in pairs] or pairs * (len(pairs) == 1)
+        fits = [pair for pair in obvious if pair in pairs] or (pairs if len(pairs) == 1 else [])
     elif "," in wanted:
         pair = tuple(part.strip() for part in wanted.split(",", 1))
-        fits = [pair] * (set(pair) <= set(present))
+        fits = [pair] if set(pair) <= set(names) else []
     else:
-        fits = [pair for pair in pairs if wanted in (*pair, pair[0][:-6])]
+        fits = [pair for pair in pairs if wanted in (*pair, pair[0].removesuffix("_train"))]
     if not fits:
         raise DataError(f"{path}: {'no obvious split' if wanted is None else f'no split {wanted}'}; present are "
-                        f"{', '.join(sorted(present))}: name a pair with --split, as in --split xsub or --split a_train,a_test")
+                        f"{', '.join(sorted(names))}: name a pair with --split, as in --split xsub or --split a_train,a_test")
     return fits[0]
 
 
@@ -433,8 +448,6 @@ def fill_missing(data: Sequences):
 
 
 # ---------------------------------------------------------------------------------------------- the other readers
-
-MAX_LABEL = 100_000  # more classes than any data set has: a larger label is damage
 
 
 def read_labels(y: Tensor, count: int, what: str) -> Tensor:
@@ -507,7 +520,7 @@ def read_torch(path: str, fault: str, mend: str):
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 check_size(path, sum(info.file_size for info in archive.infolist()))  # torch.save compresses nothing
-                pickles = [io.BytesIO(archive.read(info)) for info in archive.infolist() if info.filename.endswith("data.pkl")]
+                pickles = [io.BytesIO(inflate(archive, info)) for info in archive.infolist() if info.filename.endswith("data.pkl")]
         else:
             file.seek(0)
             pickles = [file] * 5  # before torch 1.6 a file was five pickles, then the numbers
@@ -518,7 +531,7 @@ def read_torch(path: str, fault: str, mend: str):
 
 def from_pt(path: str) -> tuple:
     """A dict saved by torch: x_train, x_test lists of tensors (T, M, V, C) (or one tensor (N, T, M, V, C)), y_train, y_test labels."""
-    content, halves = read_torch(path, "is no .pt file of plain tensors", "save a dict of tensors with torch.save"), []
+    content, halves = read_torch(path, "is no .pt file of plain tensors", "save a dict of tensors with torch.save"), {}
     for half in ("train", "test"):
         x, y = (content.get(f"{key}_{half}") for key in "xy") if isinstance(content, dict) else (None, None)
         if not all(isinstance(v, (list, tuple)) or isinstance(v, Tensor) and v.dim() for v in (x, y)) or len(x) == 0:
@@ -535,10 +548,10 @@ def from_pt(path: str) -> tuple:
                 if any(isinstance(value, (list, tuple)) for value in y[0]):
                     raise ValueError("lists in lists in lists")
             label = read_labels(torch.as_tensor(y), len(x), f"y_{half} in {path}")
-        halves.append((x, label))
-    persons = max(s.shape[1] for x, _ in halves for s in x)
+        halves[half] = x, label
+    persons = max(s.shape[1] for x, _ in halves.values() for s in x)
     train, test = (flatten([s.float() for s in x], label, [f"{half}[{i}]" for i in range(len(x))], path, persons)
-                   for half, (x, label) in zip(("train", "test"), halves))
+                   for half, (x, label) in halves.items())
     return train, test, "x_train / x_test", False
 
 
@@ -552,7 +565,7 @@ def find_layout(V: int, C: int, path: str) -> str:
 
 
 def load_skeleton(layout: str) -> dict:
-    """A layout by name, or from a JSON file with the arguments of skeletonmae.skeleton."""
+    """A layout by name, or from a JSON file with the arguments of make_skeleton."""
     if layout in SKELETONS:
         return SKELETONS[layout]
     if not layout.endswith(".json"):
@@ -610,15 +623,17 @@ def sample_frames(length: Tensor, frames: int, training: bool, crop: float = 1.0
     """Which T frames of each sequence are taken, (N, T) from 0: one of each of T equal segments, a random one in training, the
     middle one in testing; shorter sequences repeat frames. crop < 1: in training the segments divide a random window of at
     least that share of the sequence."""
-    N, device = len(length), length.device
+    def uniform(count):
+        return torch.rand(len(length), count, dtype=torch.float64, generator=generator, device=length.device)
+
     length = length[:, None].double()
-    first, share, within = torch.zeros_like(length), torch.ones_like(length), 0.5
+    first, share, within = 0.0, 1.0, 0.5
     if training:
-        within = torch.rand(N, frames, dtype=torch.float64, generator=generator, device=device)
+        within = uniform(frames)
         if crop < 1:
-            share = crop + (1 - crop) * torch.rand(N, 1, dtype=torch.float64, generator=generator, device=device)
-            first = (1 - share) * torch.rand(N, 1, dtype=torch.float64, generator=generator, device=device)
-    steps = torch.arange(frames, dtype=torch.float64, device=device)
+            share = crop + (1 - crop) * uniform(1)
+            first = (1 - share) * uniform(1)
+    steps = torch.arange(frames, dtype=torch.float64, device=length.device)
     return torch.minimum(((first + share * (steps + within) / frames) * length).long(), length.long() - 1)
 
 
@@ -674,7 +689,7 @@ def find_placement(frames: Tensor, there: Tensor, owner: Tensor, num: int, skele
 
 
 def find_placements(data: Sequences, skeleton: dict, channels: int, turned: bool = True) -> tuple:
-    """find_placement of a whole split, in chunks, so that a memory-mapped array is never copied."""
+    """find_placement of every sequence of a split, in chunks, so that a memory-mapped array is never copied."""
     parts = []
     for start, length in zip(data.start.split(64), data.length.split(64)):
         owner = torch.arange(len(start)).repeat_interleave(length)
@@ -715,12 +730,16 @@ def boxed(x: Tensor, there: Tensor, unit: Tensor, channels: int) -> tuple:
     return place(x, there, torch.diag_embed(1 / half), ((low + high) / 2).nan_to_num()), unit[:, None] * half
 
 
-def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False) -> tuple:
-    """Raw whole sequences x (N, M, T, V, C [+ score]) centred, scaled, and in 3D turned to face the viewer, as find_placement describes,
-    or else `boxed`; sample frames after it, for it sees all of them. Persons and frames that are all zero stay zero.
+def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False, frames: int | None = None) -> tuple:
+    """Raw whole sequences x (N, M, any T, V, C [+ score]) as a model is tested on them: centred, scaled, and in 3D turned to face the
+    viewer, as find_placement describes, or else `boxed`, and of each as many frames as asked for, spread evenly, else all of
+    them. Persons and frames that are all zero stay zero.
     Returns (x, origin (N, C), unit (N,), or (N, C) for the axes of what was boxed)."""
     there = (x[..., :channels] != 0).flatten(3).any(3)
     linear, origin, unit = find_batch_placement(x, there, skeleton, channels, not box)
+    if frames:
+        steps = sample_frames(torch.tensor([x.shape[2]]), frames, False)[0].to(x.device)
+        x, there = x[:, :, steps], there[:, :, steps]
     x = place(x, there, linear, origin)
     if box:
         x, unit = boxed(x, there, unit, channels)
@@ -740,11 +759,12 @@ class Augmentation:
     def __call__(self, x: Tensor, there: Tensor, placement: tuple, skeleton: dict, generator=None) -> Tensor:
         """Normalises raw x (N, M, T, V, C [+ score]) by placement = (normal, origin, unit) and changes it, in one affine map a sequence;
         without left/right pairs nothing is mirrored."""
+        (normal, origin, _), pairs = placement, skeleton["pairs"]
+        N, C = normal.shape[:2]
+
         def uniform(*shape, reach):
             return (2 * torch.rand(N, *shape, generator=generator, device=x.device) - 1) * reach
 
-        (normal, origin, _), pairs = placement, skeleton["pairs"]
-        N, C = normal.shape[:2]
         linear = torch.eye(C, device=x.device).repeat(N, 1, 1)
         if self.rotation and C == 3:
             reach = math.radians(self.rotation)
@@ -806,8 +826,10 @@ class Loader:
                    for step, index in enumerate(self._batches(order), 1)]
         if not self.workers:
             return map(self.batch, batches)
-        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers, collate_fn=self.batch,
-                                           generator=torch.Generator())  # its own: the global one goes on as without workers
+        with warnings.catch_warnings():  # that there are fewer cores than workers is the caller's choice
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            return iter(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers, collate_fn=self.batch,
+                                                    generator=torch.Generator()))  # its own: the global one goes on as without workers
 
     def _seed(self, epoch: int, step: int = 0) -> int:
         """A seed of its own for every step of every epoch, the same in all processes; step 0 is the order of the epoch."""
@@ -888,14 +910,15 @@ def draw_figures(table: Tensor, pairs: Tensor, generator) -> tuple:
         return spread * torch.randn(n, *shape, generator=generator)
 
     n, T = len(table), 80
-    mirrored = table[:, :, [ANGLES.index({"_l": a[:-1] + "r", "_r": a[:-1] + "l"}.get(a[-2:], a)) for a in ANGLES]]
+    other_side = {"_l": "_r", "_r": "_l"}
+    mirrored = table[:, :, [ANGLES.index(a[:-2] + other_side.get(a[-2:], a[-2:])) for a in ANGLES]]
     table = torch.where(torch.rand(n, 1, 1, 1, generator=generator) < 0.5, table, mirrored)
     amplitude, cycles, phase = (table * torch.cat([1 + normal(1, 1, 1, spread=0.15), torch.ones(n, 1, 1, 2)], -1)).unbind(-1)
     period = 30 * torch.exp(normal(1, 1, 1, spread=0.12))                          # frames, (n, 1, 1, 1)
     time = torch.arange(T).view(T, 1) / period + torch.rand(n, 1, 1, 1, generator=generator)
     rest = torch.tensor([{"knee": .5, "elbow": 1., "raise": .7}.get(a.split("_")[0], 0.) for a in ANGLES])
-    swing = torch.sin(2 * math.pi * (cycles[:, :, None] * time + phase[:, :, None]))
-    angle = rest + normal(2, 1, len(ANGLES), spread=0.12) + amplitude[:, :, None] * swing
+    wave = torch.sin(2 * math.pi * (cycles[:, :, None] * time + phase[:, :, None]))
+    angle = rest + normal(2, 1, len(ANGLES), spread=0.12) + amplitude[:, :, None] * wave
     a = dict(zip(ANGLES, angle.unbind(-1)))                                        # each (n, 2, T)
     size = (1 + normal(2, 1, 10, spread=0.07)) * torch.tensor([.5, .22, .3, .27, .42, .4, .19, .11, .05, .08])
     bone = dict(zip("trunk neck upper_arm forearm thigh shin shoulder hip eye ear".split(), size.unbind(-1)))  # each (n, 2, 1)

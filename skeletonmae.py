@@ -29,7 +29,7 @@ from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------- skeletons
 
-def skeleton(joints, edges, parts, centre, pairs=None) -> dict:
+def make_skeleton(joints, edges, parts, centre, pairs=None) -> dict:
     """One skeleton layout as plain data; your own is one call of this function, or a JSON file with the same fields.
 
     joints: V names, as a list or one string; edges: (joint, joint) index pairs, without self-loops; parts: body part
@@ -46,8 +46,9 @@ def skeleton(joints, edges, parts, centre, pairs=None) -> dict:
         raise ValueError(f"a skeleton of {len(names)} joints needs indices from 0 to {len(names) - 1} in edges, parts, pairs and centre")
     if len(set(names)) < len(names) or any(i == j for i, j in edges):
         raise ValueError("a skeleton needs joint names that differ, and edges between two different joints")
-    if not parts or not all(parts.values()) or not centre:
-        raise ValueError("a skeleton needs at least one body part, no empty part, and a centre joint")
+    members = [joint for part in parts.values() for joint in part]
+    if not all(parts.values()) or not members or len(set(members)) < len(members) or not centre:
+        raise ValueError("a skeleton needs at least one body part, no empty part, no joint in two parts, and a centre joint")
     return {"joints": names, "edges": [list(e) for e in edges], "parts": {k: list(v) for k, v in parts.items()},
             "pairs": [list(p) for p in pairs], "centre": centre}
 
@@ -58,41 +59,41 @@ def _parts(head, torso, left_arm, right_arm, left_leg, right_leg) -> dict:
 
 
 SKELETONS = {
-    "coco17": skeleton(  # 2D poses of HRNet: NTU RGB+D, FineGym, Diving48
+    "coco17": make_skeleton(  # 2D poses of HRNet: NTU RGB+D, FineGym, Diving48
         "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
         "right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle",
         [(0, 1), (0, 2), (1, 3), (2, 4), (0, 5), (0, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11), (6, 12), (11, 13),
          (13, 15), (12, 14), (14, 16)],
         _parts([0, 1, 2, 3, 4], [5, 6, 11, 12], [7, 9], [8, 10], [13, 15], [14, 16]), centre=[11, 12]),
-    "ntu25": skeleton(  # Kinect v2: NTU RGB+D in 3D
+    "ntu25": make_skeleton(  # Kinect v2: NTU RGB+D in 3D
         "spine_base spine_middle neck head left_shoulder left_elbow left_wrist left_hand right_shoulder right_elbow "
         "right_wrist right_hand left_hip left_knee left_ankle left_foot right_hip right_knee right_ankle right_foot "
         "spine_shoulder left_hand_tip left_thumb right_hand_tip right_thumb",
         [(0, 1), (1, 20), (20, 2), (2, 3), (20, 4), (4, 5), (5, 6), (6, 7), (20, 8), (8, 9), (9, 10), (10, 11), (0, 12),
          (12, 13), (13, 14), (14, 15), (0, 16), (16, 17), (17, 18), (18, 19), (7, 21), (7, 22), (11, 23), (11, 24)],
         _parts([2, 3], [0, 1, 4, 8, 12, 16, 20], [5, 6, 7, 21, 22], [9, 10, 11, 23, 24], [13, 14, 15], [17, 18, 19]), centre=1),
-    "kinect20": skeleton(  # Kinect v1: Northwestern-UCLA
+    "kinect20": make_skeleton(  # Kinect v1: Northwestern-UCLA
         "hip_centre spine shoulder_centre head left_shoulder left_elbow left_wrist left_hand right_shoulder right_elbow "
         "right_wrist right_hand left_hip left_knee left_ankle left_foot right_hip right_knee right_ankle right_foot",
         [(0, 1), (1, 2), (2, 3), (2, 4), (4, 5), (5, 6), (6, 7), (2, 8), (8, 9), (9, 10), (10, 11), (0, 12), (12, 13),
          (13, 14), (14, 15), (0, 16), (16, 17), (17, 18), (18, 19)],
         _parts([3], [0, 1, 2, 4, 8, 12, 16], [5, 6, 7], [9, 10, 11], [13, 14, 15], [17, 18, 19]), centre=1),
-    "sbu15": skeleton(  # SBU Kinect Interaction
+    "sbu15": make_skeleton(  # SBU Kinect Interaction
         "head neck torso left_shoulder left_elbow left_hand right_shoulder right_elbow right_hand left_hip left_knee "
         "left_foot right_hip right_knee right_foot",
         [(0, 1), (1, 2), (1, 3), (3, 4), (4, 5), (1, 6), (6, 7), (7, 8), (2, 9), (9, 10), (10, 11), (2, 12), (12, 13), (13, 14)],
         _parts([0, 1], [2, 3, 6, 9, 12], [4, 5], [7, 8], [10, 11], [13, 14]), centre=2),
-    "penn13": skeleton(  # Penn Action
+    "penn13": make_skeleton(  # Penn Action
         "head left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist left_hip right_hip left_knee "
         "right_knee left_ankle right_ankle",
         [(0, 1), (0, 2), (1, 3), (3, 5), (2, 4), (4, 6), (1, 7), (2, 8), (7, 9), (9, 11), (8, 10), (10, 12)],
         _parts([0], [1, 2, 7, 8], [3, 5], [4, 6], [9, 11], [10, 12]), centre=[7, 8]),
-    "jhmdb15": skeleton(  # JHMDB
+    "jhmdb15": make_skeleton(  # JHMDB
         "neck belly face right_shoulder left_shoulder right_hip left_hip right_elbow left_elbow right_knee left_knee "
         "right_wrist left_wrist right_ankle left_ankle",
         [(0, 1), (0, 2), (0, 3), (0, 4), (1, 5), (1, 6), (3, 7), (4, 8), (5, 9), (6, 10), (7, 11), (8, 12), (9, 13), (10, 14)],
         _parts([0, 2], [1, 3, 4, 5, 6], [8, 12], [7, 11], [10, 14], [9, 13]), centre=1),
-    "openpose18": skeleton(  # Kinetics-Skeleton
+    "openpose18": make_skeleton(  # Kinetics-Skeleton
         "nose neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist right_hip right_knee "
         "right_ankle left_hip left_knee left_ankle right_eye left_eye right_ear left_ear",
         [(0, 1), (1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (2, 8), (8, 9), (9, 10), (5, 11), (11, 12), (12, 13),
@@ -322,7 +323,7 @@ class Packing:
         indices = rows, rows // self.persons, present.sum(1, dtype=torch.float32)  # the last: persons of each sequence, (N,)
         self.rows, self.sequence, self.count = (index.to(device, non_blocking=True) for index in indices)
 
-    # Sizes of tensors, which may vary in what torch.compile has made; of a number it would make a constant.
+    # Properties that read a tensor's size, which torch.compile lets vary; a stored number would become a constant.
     @property
     def num(self) -> int:
         return len(self.count)
@@ -412,12 +413,12 @@ def find_present(x: Tensor, channels: int) -> Tensor:
     return present.cpu()
 
 
-def persons_of(x: Tensor, embedding: JointEmbedding, present: Tensor | Packing | None, persons: int | None = None) -> Packing:
+def packing_of(x: Tensor, embedding: JointEmbedding, present: Tensor | Packing | None, persons: int | None = None) -> Packing:
     """The packing of a batch: the caller's own, which torch.compile needs, for it cannot count persons; that of the persons whom the
     caller says are present; else of those whom x shows. One clear ValueError instead of a shape error ten layers down."""
     joints, channels, score = len(embedding.joint), embedding.channels, embedding.score
     expected = f"(N, M, T, {joints}, {channels}{' + 1 for the joint score' if score else ''})"
-    if x.dim() != 5 or x.shape[3] != joints or x.shape[4] not in ((channels + 1,) if score else (channels, channels + 1)):
+    if x.dim() != 5 or x.shape[3] != joints or not channels + score <= x.shape[4] <= channels + 1:
         raise ValueError(f"expected skeletons of shape {expected}, got {tuple(x.shape)}")
     if x.shape[1] not in ((1, 2) if persons is None else (persons,)):
         raise ValueError(f"expected {persons or '1 or 2'} persons in {expected}, got {x.shape[1]}")
@@ -462,7 +463,7 @@ class SkeletonMAE(nn.Module):
 
     The target of a masked joint is its position in homogeneous coordinates, (x / s, y / s, [z / s,] 1): fixed, so it cannot
     collapse as a learned embedding could, and a zero error means the right position, as it would not with the cosine of raw
-    coordinates. Joints whose score is 0 are unknown and never count in the loss.
+    coordinates. Joints whose score is 0 are unknown and never count in the loss, nor do frames in which a person is all zero.
 
     Three further choices are ours, not the paper's. loss: "cosine" (P Eq. 2) or "squared", the squared error of the position;
     mask_segments: the frames fall into as many equal segments, each with a mask of its own; strl: arguments of STRLStack, whose
@@ -501,9 +502,9 @@ class SkeletonMAE(nn.Module):
         segment = torch.arange(frames) * self.segments // frames
         return mask.view(num, self.segments, -1)[:, segment].transpose(1, 2)
 
-    def encode(self, packed: Tensor, packing: "Packing", hidden: Tensor | None = None) -> Tensor:
+    def encode(self, packed: Tensor, packing: Packing, masked: Tensor | None = None) -> Tensor:
         """(V, P, T, C) and a mask as JointEmbedding takes it -> what the encoder makes of them, (V, P, T / stride, H or D)."""
-        h = self.embedding(packed, hidden)
+        h = self.embedding(packed, masked)
         return self.encoder(h, packing) if isinstance(self.encoder, STRLStack) else self.encoder(h)
 
     def forward(self, x: Tensor, present: Tensor | Packing | None = None, mask: Tensor | None = None):
@@ -513,15 +514,16 @@ class SkeletonMAE(nn.Module):
         Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1), zero for absent persons; the mask.
         """
         C = self.channels
-        packing = persons_of(x, self.embedding, present)
+        packing = packing_of(x, self.embedding, present)
         if mask is None:
             mask = self.draw(len(x), x.shape[2])
         mask = mask.to(x.device, non_blocking=True)
-        packed, hidden = packing.pack(x), mask_of_frames(mask)[packing.sequence].permute(2, 0, 1)  # (V, P, T, C), (V, P, 1 or T)
-        prediction = self.head(self.decoder(self.encode(packed, packing, hidden))).float()
+        packed = packing.pack(x)                                          # (V, P, T, C)
+        masked = mask_of_frames(mask)[packing.sequence].permute(2, 0, 1)  # (V, P, 1 or T)
+        prediction = self.head(self.decoder(self.encode(packed, packing, masked))).float()
         prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :x.shape[2]]  # every output frame predicts `stride`
         target = torch.cat([packed[..., :C] / self.scale, torch.ones_like(packed[..., :1])], -1)
-        selected = hidden.expand(packed.shape[:3])
+        selected = masked & (packed[..., :C] != 0).any(-1).any(0)         # (V, P, T): not where a person is out of sight
         if packed.shape[-1] > C:
             selected = selected & (packed[..., C] > 0)
         if self.loss == "cosine":
@@ -641,7 +643,7 @@ class SkeletonClassifier(nn.Module):
 
     def features(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
         """The features before the classifier, (N, 2 H). x and present as in forward."""
-        packing = persons_of(x, self.embedding, present, self.persons)
+        packing = packing_of(x, self.embedding, present, self.persons)
         return self.hidden_layer(packing.pool(self.strl(self.embedding(packing.pack(x)), packing)))
 
     def forward(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
@@ -659,18 +661,20 @@ class SkeletonClassifier(nn.Module):
         for name, value in state.items():
             if name.startswith("embedding."):
                 loaded[name] = value
+            elif name.startswith("encoder.") and stacked:
+                loaded[name.replace("encoder", "strl", 1)] = value
             elif name.startswith("encoder."):
-                loaded.update({name.replace("encoder", "strl", 1): value} if stacked else
-                              {f"strl.layers.{i}.{name}": value for i in range(len(self.strl.layers))})
+                loaded |= {f"strl.layers.{i}.{name}": value for i in range(len(self.strl.layers))}
         expected = {name for name in own if name.startswith("embedding.") or ("strl." if stacked else ".encoder.") in name}
         wrong = sorted(expected ^ loaded.keys()) or [n for n in sorted(expected) if own[n].shape != loaded[n].shape]
-        if not wrong and not own["embedding.signature"].equal(loaded["embedding.signature"].to(self.head.weight.device)):
-            raise ValueError("the pre-trained encoder does not fit: it was trained on another skeleton or other input streams")
         if wrong:
             shapes = [tuple(d[wrong[0]].shape) if wrong[0] in d else "absent" for d in (own, loaded)]
             raise ValueError(f"the pre-trained encoder does not fit: {wrong[0]} is {shapes[0]} here and {shapes[1]} there; "
                              "expected the same skeleton, channels, streams, width, hidden and layers"
                              + ", and the same persons, frames, STRL layers and blocks" * stacked)
+        signature = own["embedding.signature"]
+        if not signature.equal(loaded["embedding.signature"].to(signature.device)):
+            raise ValueError("the pre-trained encoder does not fit: it was trained on another skeleton or other input streams")
         self.load_state_dict(loaded, strict=False)
         return sorted(loaded)
 
@@ -695,7 +699,7 @@ class LinearProbe(nn.Module):
     @torch.no_grad()
     def pooled(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
         """(N, M, T, V, C) -> (N, 2 H)."""
-        packing = persons_of(x, self.pretrained.embedding, present)
+        packing = packing_of(x, self.pretrained.embedding, present)
         return packing.pool(self.pretrained.encode(packing.pack(x), packing)).float()
 
     def features(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:

@@ -56,7 +56,7 @@ import train_pretrain
 from data import Augmentation, DataError, Loader, Sequences
 from skeletonmae import (SKELETONS, Attention, AttentionBlock, BatchNorm, GraphConvolution, GraphEncoder, JointEmbedding, LinearProbe,
                          Packing, SkeletonClassifier, SkeletonMAE, TemporalPooling, bone_parents, concat_linear, draw_mask,
-                         find_present, normalized_adjacency, reweighted_cosine_error, skeleton)
+                         find_present, make_skeleton, normalized_adjacency, reweighted_cosine_error)
 
 visualize = None
 if Path(__file__).with_name("visualize.py").exists():  # it is optional
@@ -66,7 +66,7 @@ close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 COCO = SKELETONS["coco17"]
-STAR = skeleton("hip chest head left_hand right_hand", [(0, 1), (1, 2), (1, 3), (1, 4)],  # a user's own skeleton
+STAR = make_skeleton("hip chest head left_hand right_hand", [(0, 1), (1, 2), (1, 3), (1, 4)],  # a user's own skeleton
                 dict(trunk=[0, 1], head=[2], left=[3], right=[4]), centre=0)
 STAR_PARENTS = [0, 0, 1, 1, 1]
 SMALL = dict(width=8, hidden=8, layers=2)
@@ -218,16 +218,22 @@ class SkeletonTest(Seeded):
         penn13="head, left shoulder, right shoulder, left elbow, right elbow, left wrist, right wrist, left hip, right hip, left knee, "
                "right knee, left ankle, right ankle",
         sbu15="head, neck, torso, left shoulder, elbow, hand, right shoulder, elbow, hand, left hip, knee, foot, right hip, knee, foot",
+        coco17="nose, left eye, right eye, left ear, right ear, left shoulder, right shoulder, left elbow, right elbow, left wrist, right wrist, "
+               "left hip, right hip, left knee, right knee, left ankle, right ankle",
+        ntu25="spine base, spine middle, the neck, head, left shoulder, elbow, wrist, hand, right shoulder, elbow, wrist, hand, "
+              "left hip, knee, ankle, foot, right hip, knee, ankle, foot, spine shoulder, left hand_tip, thumb, right hand_tip, thumb",
+        openpose18="nose, neck, right shoulder, elbow, wrist, left shoulder, elbow, wrist, right hip, knee, ankle, left hip, knee, ankle, "
+                   "right eye, left eye, right ear, left ear",
         jhmdb15="neck, belly, face, right shoulder, left shoulder, right hip, left hip, right elbow, left elbow, right knee, left knee, "
                 "right wrist, left wrist, right ankle, left ankle")
 
     def test_joint_orders(self):
-        """Joint names in the order of the data's documentation, where "left shoulder, elbow" means that both are left."""
+        """Joint names in the order of the data's documentation, where "left shoulder, elbow" means that both are left and "the neck" that it is neither."""
         for layout, order in self.ORDERS.items():
             names, side = [], ""
             for name in order.replace(" centre", "_centre").split(", "):
                 side, name = name.split() if " " in name else (side, name)
-                names.append(f"{side}_{name}" if side else name)
+                names.append(name if side in ("", "the") else f"{side}_{name}")
             self.assertEqual(SKELETONS[layout]["joints"], names)
 
     def test_layouts(self):
@@ -265,10 +271,10 @@ class SkeletonTest(Seeded):
                 self.assertEqual(path[-1], layout["centre"][0])
 
     def test_bad_skeletons(self):
-        """A user's mistake is a ValueError: an index out of range, no part, an empty part, no centre."""
+        """A user's mistake is a ValueError: an index out of range, no part, an empty part, a joint in two parts, no centre."""
         for edges, parts, centre in (([(0, 5)], {"a": [0]}, 0), ([(0, -1)], {"a": [0]}, 0), ([(0, 1)], {}, 0), ([(0, 1)], {"a": []}, 0),
-                                     ([(0, 1)], {"a": [2]}, 0), ([(0, 1)], {"a": [0]}, []), ([(0, 1)], {"a": [0]}, 2)):
-            self.assertRaises(ValueError, skeleton, "a b", edges, parts, centre)
+                                     ([(0, 1)], {"a": [2]}, 0), ([(0, 1)], {"a": [0], "b": [0, 1]}, 0), ([(0, 1)], {"a": [0]}, []), ([(0, 1)], {"a": [0]}, 2)):
+            self.assertRaises(ValueError, make_skeleton, "a b", edges, parts, centre)
 
     def masked(self, num=60, layout=COCO, **how):
         """The set of masked joints (True, not False) of every sequence."""
@@ -468,16 +474,17 @@ class PretrainingTest(Seeded):
         self.assertEqual(reweighted_cosine_error(target, 0 * target, selected), 1)
 
     def test_loss(self):
-        """P Eq. 2 over the masked joints of persons present whose score is above 0; the target is (x/s, y/s, 1) (METHOD)."""
+        """P Eq. 2 over the masked joints of persons present, and in the frame at all, whose score is above 0; the target is (x/s, y/s, 1) (METHOD)."""
         absent, errors = [(1, 1), (2, 0)], []
         x = people(4, 2, 3, 5, 3, absent)
+        x[3, 1, 2, :, :2] = 0
         x[..., 2] = x[..., 2].clamp(min=0)  # half of the scores are 0
         model = shaken(tiny_mae(mask_num_parts=2, score=True, beta=3))
         model.scale.fill_(1.7)
         loss, prediction, mask = model(x)
         self.assertEqual((loss.shape, prediction.shape, mask.shape), ((), (4, 2, 3, 5, 3), (4, 5)))
         for n, m, t, v in product(range(4), range(2), range(3), range(5)):
-            if mask[n, v] and (n, m) not in absent and x[n, m, t, v, 2] > 0:
+            if mask[n, v] and (n, m) not in absent and (n, m, t) != (3, 1, 2) and x[n, m, t, v, 2] > 0:
                 target, y = torch.tensor([x[n, m, t, v, 0] / 1.7, x[n, m, t, v, 1] / 1.7, 1]), prediction[n, m, t, v]
                 errors.append((1 - target @ y / target.norm() / y.norm()) ** 3)
         close(loss, sum(errors) / len(errors))
@@ -1384,7 +1391,9 @@ class BatchTest(Case):
         expected = epochs(0, 1)
         torch.manual_seed(2)
         self.same(epochs(1, 0), expected[::-1])
-        self.same(epochs(0, workers=2), expected[:1])
+        with unittest.mock.patch("os.sched_getaffinity", return_value={0}, create=True), warnings.catch_warnings():
+            warnings.simplefilter("error")  # more workers than cores are no reason to print torch's advice
+            self.same(epochs(0, workers=2), expected[:1])
         for other in (epochs(0, seed=1)[0], expected[1]):
             self.assertFalse(torch.equal(other[0]["x"], expected[0][0]["x"]))
         self.assertNotEqual(*([int(i) for b in epoch for i in b["index"]] for epoch in expected))
@@ -1741,13 +1750,82 @@ class ScriptTest(ScriptCase):
         with unittest.mock.patch.dict(os.environ, RANK="1"):  # of several processes the first alone writes
             self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --out other")
         self.assertFalse(os.path.exists("other/test_outputs.pt"))
+        os.utime("runs/old/pretrain.pt")  # now it is the newest, and yet the same command line goes on with what it began with
+        self.assertIn("from runs/pretrain/pretrain.pt", self.finetune("--ckpt --resume --epochs 4"))
 
-    def test_full_gpu(self):
-        """A GPU without memory left is one line that names the flags that help."""
-        with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as end:
-            train_pretrain.run(unittest.mock.Mock(side_effect=torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to\nallocate")))
-        self.assertEqual(end.exception.code, 2)
-        self.assertRegex(said.getvalue(), r"^error: the GPU's memory is full \(.*\).*--micro-batch.*\n$")
+    def test_fine_tuning_by_hand(self):
+        """S A's settings reach the weights: three steps of SGD (warm-up, milestone, label smoothing, weight decay, momentum, clipping) and of AdamW
+        written out."""
+        for optimizer, flags in (("sgd", "--lr 0.1 --weight-decay 0.1 --momentum 0.8"), ("sgd", "--lr 0.1 --nesterov --clip 0.3"),
+                                 ("adamw", "--lr 0.01 --weight-decay 2 --label-smoothing 0.3")):
+            line = f"{self.data} {TINY_RUN} --frames 8 --strl-layers 2 --blocks 1 --epochs 3 --warmup 2 --milestones 2 --dropout 0"
+            line += f" --attention-dropout 0 --optimizer {optimizer} {flags}"
+            settings, _ = train_pretrain.parse(train_finetune.Settings, "", line.split())
+            dataset = data.load("tiny.pt", layout="five.json")
+            torch.manual_seed(0)
+            model, _, _ = train_finetune.build(settings, dataset, None)
+            train, _ = train_pretrain.loaders(settings, dataset, torch.device("cpu"), 0, 1)
+            state, smoothing = {}, settings.label_smoothing
+            for epoch, lr in enumerate((settings.lr / 2, settings.lr, settings.lr / 10)):
+                batch, = train.epoch(epoch)
+                target = (1 - smoothing) * F.one_hot(batch.label, 3) + smoothing / 3
+                loss = -(target * model.train()(batch.x, batch.present).log_softmax(1)).sum(1).mean()
+                learned = [p for p in model.parameters() if p.requires_grad]
+                gradients = torch.autograd.grad(loss, learned)
+                norm = sum(g.square().sum() for g in gradients).sqrt()
+                for p, g in zip(learned, gradients):
+                    g = g * min(1, settings.clip / float(norm)) if settings.clip else g
+                    if optimizer == "adamw":
+                        first, second = state.get(p, (0, 0))
+                        state[p] = first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g.square()
+                        change = first / (1 - 0.9 ** (epoch + 1)) / ((second / (1 - 0.999 ** (epoch + 1))).sqrt() + 1e-8) + settings.weight_decay * p
+                    else:
+                        g = g + settings.weight_decay * p
+                        state[p] = settings.momentum * state[p] + g if p in state else g
+                        change = g + settings.momentum * state[p] if settings.nesterov else state[p]
+                    p.data -= lr * change.detach()
+            self.finetune(f"{line} --out run")
+            trained = torch.load("run/finetune.pt", weights_only=True)
+            for name, parameter in model.named_parameters():
+                self.close(trained["model"][name], parameter.detach(), 5e-3 if optimizer == "adamw" else 1e-4)  # its steps magnify rounding
+            self.assertEqual([round(row["lr"] / settings.lr, 6) for row in trained["log"]], [0.5, 1, 0.1])
+
+    def test_pretraining_by_hand(self):
+        """Two steps of Adam written out, on gradients of micro-batches of 10, 10 and 5; `scale` is the root mean square of the joints' distances."""
+        line = f"{self.data} --epochs 2 --lr 0.01 --dropout 0 --micro-batch 10"
+        self.pretrain(line)
+        trained = torch.load("runs/pretrain/pretrain.pt", weights_only=True)
+        dataset = data.load("tiny.pt", layout="five.json")
+        squares = [float(joint.square().sum()) for batch in Loader(dataset.train, dataset.skeleton, 3, 1, 8, False).epoch()
+                   for sequence in batch.x for person in sequence for frame in person if frame.any() for joint in frame]
+        torch.manual_seed(0)
+        model = SkeletonMAE(**trained["model_settings"])
+        model.scale.fill_((sum(squares) / len(squares)) ** 0.5)
+        self.close(trained["model"]["scale"], model.scale)
+        settings, _ = train_pretrain.parse(train_pretrain.Settings, "", f"{line} --frames 8".split())
+        train, _ = train_pretrain.loaders(settings, dataset, torch.device("cpu"), 0, 1)
+        learned = list(model.parameters())
+        moments = [[torch.zeros_like(p), torch.zeros_like(p)] for p in learned]
+        for epoch in range(2):
+            batch, = train.epoch(epoch)
+            losses = [len(x) / 25 * model(x, present)[0] for x, present in zip(batch.x.split(10), batch.present.split(10))]
+            for p, moment, g in zip(learned, moments, torch.autograd.grad(sum(losses), learned)):
+                moment[:] = 0.9 * moment[0] + 0.1 * g, 0.999 * moment[1] + 0.001 * g.square()
+                p.data -= 0.01 * moment[0] / (1 - 0.9 ** (epoch + 1)) / ((moment[1] / (1 - 0.999 ** (epoch + 1))).sqrt() + 1e-8)
+            self.assertAlmostEqual(trained["log"][epoch]["loss"], float(sum(losses)), 4)
+        for name, parameter in model.named_parameters():
+            self.close(trained["model"][name], parameter.detach(), 1e-3)
+
+    def test_full_memory(self):
+        """A GPU or a machine without memory left is one line that names the flags that help."""
+        on_cpu = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to\nallocate"
+        for error, whose in ((torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"), "GPU's memory"), (RuntimeError(on_cpu), "memory"),
+                             (MemoryError(), "memory")):
+            with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as end:
+                train_pretrain.run(unittest.mock.Mock(side_effect=error))
+            self.assertEqual(end.exception.code, 2)
+            self.assertRegex(said.getvalue(), rf"^error: the {whose} is full \(.*\).*--micro-batch.*\n$")
+        self.assertRaises(RuntimeError, train_pretrain.run, unittest.mock.Mock(side_effect=RuntimeError("a mistake of ours")))
 
     def test_interrupted(self):
         """Ctrl-C ends with status 130, SIGTERM with 143, both with one line that says how to go on."""
@@ -1758,7 +1836,7 @@ class ScriptTest(ScriptCase):
             with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as end:
                 train_pretrain.run(lambda: signal.raise_signal(number))
             self.assertEqual(end.exception.code, status)
-            self.assertRegex(said.getvalue().strip(), r"^stopped; .*--resume goes on from it$")
+            self.assertRegex(said.getvalue().strip(), r"^stopped; .*--resume goes on after the last of them$")
 
     def test_two_processes(self):
         """Two processes share every batch: one of them prints and writes, their weights are equal to the last bit, the losses follow
@@ -1807,12 +1885,19 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
             with self.subTest(script + words):
                 if "..." not in words:
                     train_pretrain.parse(getattr(sys.modules[script], "Settings"), "", words.split())
-        self.finetune(f"{self.data} --epochs 1")
         convert, classify = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
         self.assertEqual(len(classify.strip().splitlines()), 5)
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(classify, {})
-        self.assertRegex(printed.getvalue(), r"tensor\(\[[0-2]\]\)")
+        self.assertRegex(classify, r"x = .*# yours")
+        for flags in ("", "--box --motion"):
+            self.finetune(f"{self.data} --epochs 1 {flags}")
+            outputs = torch.load("runs/finetune/test_outputs.pt", weights_only=True)
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(classify, {})
+                for n, x in enumerate(self.content["x_test"]):  # as the script's own test sees them
+                    own = {"yours": F.pad(x, (0, 0, 0, 0, 0, 2 - x.shape[1])).transpose(0, 1)[None]}
+                    exec(re.sub(r"x = .*# yours.*", "x = yours", classify).replace("print(", "logits = (").replace(".argmax(1)", ""), own)
+                    self.close(own["logits"][0].detach(), outputs["logits"][n], 1e-4)
+            self.assertRegex(printed.getvalue(), r"tensor\(\[[0-2]\]\)")
         os.mkdir("all_sqe")
         for i, name in enumerate(("a01_s01_e00_v01", "a12_s02_e03_v02", "a12_s02_e03_v03", "a02_s01_e00_v03")):
             Path("all_sqe", name + ".json").write_text(json.dumps({"skeletons": torch.full((2 + i % 3, 20, 3), min(i, 2) + 0.5).tolist()}))
@@ -1925,6 +2010,7 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
             module("--out halves --resume --epochs 4")
             self.assertEqual(*(Path(f"{out}/log.csv").read_text() for out in ("whole", "halves")))
             self.assertIn("nowhere", module("--out nowhere --resume", 2))
+            self.assertIn("--epochs 3", module("--out halves --resume --epochs 3", 2))
 
     def test_evaluation_sees_the_test_set_of_training(self):
         """Where a pickle has no split, --eval-only of a run with another seed measures the sequences that run held out."""
@@ -1941,6 +2027,7 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         torch.save({**self.content, "y_train": [n % 4 for n in range(25)]}, "four.pt")
         torch.save({**self.content, **{f"x_{h}": [x[..., :2] for x in self.content[f"x_{h}"]] for h in ("train", "test")}}, "flat.pt")
         torch.save({"kind": "finetune"}, "hollow.pt")
+        torch.save({**self.content, "x_train": self.content["x_train"][:1], "y_train": [0]}, "one.pt")
         torch.save([1, 2], "list.pt")
         self.write("splits.pkl", pickled({"annotations": pyskl(), "split": {"a_train": ["a0"], "a_val": ["a1"]}}))
         self.write("text.txt", b"hello"), self.write("hostile.pt", pickled(Made("os.system", "touch ran"), 2))
@@ -1958,7 +2045,9 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                 (pretrain, f"{self.data} --mask-parts right_arm,tail", ["tail"]), (pretrain, f"{self.data} --mask-ratio 1", ["ratio"]),
                 (pretrain, "--epoch 3", ["--epochs"]),
                 (pretrain, f"{self.data} --out text.txt --epochs 1", ["text.txt"]), (pretrain, f"{self.data} --out text.txt/deeper --epochs 1", ["text.txt"]),
-                (pretrain, f"{self.data} --lr -1", ["--lr"]), (finetune, f"{self.data} --optimizer adam", ["--optimizer", "adamw"]),
+                (pretrain, f"{self.data} --lr -1", ["--lr"]), (finetune, f"{self.data} --lr inf", ["--lr", "inf"]),
+                (pretrain, f"{self.data} --batch-size {10**20}", ["--batch-size"]), (pretrain, f"{self.data} --hidden 6", ["--hidden 6", "4"]),
+                (finetune, "--data one.pt --layout five.json --linear-probe", ["--linear-probe", "two"]), (finetune, f"{self.data} --optimizer adam", ["--optimizer", "adamw"]),
                 (finetune, "--ckpt PRE --data flat.pt --layout five.json", ["2D", "3D"]),
                 (finetune, "--ckpt PRE --data splits.pkl --split a", ["five.json", "penn13"]),
                 (finetune, "--ckpt PRE --width 16", ["--width"]), (finetune, "--ckpt FINE --data four.pt --layout five.json --eval-only", ["3 classes", "4"]),
@@ -1990,6 +2079,25 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                 with self.assertRaisesRegex(train_pretrain.Failure, f"epoch {epoch + 1}, step 2, sequences c, a; try a lower --lr{kept}$"):
                     for loss, index in zip(losses, ([0], [2, 0])):
                         progress.step(loss, torch.tensor(index))
+                progress.start_epoch(epoch, 0.1)
+                progress.step(losses[0], torch.tensor([1]))
+                model = torch.nn.Linear(2, 2)  # its last step can leave weights that no loss has seen
+                self.assertEqual(progress.row(model), {"epoch": epoch + 1, "loss": 0.5, "lr": 0.1})
+                model.weight.data[0, 1] = math.inf
+                with self.assertRaisesRegex(train_pretrain.Failure, f"weights are not finite in epoch {epoch + 1}, step 1, sequences b; try a lower --lr{kept}$"):
+                    progress.row(model)
+
+    def test_live_line_fits_the_terminal(self):
+        """On a terminal the line is drawn over itself: it fills the terminal's width but for the last column, where it would wrap."""
+        for columns in (40, 120):
+            size = unittest.mock.patch("shutil.get_terminal_size", return_value=os.terminal_size((columns, 24)))
+            with size, contextlib.redirect_stdout(io.StringIO()) as shown:
+                progress = train_pretrain.Progress(9, 2, 0, ["a"], "file", 0, 1)
+                progress.live, progress.drawn = True, -math.inf
+                progress.start_epoch(0, 0.1)
+                progress.step(torch.tensor(0.5), torch.tensor([0]))
+            self.assertEqual(len(shown.getvalue()), 1 + columns - 1)
+            self.assertTrue(shown.getvalue().startswith("\repoch 1/9  loss 0.5"))
 
     def test_a_failed_write_keeps_the_file(self):
         """Whatever goes wrong while it is written, the old file is whole and no other is left."""
@@ -2042,13 +2150,21 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
     return content[:number.start()] + draw.choice((b"1152921504606846976", b"0", b"-1", b"99999", b"(" * 900)) + content[number.end():]
 
 
-def zipped_as_torch(body: bytes) -> bytes:
+def zipped_as_torch(body: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
     """A checkpoint whose pickle is `body`."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
+    with zipfile.ZipFile(file, "w", compression) as archive:
         for name, content in (("data.pkl", body), ("version", b"3"), ("byteorder", b"little")):
             archive.writestr(f"a/{name}", content)
     return file.getvalue()
+
+
+def peak_memory() -> float:
+    """The most memory that this process has had, in MB. Linux's getrusage begins with what the parent process had, which would hide much."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1000
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 def read_mutants(path: str, count: int) -> tuple:
@@ -2069,7 +2185,7 @@ def read_mutants(path: str, count: int) -> tuple:
                     assert batch.x.isfinite().all() and 0 <= int(batch.label.min()) and int(batch.label.max()) < len(source.classes)
 
     read()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory()
     for i in range(count):
         mutant = mutated(content, random.Random(i))
         Path(path).write_bytes(mutant)
@@ -2085,7 +2201,7 @@ def read_mutants(path: str, count: int) -> tuple:
         slowest = max(slowest, time.perf_counter() - begin)
     signal.alarm(0)
     Path(path).write_bytes(content)
-    return accepted, slowest, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1000
+    return accepted, slowest, peak_memory() - peak
 
 
 class ReliabilityTest(ScriptCase):
@@ -2136,7 +2252,7 @@ class ReliabilityTest(ScriptCase):
             self.assertEqual(done.returncode, 0, done.stdout + done.stderr[-2000:])
             for line in done.stdout.splitlines():
                 name, accepted, slowest, memory = line.split()
-                self.assertLess(float(slowest), 5, name), self.assertLess(float(memory), 200, name)
+                self.assertLess(float(slowest), 5, name), self.assertLess(float(memory), 250, name)
                 if THOROUGH:
                     print(f"{name}: {files[name]} mutations, {accepted} accepted, slowest {float(slowest):.2f} s, {float(memory):.0f} MB beyond a valid read", flush=True)
 
@@ -2170,7 +2286,7 @@ class ReliabilityTest(ScriptCase):
                 self.assertLess(time.monotonic() - begin, 5)
 
     def test_few_bytes_unfold_to_no_more_than_they_could_hold(self):
-        """Files of a few MB that build, copy, hash or compare one thing again and again, or deflate zeros: each is refused in 5 seconds and 200 MB."""
+        """Files of a few MB that build, copy, hash or compare one thing again and again, or deflate zeros: each is refused in 5 seconds, all in 250 MB."""
         K, long = 1_000_000, struct.Struct("<I").pack
         text, get, put = (lambda s: b"X" + long(len(s)) + s), (lambda i: b"h" + bytes([i])), (lambda i: b"q" + bytes([i]))
         f4 = b"cnumpy\ndtype\n" + text(b"f4") + b"\x85Rq\x09(K\3" + text(b"<") + b"tb"
@@ -2211,10 +2327,14 @@ class ReliabilityTest(ScriptCase):
         os.remove("stored.pt")
         for name, body in (("encode", encode), ("hash", b"\x80\2" + doubling + b"}h\x3cNs."), ("bytearray", b"\x80\2cbuiltins\nbytearray\nJ\0\0\0\x40\x85R.")):
             files[name + ".pt"] = zipped_as_torch(body)
+        lying = bytearray(zipped_as_torch(bytes(150_000_000), zipfile.ZIP_DEFLATED))
+        for header, size in ((b"PK\3\4", 22), (b"PK\1\2", 24)):  # where an entry says how long it is
+            struct.pack_into("<I", lying, lying.index(header) + size, 1000)
+        files["lying.pt"] = bytes(lying)
         names = [self.write(name, content) and name for name, content in files.items()] + [name for name in os.listdir(".") if name.endswith(".pt") and name not in (*files, "tiny.pt")]
-        del files, encode
+        del files, encode, lying
         program = (f"import resource, signal, sys, time; sys.path.insert(0, {os.path.dirname(data.__file__)!r}); import data\n"
-                   "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000\n"
+                   "from test_skeletonmae import peak_memory as peak\n"
                    "resource.setrlimit(resource.RLIMIT_AS, (4 << 30,) * 2); before = peak(); signal.alarm(300)\n"
                    "for path in sys.argv[1:]:\n    begin, said = time.process_time(), 'accepted'\n    try: data.load(path)\n    except data.DataError: said = 'refused'\n"
                    "    print(path, said, time.process_time() - begin, peak() - before, sep='|', flush=True)")
@@ -2223,7 +2343,7 @@ class ReliabilityTest(ScriptCase):
         self.assertEqual(len(done.stdout.splitlines()), len(names))
         for line in done.stdout.splitlines():
             name, said, seconds_taken, memory = line.split("|")
-            self.assertEqual(said, "refused", name), self.assertLess(float(seconds_taken), 5, name), self.assertLess(float(memory), 200, name)
+            self.assertEqual(said, "refused", name), self.assertLess(float(seconds_taken), 5, name), self.assertLess(float(memory), 250, name)
 
     def test_damaged_checkpoints(self):
         """What a checkpoint holds is checked when it is read: every part, every setting; nothing else than one line and status 2 follows."""
@@ -2244,6 +2364,8 @@ class ReliabilityTest(ScriptCase):
                         self.pretrain("--resume --out bad", 2)
                     else:
                         self.finetune("--ckpt bad/finetune.pt --eval-only --out bad", 2)
+        torch.save({**finetuned, "optimizer": {}}, "bad/finetune.pt")
+        self.assertIn("resume with the same", self.finetune("--resume --out bad", 2))
         torch.save({**pretrained, "settings": {**pretrained["settings"], "repeat": 10**12}}, "bad/pretrain.pt")
         self.assertIn("--repeat", self.pretrain("--resume --out bad", 2))
 

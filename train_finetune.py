@@ -11,12 +11,13 @@ Leaves in --out (runs/finetune): finetune.pt, log.csv, and test_outputs.pt with 
 labels of the test set. Results are those of the last epoch; the test set chooses nothing.
 """
 import glob
+import math
 import os
 from dataclasses import asdict, dataclass
 
 from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
-from train_pretrain import (CommonSettings, Failure, Progress, loaders, option, parse, read_checkpoint, read_data,
+from train_pretrain import (STRL_SETTINGS, CommonSettings, Failure, Progress, loaders, option, parse, pick, read_checkpoint, read_data,
                             recorded, refuse_change, replayed, resume_settings, run, save, set_up, write_atomically, write_log)
 import torch
 import torch.nn as nn
@@ -27,7 +28,8 @@ from torch import Tensor
 @dataclass
 class Settings(CommonSettings):
     """Fine-tuning; the defaults are supplement A."""
-    ckpt: str = option("", "pre-trained checkpoint; without a value the newest runs/*/pretrain.pt; left out: random weights", nargs="?", const="newest")
+    ckpt: str = option("", "pre-trained checkpoint; without a value the newest runs/*/pretrain.pt; left out: random weights", nargs="?",
+                       const="newest")
     out: str = option("runs/finetune", "folder for checkpoint, log and test outputs")
     epochs: int = option(110, "supplement A: 110", low=1)
     batch_size: int = option(128, "supplement A: 128", low=2)
@@ -50,9 +52,7 @@ class Settings(CommonSettings):
     head_dropout: float = option(0.0, "dropout before the classifier", low=0, high=0.99)
 
 
-PRETRAINED = ("width", "hidden", "layers", "motion", "bone", "score", "box")  # what a pre-trained checkpoint decides,
-STRL = ("frames", "strl_layers", "blocks", "stride")                          # one whose STRL layers are pre-trained as well,
-FINETUNED = (*STRL, "linear_probe")                                           # and a fine-tuned one
+PRETRAINED = ("width", "hidden", "layers", "motion", "bone", "score", "box")  # what every checkpoint decides
 
 
 def learning_rate(epoch: int, base: float, warmup: int, milestones: tuple) -> float:
@@ -65,8 +65,8 @@ def learning_rate(epoch: int, base: float, warmup: int, milestones: tuple) -> fl
 def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     """Indices of a stratified share of the sequences: of every class round(fraction x its size), at least one."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    kept = [members[:max(1, round(fraction * len(members)))] for members in (order[labels[order] == c] for c in labels.unique())]
-    return torch.cat(kept).sort().values
+    classes = [order[labels[order] == c] for c in labels.unique()]
+    return torch.cat([members[:max(1, round(fraction * len(members)))] for members in classes]).sort().values
 
 
 def newest_pretraining() -> str:
@@ -102,7 +102,11 @@ def metrics(outputs: dict) -> dict:
 
 def take_settings(settings: Settings, given: set, source: dict):
     """A checkpoint decides its shape and, unless told otherwise, its data."""
-    fixed = set(PRETRAINED + (FINETUNED if source["kind"] == "finetune" else STRL if source["settings"].get("strl_layers") else ()))
+    fixed = set(PRETRAINED)
+    if source["kind"] == "finetune":
+        fixed |= {*STRL_SETTINGS, "linear_probe"}
+    elif source["settings"].get("strl_layers"):  # the STRL layers are pre-trained too
+        fixed |= {*STRL_SETTINGS}
     its_data = {"data", "split", "layout", "test_fraction", "synthetic_size"}
     before = recorded(Settings, source, settings.ckpt, fixed | its_data)
     refuse_change(settings, before, fixed & given, settings.ckpt, "leave it out")
@@ -118,28 +122,25 @@ def take_settings(settings: Settings, given: set, source: dict):
 def build(settings: Settings, data, source: dict | None) -> tuple:
     """The model that the settings ask for, with the weights of a checkpoint where there is one.
     Returns (model, its arguments, names of the loaded tensors)."""
-    def pick(*names):
-        return {name: getattr(settings, name) for name in names}
-
-    shape = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}
-    shape |= pick("width", "hidden", "layers", "dropout", "motion", "bone")
-    loaded = list(source["model"]) if source else []
+    arguments = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}
+    arguments |= pick(settings, "width", "hidden", "layers", "dropout", "motion", "bone")
+    kind, loaded = (source["kind"], list(source["model"])) if source else ("", [])
     if settings.linear_probe:
-        if source:
-            shape |= {name: source["model_settings"][name] for name in ("loss", "strl") if name in source["model_settings"]}
-        encoder = SkeletonMAE(**shape, mask_ratio=0.5)  # it masks nothing, but the default parts may not exist
-        if source and source["kind"] == "pretrain":
+        before = source["model_settings"] if source else {}
+        arguments |= {name: before[name] for name in ("loss", "strl") if name in before}
+        encoder = SkeletonMAE(**arguments, mask_ratio=0.5)  # it masks nothing, but the default parts may not exist
+        if kind == "pretrain":
             encoder.load_state_dict(source["model"])
         model = LinearProbe(encoder, len(data.classes))
     else:
-        shape |= {"classes": len(data.classes), "persons": data.persons}
-        shape |= pick("frames", "strl_layers", "blocks", "stride", "attention_dropout", "head_dropout")
-        model = SkeletonClassifier(**shape)
-        if source and source["kind"] == "pretrain":
+        arguments |= {"classes": len(data.classes), "persons": data.persons}
+        arguments |= pick(settings, *STRL_SETTINGS, "attention_dropout", "head_dropout")
+        model = SkeletonClassifier(**arguments)
+        if kind == "pretrain":
             loaded = model.load_pretrained(source["model"])
-    if source and source["kind"] == "finetune":
+    if kind == "finetune":
         model.load_state_dict(source["model"])
-    return model, shape, loaded
+    return model, arguments, loaded
 
 
 def main(argv=None):
@@ -147,6 +148,7 @@ def main(argv=None):
     path, resumed, source = os.path.join(settings.out, "finetune.pt"), None, None
     if settings.resume:
         source = resumed = read_checkpoint(path, ("finetune",))
+        given -= {"ckpt"} if settings.ckpt == "newest" else set()  # the newest of then, which this checkpoint names
         settings = resume_settings(Settings, given, settings, resumed, path)
     elif settings.ckpt:
         settings.ckpt = newest_pretraining() if settings.ckpt == "newest" else settings.ckpt
@@ -168,11 +170,13 @@ def main(argv=None):
     if settings.label_fraction < 1:
         data.train = data.train.subset(label_subset(data.train.label, settings.label_fraction, settings.label_seed))
         say(f"{len(data.train)} labelled sequences, {settings.label_fraction:g} of each class, label seed {settings.label_seed}")
+    if settings.linear_probe and len(data.train) < 2:
+        raise Failure("--linear-probe has one training sequence; expected at least two, for batch norm")
     train, test = loaders(settings, data, device, rank, world)
 
     torch.manual_seed(settings.seed)
     try:
-        model, shape, loaded = build(settings, data, source)
+        model, arguments, loaded = build(settings, data, source)
     except (RuntimeError, ValueError, TypeError) as error:
         raise Failure(f"{start or 'these settings'}: the model cannot be built ({brief(error)})") from None
     model.to(device)
@@ -203,21 +207,25 @@ def main(argv=None):
     described = "linear probe, " * settings.linear_probe + (f"from {settings.ckpt}" if settings.ckpt else "from random weights")
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}, {described}; "
         f"{train.steps} steps an epoch")
-    if train.steps * settings.epochs < 2000:
-        say(f"hint: {train.steps * settings.epochs} steps in all is little training; for a small set try --batch-size 16 --repeat "
-            f"{max(1, -(-2000 * 16 // (len(data.train) * settings.epochs)))} --optimizer adamw --lr 3e-3 --weight-decay 0.05 --clip 5")
+    steps = train.steps * settings.epochs
+    if steps < 2000:
+        repeat = min(10_000, math.ceil(2000 * 16 / (len(data.train) * settings.epochs)))
+        say(f"hint: {steps} steps in all is little training; for a small set try --batch-size 16 --repeat {repeat} "
+            "--optimizer adamw --lr 3e-3 --weight-decay 0.05 --clip 5")
     if settings.milestones and settings.milestones[0] >= settings.epochs > settings.warmup:
         say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones "
             f"{settings.epochs * 9 // 11},{settings.epochs * 10 // 11}")
     first_epoch, log = 0, []
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
+        try:
+            optimizer.load_state_dict(resumed["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise Failure(f"{path} does not fit these settings and data ({brief(error)}); resume with the same") from None
         first_epoch, log = resumed["epoch"] + 1, resumed["log"]
         if rank == 0:
             write_log(log, os.path.join(settings.out, "log.csv"))
-    step_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    if settings.compile:
-        step_model = torch.compile(step_model, dynamic=True)
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    step_model = torch.compile(parallel, dynamic=True) if settings.compile else parallel
 
     def step(packing: Packing, x: Tensor, label: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
@@ -242,15 +250,15 @@ def main(argv=None):
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)  # a CUDA graph adds to the gradients in place
             progress.step(loss, batch.index)
-        row, note = progress.row(), ""
+        row, note = progress.row(model), ""
         if rank == 0 and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
             outputs = evaluate(model, test, device, amp)
             row |= metrics(outputs)
             note = f"  top-1 {row['top1']:.2f} %"
-        log = log + [row]
+        log.append(row)
         if rank == 0:
             save({"kind": "finetune", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log,
-                  "settings": asdict(settings), "model_settings": shape, "skeleton": data.skeleton, "layout": data.layout,
+                  "settings": asdict(settings), "model_settings": arguments, "skeleton": data.skeleton, "layout": data.layout,
                   "channels": data.channels, "persons": data.persons, "classes": data.classes, "pretrained": pretrained}, path)
         progress.end_epoch(row["loss"], note)
     if rank == 0:

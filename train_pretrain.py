@@ -6,8 +6,8 @@
     python train_pretrain.py --strl-layers 3 --loss squared --mask-ratio 0.5 --mask-segments 4   # more than the paper; see the README
     python train_pretrain.py --resume                                  # go on where runs/pretrain stopped
 
-Leaves in --out (runs/pretrain): pretrain.pt, the checkpoint that train_finetune.py --ckpt reads, and log.csv. The first half
-of this file is what both scripts share; training itself is `main`, read top to bottom.
+Leaves in --out (runs/pretrain): pretrain.pt, the checkpoint that train_finetune.py --ckpt reads, and log.csv. All but
+the last section is what both scripts share; training itself is `main`, read top to bottom.
 """
 import argparse
 import contextlib
@@ -18,14 +18,15 @@ import glob
 import io
 import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from data import Augmentation, DataError, Dataset, Loader, brief, load, read_torch, reading  # before torch: silences its remark about numpy
-from skeletonmae import Packing, SkeletonMAE, mask_of_frames, normalized_adjacency, skeleton as make_skeleton
+from skeletonmae import Packing, SkeletonMAE, make_skeleton, mask_of_frames, normalized_adjacency
 import torch
 from torch import Tensor
 
@@ -90,16 +91,23 @@ class Settings(CommonSettings):
     strl_layers: int = option(0, "pre-train this many STRL layers too, 3 for the classifier's; not the paper's", low=0, high=100)
 
 
+STRL_SETTINGS = ("frames", "strl_layers", "blocks", "stride")  # which decide the shape of the STRL layers
+
+
 class Failure(DataError):
-    """Bad input of another kind: main's caller prints it as one line and exits with status 2."""
+    """A DataError about a flag, a checkpoint or the machine: `run` prints it as one line and exits with status 2."""
 
 
 def flag(name: str) -> str:
     return name.replace("_", "-")
 
 
+def pick(settings: CommonSettings, *names: str) -> dict:
+    return {name: getattr(settings, name) for name in names}
+
+
 def bounds(f) -> tuple:
-    return f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
+    return f.metadata.get("low", -math.inf), f.metadata.get("high", 2**31 if f.type is int else sys.float_info.max)
 
 
 def parse(settings: type, doc: str, argv=None) -> tuple:
@@ -110,7 +118,7 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
             if not low <= value <= high:
                 raise argparse.ArgumentTypeError(f"{text} is out of range; expected {low:g} to {high:g}")
             return value
-        convert.__name__ = kind.__name__
+        convert.__name__ = kind.__name__  # argparse prints it: invalid float value
         return convert
 
     def several(default):
@@ -133,7 +141,7 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
         default = ",".join(map(str, f.default)) if f.type is tuple else f.default
         extra = {key: f.metadata[key] for key in ("choices", "nargs", "const") if key in f.metadata}
         if f.type is bool:
-            extra |= {"action": argparse.BooleanOptionalAction}
+            extra["action"] = argparse.BooleanOptionalAction
         elif f.type is tuple and "nargs" not in f.metadata:
             extra |= {"type": several(f.default), "metavar": "A,B"}
         elif f.type in (int, float):
@@ -163,16 +171,20 @@ def run(main):
         status, message = 2, f"error: {error}"
     except OSError as error:
         status, message = 2, f"error: {error.filename or 'file'}: {error.strerror or error}"
-    except torch.cuda.OutOfMemoryError as error:
-        status, message = 2, (f"error: the GPU's memory is full ({brief(error)}); try a smaller --micro-batch (pre-training) or --batch-size, "
-                              "--no-graphs, or --device cpu")
-    except RuntimeError as error:
-        if not torch.distributed.is_initialized() or "onnection" not in str(error):  # gloo: connection closed or reset by peer
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            status, message = 2, (f"error: the GPU's memory is full ({brief(error)}); try a smaller --micro-batch (pre-training) or "
+                                  "--batch-size, --no-graphs, or --device cpu")
+        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            status, message = 2, (f"error: the memory is full ({brief(error)}); try a smaller --micro-batch (pre-training) or "
+                                  "--batch-size, or fewer --frames")
+        elif torch.distributed.is_initialized() and "onnection" in str(error):  # gloo: connection closed or reset by peer
+            status, message = 1, f"error: another process of this job stopped ({brief(error)}); --resume goes on from the last checkpoint"
+        else:
             raise
-        status, message = 1, f"error: another process of this job stopped ({brief(error)}); --resume goes on from the last checkpoint"
     except (KeyboardInterrupt, Terminated) as error:
         status = 130 if isinstance(error, KeyboardInterrupt) else 143
-        message = "\nstopped; the last checkpoint is complete: the same command line with --resume goes on from it"
+        message = "\nstopped; epochs that ended are saved: the same command line with --resume goes on after the last of them"
     print(message, file=sys.stderr)
     sys.exit(status)
 
@@ -194,7 +206,12 @@ def set_up(settings: CommonSettings) -> tuple:
         device = torch.device(name)
         float(torch.zeros(1, device=device))
     except (RuntimeError, AssertionError) as error:
-        raise Failure(f"device {name} cannot be used here ({brief(error)}); expected auto, cpu" + ", cuda" * torch.cuda.is_available()) from None
+        expected = "auto, cpu, cuda" if torch.cuda.is_available() else "auto, cpu"
+        raise Failure(f"device {name} cannot be used here ({brief(error)}); expected {expected}") from None
+    for name in ("width", "hidden"):
+        if getattr(settings, name) % 4:
+            raise Failure(f"--{name} {getattr(settings, name)} does not divide by 4, the number of attention heads and of branches of "
+                          "temporal pooling; expected one that does")
     if settings.batch_size < 2 * world:
         raise Failure(f"--batch-size {settings.batch_size} cannot be shared among {world} processes; expected at least two sequences each")
     if settings.graphs and (device.type != "cuda" or world > 1 or settings.compile):
@@ -239,7 +256,7 @@ class Replay:
             self.recorded[shapes] = None
             return self.step(packing, *tensors)
         if self.recorded[shapes] is None:
-            own = *inputs[:3], *(x.clone() for x in tensors)  # a part of a batch would keep the whole batch
+            own = *inputs[:3], *(x.clone() for x in tensors)  # clones: a slice would keep its whole batch in memory
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 loss = self.step(packing, *own[3:])
@@ -254,7 +271,8 @@ class Replay:
 def replayed(step, settings: CommonSettings, device, world: int, sequences: int):
     """The step as a CUDA graph where that is asked for, or where passes are so small that it pays."""
     pays = device.type == "cuda" and world == 1 and not settings.compile and sequences <= 128
-    return Replay(step) if settings.graphs or settings.graphs is None and pays else step
+    graphs = pays if settings.graphs is None else settings.graphs
+    return Replay(step) if graphs else step
 
 
 def read_data(settings: CommonSettings) -> Dataset:
@@ -318,10 +336,10 @@ def write_log(rows: list, path: str):
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-PARTS = {"model": dict, "optimizer": dict, "settings": dict, "model_settings": dict, "skeleton": dict, "log": list, "epoch": int,
-         "layout": str, "channels": int}  # of every checkpoint
-PARTS_FINETUNED = {**PARTS, "persons": int, "classes": list, "pretrained": list}
-WITHIN = {"model": Tensor, "log": dict, "classes": int, "pretrained": str}
+FIELDS = {"model": dict, "optimizer": dict, "settings": dict, "model_settings": dict, "skeleton": dict, "log": list, "epoch": int,
+          "layout": str, "channels": int}  # of every checkpoint
+FINETUNED_FIELDS = {**FIELDS, "persons": int, "classes": list, "pretrained": list}
+ITEMS = {"model": Tensor, "log": dict, "classes": int, "pretrained": str}
 
 
 def read_checkpoint(path: str, kinds: tuple) -> dict:
@@ -331,10 +349,10 @@ def read_checkpoint(path: str, kinds: tuple) -> dict:
     if not isinstance(kind, str) or kind not in kinds:
         raise Failure(f"{path} holds {kind if isinstance(kind, str) else type(checkpoint).__name__}, no {' or '.join(kinds)} checkpoint; "
                       "expected a file that these scripts wrote")
-    for name, part in (PARTS_FINETUNED if kind == "finetune" else PARTS).items():
+    for name, expected in (FINETUNED_FIELDS if kind == "finetune" else FIELDS).items():
         value = checkpoint.get(name)
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        if not isinstance(value, part) or not all(isinstance(item, WITHIN.get(name, object)) for item in items):
+        if not isinstance(value, expected) or not all(isinstance(item, ITEMS.get(name, object)) for item in items):
             raise Failure(f"{path} lacks the {name} of a {kind} checkpoint; expected a file that these scripts wrote")
     with reading(path, "holds no skeleton", "expected a file that these scripts wrote"):
         checkpoint["skeleton"] = make_skeleton(**checkpoint["skeleton"])
@@ -342,20 +360,25 @@ def read_checkpoint(path: str, kinds: tuple) -> dict:
 
 
 def recorded(settings: type, checkpoint: dict, path: str, names=None) -> dict:
-    """What the run that wrote a checkpoint was set to, of all settings or these; refused where no command line can have set it so."""
+    """The settings in a checkpoint, all of them or those in `names`; a value that no command line could have set is refused."""
     before = {}
     for f in fields(settings):
-        if names is None or f.name in names:
-            value, kind, low, high = checkpoint["settings"].get(f.name, f.default), f.type, *bounds(f)
-            if kind in (int, float):
-                right = type(value) in (int, kind) and low <= value <= high
-            elif kind is tuple:
-                right = type(value) is tuple and all(type(v) is type(f.default[0]) for v in value)
-            else:
-                right = type(value) is kind and (kind is bool or value.isprintable()) and value in f.metadata.get("choices", (value,))
-            if not right and (value is not None or f.default is not None):
-                raise Failure(f"{path} holds {str(value):.40} as --{flag(f.name)}; expected a file that these scripts wrote")
-            before[f.name] = value
+        if names is not None and f.name not in names:
+            continue
+        value, (low, high) = checkpoint["settings"].get(f.name, f.default), bounds(f)
+        if value is None:
+            valid = f.default is None
+        elif f.type in (int, float):
+            valid = type(value) in (int, f.type) and low <= value <= high
+        elif f.type is tuple:
+            valid = type(value) is tuple and all(type(v) is type(f.default[0]) for v in value)
+        elif f.type is str:
+            valid = type(value) is str and value.isprintable() and value in f.metadata.get("choices", (value,))
+        else:
+            valid = type(value) is bool
+        if not valid:
+            raise Failure(f"{path} holds {str(value):.40} as --{flag(f.name)}; expected a file that these scripts wrote")
+        before[f.name] = value
     return before
 
 
@@ -370,8 +393,11 @@ def resume_settings(settings: type, given: set, asked, checkpoint: dict, path: s
     """The settings of the interrupted run; a flag that would change the run is refused by name."""
     free = {"epochs", "resume", "out", "workers", "device", "eval_every", "graphs"}
     before = recorded(settings, checkpoint, path)
+    if "epochs" in given and asked.epochs <= checkpoint["epoch"]:
+        raise Failure(f"--epochs {asked.epochs}: {path} has {checkpoint['epoch'] + 1} epochs behind it; expected at least as many")
     refuse_change(asked, before, given - free, path, "resume without it, or start anew with another --out")
-    return settings(**{**before, **{name: getattr(asked, name) for name in (given & free) | {"resume", "out", "graphs"}}})
+    asked_now = given & free | {"resume", "out", "graphs"}  # graphs: they depend on the machine, not on the run
+    return replace(asked, **{name: value for name, value in before.items() if name not in asked_now})
 
 
 # ---------------------------------------------------------------------------------------------- progress
@@ -396,19 +422,25 @@ class Progress:
             self.check(len(self.losses) - 1)
         if self.live and not self.quiet and time.monotonic() - self.drawn > 0.5:  # reading a loss waits for the GPU: twice a second
             self.drawn = time.monotonic()
-            print("\r" + self.line(float(loss)).ljust(100), end="", flush=True)
+            columns = shutil.get_terminal_size().columns - 1  # a longer line would wrap, and stay
+            print("\r" + self.line(float(loss))[:columns].ljust(columns), end="", flush=True)
 
     def check(self, first: int = 0):
         bad = (~torch.stack(self.losses[first:]).isfinite()).nonzero().flatten().tolist()
         if bad:
-            step = first + bad[0]
-            who = [self.names[i] for i in self.indices[step].tolist()]
-            raise Failure(f"loss is {float(self.losses[step])} in epoch {self.epoch + 1}, step {step + 1}, sequences {', '.join(who[:8])}"
-                          f"{' ...' * (len(who) > 8)}; try a lower --lr" + f"; {self.checkpoint} of the epoch before is kept" * (self.epoch > 0))
+            raise self.failure(f"loss is {float(self.losses[first + bad[0]])}", first + bad[0])
 
-    def row(self) -> dict:
-        """What the epoch adds to the log."""
+    def failure(self, what: str, step: int) -> Failure:
+        who = [self.names[i] for i in self.indices[step].tolist()]
+        listed = ", ".join(who[:8]) + " ..." * (len(who) > 8)
+        kept = f"; {self.checkpoint} of the epoch before is kept" if self.epoch else ""
+        return Failure(f"{what} in epoch {self.epoch + 1}, step {step + 1}, sequences {listed}; try a lower --lr{kept}")
+
+    def row(self, model: torch.nn.Module) -> dict:
+        """What the epoch adds to the log. Its last step can still have ruined the weights: no loss has seen them yet."""
         self.check()
+        if not all(p.isfinite().all() for p in model.state_dict().values()):
+            raise self.failure("weights are not finite", len(self.losses) - 1)
         return {"epoch": self.epoch + 1, "loss": float(torch.stack(self.losses).mean()), "lr": self.lr}
 
     def line(self, loss: float) -> str:
@@ -438,7 +470,8 @@ def measure_scale(loader: Loader) -> tuple:
 
 
 def joint_distances(skeleton: dict) -> Tensor:
-    """Edges between every two joints, (V, V), V where there is no path: so many powers of A + I, from 0 on, do not connect them."""
+    """Edges on the shortest path between every two joints, (V, V), V where there is none: so many powers of A + I, from 0 on, are
+    zero there."""
     V = len(skeleton["joints"])
     adjacency = normalized_adjacency(skeleton["edges"], V).double()
     return sum(torch.linalg.matrix_power(adjacency, k) == 0 for k in range(V)).float()
@@ -462,12 +495,12 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
         full, unit = batch.x.to(device), batch.unit.to(device).view(len(batch.x), 1, 1, 1, -1)
         x = full[..., :C]
         mask = model.draw(len(x), x.shape[2], torch.Generator().manual_seed(step)).to(device)
-        hidden = mask_of_frames(mask)
-        seen = (x != 0).flatten(3).any(3)[..., None] & hidden[:, None]  # (N, M, T, V)
+        masked = mask_of_frames(mask)
+        seen = (x != 0).flatten(3).any(3)[..., None] & masked[:, None]  # (N, M, T, V)
         if full.shape[-1] > C:
             seen = seen & (full[..., C] > 0)
         guesses = (model.reconstruct(full, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x),
-                   neighbour_mean(x, hidden, hops))
+                   neighbour_mean(x, masked, hops))
         errors = [(((guess - x) * unit).norm(dim=-1) * seen).sum() for guess in guesses]
         sums += torch.stack([*errors, seen.sum()]).double().cpu()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), (sums[:3] / sums[3].clamp(min=1)).tolist()))
@@ -485,19 +518,19 @@ def main(argv=None):
     data = read_data(settings)
     say(f"{settings.data or 'stick figures'}: {data}")
     train, held_out = loaders(settings, data, device, rank, world)
-    if train.steps * settings.epochs < 2000:
-        say(f"hint: {train.steps * settings.epochs} steps in all is little training; for a small set try --batch-size 64 "
-            f"--repeat {max(1, -(-2000 * 64 // (len(data.train) * settings.epochs)))} --lr 1e-3")
+    steps = train.steps * settings.epochs
+    if steps < 2000:
+        repeat = min(10_000, math.ceil(2000 * 64 / (len(data.train) * settings.epochs)))
+        say(f"hint: {steps} steps in all is little training; for a small set try --batch-size 64 --repeat {repeat} --lr 1e-3")
 
     torch.manual_seed(settings.seed)
-    shape = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}
-    shape |= {name: getattr(settings, name) for name in ("width", "hidden", "layers", "dropout", "beta", "mask_parts", "mask_num_parts",
-                                                         "mask_ratio", "mask_segments", "loss", "motion", "bone")}
+    arguments = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}
+    arguments |= pick(settings, "width", "hidden", "layers", "dropout", "beta", "mask_parts", "mask_num_parts", "mask_ratio",
+                      "mask_segments", "loss", "motion", "bone")
     if settings.strl_layers:
-        shape["strl"] = {"persons": data.persons}
-        shape["strl"] |= {name: getattr(settings, name) for name in ("frames", "strl_layers", "blocks", "stride")}
+        arguments["strl"] = {"persons": data.persons, **pick(settings, *STRL_SETTINGS)}
     try:
-        model = SkeletonMAE(**shape).to(device)
+        model = SkeletonMAE(**arguments).to(device)
     except ValueError as error:
         raise Failure(str(error)) from None
     scale, mean_pose = measure_scale(Loader(train.data, data.skeleton, data.channels, settings.batch_size, settings.frames, False))
@@ -518,9 +551,8 @@ def main(argv=None):
         first_epoch, log = checkpoint["epoch"] + 1, checkpoint["log"]
         if rank == 0:
             write_log(log, os.path.join(settings.out, "log.csv"))  # the run may have died between its checkpoint and its log
-    step_model = parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    if settings.compile:
-        step_model = torch.compile(step_model, dynamic=True)
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    step_model = torch.compile(parallel, dynamic=True) if settings.compile else parallel
 
     def step(packing: Packing, x: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
@@ -537,7 +569,8 @@ def main(argv=None):
         for batch in train.epoch(epoch):
             loss = 0
             for first in range(0, len(batch.x), settings.micro_batch):  # gradients of the parts add up to the batch's
-                part, last = slice(first, first + settings.micro_batch), first + settings.micro_batch >= len(batch.x)
+                part = slice(first, first + settings.micro_batch)
+                last = part.stop >= len(batch.x)
                 x = batch.x[part].to(device)
                 mask, weight = model.draw(len(x), settings.frames), torch.tensor(len(x) / len(batch.x))
                 inputs = x, mask.to(device, non_blocking=True), weight.to(device, non_blocking=True)
@@ -546,15 +579,15 @@ def main(argv=None):
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)  # a CUDA graph adds to the gradients in place
             progress.step(loss, batch.index)
-        row, note = progress.row(), ""
+        row, note = progress.row(model), ""
         if rank == 0 and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
             row |= reconstruction_error(model, held_out, mean_pose)
             note = (f"  held-out joint error {row['joint_error']:.4g} (mean pose {row['mean_pose_error']:.4g}, "
                     f"neighbours {row['neighbour_error']:.4g})")
-        log = log + [row]
+        log.append(row)
         if rank == 0:
             save({"kind": "pretrain", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log,
-                  "settings": asdict(settings), "model_settings": shape, "skeleton": data.skeleton, "layout": data.layout,
+                  "settings": asdict(settings), "model_settings": arguments, "skeleton": data.skeleton, "layout": data.layout,
                   "channels": data.channels}, path)
         progress.end_epoch(row["loss"], note)
     say(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}")

@@ -162,7 +162,8 @@ def choose_classes(wanted: tuple, ids: list, names: list, train_counts: Tensor, 
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#777")  # Okabe and Ito: the colour-blind tell them apart
 TEXT, LINE, BAR, RING = "", "m-6 0h12", "m-4-4h8v8h-8z", "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0"  # marks are relative SVG paths
-MARKS = DOT, *_ = ("h0", "m-3 0h6m-3-3v6", "m-2-2h4v4h-4z", "m0-3l3 5h-6z", "m-2-2l4 4m0-4l-4 4", "m0-3l3 3-3 3-3-3z")
+DOT = "h0"
+MARKS = (DOT, "m-3 0h6m-3-3v6", "m-2-2h4v4h-4z", "m0-3l3 5h-6z", "m-2-2l4 4m0-4l-4 4", "m0-3l3 3-3 3-3-3z")
 FONT = 'Helvetica,Arial,"Liberation Sans",sans-serif'
 STYLE = f"""text{{font:12px {FONT};fill:#222}}.small{{font-size:10px}}.tiny{{font-size:8px}}.bold{{font-weight:bold}}
 .mid{{text-anchor:middle}}.end{{text-anchor:end}}.halo{{stroke:#fff;stroke-width:3px;paint-order:stroke;stroke-linejoin:round}}
@@ -213,8 +214,10 @@ def rect(x: float, y: float, width: float, height: float, style: str, tip: str =
 
 def legend(series: list, top: float, width: float) -> tuple:
     """series: [(label, style, mark, ...)], those with a label in columns as wide as they need. Returns (svg, y below it)."""
-    series, limit = [entry for entry in series if entry[0]], 34 if width < 500 else 100
-    columns = max(1, min(len(series), int((width - 72) / (24 + 5.2 * min(max((len(entry[0]) for entry in series), default=0), limit)))))
+    series = [entry for entry in series if entry[0]]
+    limit = 34 if width < 500 else 100  # letters of a label
+    longest = min(max((len(label) for label, *_ in series), default=0), limit)
+    columns = max(1, min(len(series), int((width - 72) / (24 + 5.2 * longest))))
     places = [(64 + i % columns * (width - 72) / columns, top + 14 + i // columns * 16) for i in range(len(series))]
     body = "".join(path([(x + 6, y - 4)], style, mark) + text(x + 16, y, label, "small", limit)
                    for (label, style, mark, *_), (x, y) in zip(series, places))
@@ -223,9 +226,13 @@ def legend(series: list, top: float, width: float) -> tuple:
 
 def names_below(xs: list, y: float, names: list) -> tuple:
     """Names under evenly spaced places: level where they fit, else slanted, upright or only some. Returns (svg, height)."""
-    step, longest = xs[1] - xs[0] if len(xs) > 1 else 100, min(max(map(len, names)), 24)
-    turn = 0 if 5.5 * longest + 4 < step else -60 if step > 12.5 else -90
-    style, dx, dy = ("small " if step > 10 else "tiny ") + ("end" if turn else "mid"), 3.5 * bool(turn), 8 if turn else 14
+    step = xs[1] - xs[0] if len(xs) > 1 else 100
+    longest = min(max(map(len, names)), 24)
+    if 5.5 * longest + 4 < step:
+        turn, anchor, dx, dy = 0, "mid", 0, 14
+    else:
+        turn, anchor, dx, dy = -60 if step > 12.5 else -90, "end", 3.5, 8
+    style = f"{'small' if step > 10 else 'tiny'} {anchor}"
     body = "".join(text(x + dx, y + dy, name, style, 24, turn) for x, name in list(zip(xs, names))[::math.ceil(7 / step)])
     return body, 10 + 4.6 * longest if turn else 18
 
@@ -251,7 +258,7 @@ def draw(series: list, at) -> str:
             body += path(places, style.replace("line", "dot"), DOT) * ("line" in style and len(places) <= 40)
         elif mark == BAR:
             half, zero = at(0.37, 0)[0] - at(0, 0)[0], at(0, 0)[1]
-            body += "".join(rect(x - half, min(y, zero), 2 * half, max(abs(y - zero), 0.7), style, of) for (x, y), of in zip(places, tip))
+            body += "".join(rect(x - half, min(y, zero), 2 * half, max(abs(y - zero), 0.7), style, its) for (x, y), its in zip(places, tip))
         else:
             body += path(places, style, mark, tip, extra)
     return body
@@ -303,8 +310,8 @@ def cube(series: list, labels: list) -> tuple:
     edges = ("", "grid", LINE, [[2 * int(v) - 1 for v in corner] for corner in corners], "")
     ends = [("", "small mid", TEXT, [end], label.replace(" of variance", ""))
             for end, label in zip(((0, -1.35, -1.15), (-1.35, 0, -1.15), (-1, 1, 1.12)), labels)]
-    return f'{key}<g class="turn" transform="translate(0 {top})"><rect class="paper" width="480" height="399"/>' \
-           f"{draw([edges, *series, *ends], project)}</g>", top + 399
+    return (f'{key}<g class="turn" transform="translate(0 {top})"><rect class="paper" width="480" height="399"/>'
+            f"{draw([edges, *series, *ends], project)}</g>", top + 399)
 
 
 def scatter(name: str, caption: str, points: Tensor, classes: Tensor, names: dict, share: Tensor | None) -> tuple:
@@ -352,8 +359,8 @@ def fig2(counts: dict, names: list, short: list) -> tuple:
         series += [("", f"{colour} dash", LINE, [(-0.5, level), (len(order) - 0.5, level)], "") for level in (spread, -spread)]
     series.append(("", "axis", LINE, [(-0.5, 0), (len(order) - 0.5, 0)], ""))
     body, height = plot(series, ["class, sorted", "accuracy − average, percentage points"], 0, 960, 250, names=[short[c] for c in order])
-    caption = "Accuracy of each class minus the average over classes. Spread: standard deviation over classes, dashed." \
-              + f" Left out: {len(names) - len(order)} without test sequences." * (len(order) < len(names))
+    caption = ("Accuracy of each class minus the average over classes. Spread: standard deviation over classes, dashed."
+               + f" Left out: {len(names) - len(order)} without test sequences." * (len(order) < len(names)))
     return figure("fig2-class-accuracy", caption, 960, height, body)
 
 
@@ -390,8 +397,8 @@ def fig4_confusion(counts: Tensor, names: list, short: list) -> tuple:
         body += text(left + side + 36, top + 71 - 15 * i, words, "small")
     body += text(left + side / 2, top + side + height + 14, "predicted class", "mid")
     body += text(16, top + side / 2, "true class", "mid", turn=-90) + numbers
-    caption = f"Share in percent of a true class's test sequences by predicted class; {sum(totals):,} sequences, counts on hover." \
-              + f" Grey: {totals.count(0)} without test sequences." * (0 in totals)
+    caption = (f"Share in percent of a true class's test sequences by predicted class; {sum(totals):,} sequences, counts on hover."
+               + f" Grey: {totals.count(0)} without test sequences." * (0 in totals))
     return figure("fig4-confusion", caption, left + side + 76, top + side + height + 24, body)
 
 
@@ -425,7 +432,7 @@ def training(name: str, log: list) -> tuple:
 
 def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
     """(name of a test sequence, its coordinates x and what the pre-trained model makes of them (M, T, V, C), in the units of the
-    data, known (M, T, V): there and seen, hidden (1 or T, V), whether y points up), for P Fig. 6."""
+    data, known (M, T, V): there and seen, masked (1 or T, V), whether y points up), for P Fig. 6."""
     was, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
     try:
         data = read_data(Pretraining(**was))
@@ -450,14 +457,15 @@ def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
 
 def fig6(checkpoint: dict, wanted: str, seed: int) -> tuple:
     """P Fig. 6: eight frames of a test sequence as it is, as the encoder sees it, and as it is reconstructed."""
-    name, x, guess, known, hidden, up = reconstruct(checkpoint, wanted, seed)
+    name, x, guess, known, masked, up = reconstruct(checkpoint, wanted, seed)
     T, was, edges = x.shape[1], checkpoint["settings"], checkpoint["skeleton"]["edges"]
-    error = float((guess - x).norm(dim=-1)[known & hidden].sum() / (known & hidden).sum().clamp(min=1))
+    error = float((guess - x).norm(dim=-1)[known & masked].sum() / (known & masked).sum().clamp(min=1))
     size = float(x[known].square().sum(-1).mean().sqrt().clamp(min=1e-9))
     frames = torch.linspace(0, T - 1, min(8, T)).round().long()
-    view = torch.tensor([[0.9, 0], [0, -1 if up else 1], [0.44, 0]] if x.shape[-1] == 3 else [[1.0, 0], [0, -1 if up else 1]])
-    true, guess, known = (v[:, frames] for v in (x @ view, torch.where(hidden[..., None], guess, x) @ view, known))  # (M, 8, V, 2); (M, 8, V)
-    hidden = hidden.expand(T, -1)[frames]
+    down = -1.0 if up else 1.0  # y grows downwards on a page
+    view = torch.tensor([[0.9, 0], [0, down], [0.44, 0]] if x.shape[-1] == 3 else [[1.0, 0], [0, down]])
+    true, guess = (v[:, frames] for v in (x @ view, torch.where(masked[..., None], guess, x) @ view))  # (M, 8, V, 2)
+    known, masked = known[:, frames], masked.expand(T, -1)[frames]                                    # (M, 8, V), (8, V)
     if not known.any():
         raise Failure(f"test sequence {name:.60} has no joint that could be drawn; choose another with --sequence")
     low, high = (true.masked_fill(~known[..., None], sign * math.inf) for sign in (1, -1))
@@ -465,10 +473,10 @@ def fig6(checkpoint: dict, wanted: str, seed: int) -> tuple:
     low[:, 1], high[:, 1] = low[:, 1].amin(), high[:, 1].amax()  # frames are centred sideways; a jump stays a jump
     scale = float((torch.tensor([98, 130]) / (high - low).amax(0).clamp(min=1e-6)).amin())
     true, guess = (((v - (low + high)[:, None] / 2) * scale).tolist() for v in (true, guess))
-    height, body, seen = round(scale * float(high[0, 1] - low[0, 1])) + 22, "", known & ~hidden
-    rows = {"input": [(true, known, "")], "masked: rings are hidden from the encoder": [(true, seen, ""), (true, known & hidden, "ring")],
-            "reconstructed: hidden joints in blue, where they are in grey":
-                [(true, known, "ghost"), (guess, known | known.any(2, keepdim=True) & hidden, "c0"), (true, seen, "")]}
+    height, body, seen = round(scale * float(high[0, 1] - low[0, 1])) + 22, "", known & ~masked
+    rows = {"input": [(true, known, "")], "masked: rings are hidden from the encoder": [(true, seen, ""), (true, known & masked, "ring")],
+            "reconstructed: masked joints in blue, where they are in grey":
+                [(true, known, "ghost"), (guess, known | known.any(2, keepdim=True) & masked, "c0"), (true, seen, "")]}
 
     def stick(places, there, style):  # V places of one person in one frame, and which of them to draw
         bones = [path([places[i], places[j]], f"bone {style}") for i, j in edges if there[i] and there[j] and style != "ring"]
@@ -483,9 +491,9 @@ def fig6(checkpoint: dict, wanted: str, seed: int) -> tuple:
             place = f'x="{116 * f + 4}" y="{top}" width="112" height="{height}" viewBox="-56 {-height / 2} 112 {height}"'
             body += f"<svg {place}>{people}</svg>" + text(116 * f + 60, top + height + 12, f"frame {frame + 1}", "small mid") * (row == 2)
     what = "drawn at random" if was["mask_ratio"] or was["mask_num_parts"] else ", ".join(was["mask_parts"])
-    caption = f"Test sequence {name:.60}, {len(frames)} of {T} frames; {int(hidden[0].sum())} of {hidden.shape[1]} joints masked ({what}). " \
-              f"Mean error of its masked joints: {error:.3g} in the units of the data, {100 * error / size:.0f} % of the sequence's size " \
-              "(root mean square distance of its joints from its origin)."
+    caption = (f"Test sequence {name:.60}, {len(frames)} of {T} frames; {int(masked[0].sum())} of {masked.shape[1]} joints masked "
+               f"({what}). Mean error of its masked joints: {error:.3g} in the units of the data, {100 * error / size:.0f} % of the "
+               "sequence's size (root mean square distance of its joints from its origin).")
     return figure("paper-fig6-reconstruction", caption, 936, 3 * height + 96, body)
 
 
@@ -507,13 +515,13 @@ def table2(folders: tuple):
         was, skeleton = checkpoint["settings"], checkpoint["skeleton"]
         row, count, what, source = "No pre-training", 0, "", read_pretraining(was["ckpt"])[1]
         if source:
-            how, parts = {key: source["settings"][f"mask_{key}"] for key in ("parts", "num_parts", "ratio")}, list(skeleton["parts"])
-            row = "Random joints" if how["ratio"] else "Parts drawn per sequence" if how["num_parts"] else "Body parts"
-            count = round(float(draw_mask(1000, skeleton, **how, generator=torch.Generator().manual_seed(0)).sum()) / 1000)
-            what = " ".join(f"V{i}" for i, part in enumerate(parts) if part in how["parts"]) * (row == "Body parts")
+            masking = {key: source["settings"][f"mask_{key}"] for key in ("parts", "num_parts", "ratio")}
+            row = "Random joints" if masking["ratio"] else "Parts drawn per sequence" if masking["num_parts"] else "Body parts"
+            count = round(float(draw_mask(1000, skeleton, **masking, generator=torch.Generator().manual_seed(0)).sum()) / 1000)
+            what = " ".join(f"V{i}" for i, part in enumerate(skeleton["parts"]) if part in masking["parts"]) * (row == "Body parts")
             what += " (STRL layers too)" * bool(source["settings"]["strl_layers"])
-        protocol = f"{os.path.basename(was['data']) or 'built-in stick figures'}{' ' * bool(was['split'])}{was['split']}, " \
-                   f"{100 * was['label_fraction']:g} % of the labels{', linear probe' * was['linear_probe']}"
+        protocol = (f"{os.path.basename(was['data']) or 'built-in stick figures'}{' ' * bool(was['split'])}{was['split']}, "
+                    f"{100 * was['label_fraction']:g} % of the labels{', linear probe' * was['linear_probe']}")
         cells = found.setdefault((protocol, len(skeleton["joints"])), {})
         cells.setdefault((row, count), {}).setdefault(what, []).append(outputs["metrics"]["top1"])
     if not found:
@@ -583,29 +591,29 @@ def main(argv=None):
     home, pretraining = read_pretraining("" if settings.pretrained == "none" else settings.pretrained or started)
 
     rows = [[ids[c], int(train_counts[c]), int(counts[c].sum()), names[c] if names else ""] for c in chosen]
-    parts = [*fig1(outputs, labels, settings.tsne, settings.seed),
-             fig2({run: other["counts"] for run, other in compared.items()}, labels, short), fig3(train_counts, chosen, labels, short),
-             fig4_confusion(counts, labels, short), *fig4_pca(outputs, chosen, labels),
-             table("Table 1: the chosen classes", "Names: --class-names FILE." * (not names),
-                   [["id", "training sequences", "test sequences", "name"], *rows])]
-    parts += table2(settings.table) if settings.table else []
+    figures = [*fig1(outputs, labels, settings.tsne, settings.seed),
+               fig2({run: other["counts"] for run, other in compared.items()}, labels, short),
+               fig3(train_counts, chosen, labels, short), fig4_confusion(counts, labels, short), *fig4_pca(outputs, chosen, labels),
+               table("Table 1: the chosen classes", "Names: --class-names FILE." * (not names),
+                     [["id", "training sequences", "test sequences", "name"], *rows])]
+    figures += table2(settings.table) if settings.table else []
     if pretraining:
-        parts.append(fig6(pretraining, settings.sequence, settings.seed))
-        parts.append(training("training-pretrain", read(os.path.join(home, "log.csv"), "train_pretrain")))
-    parts.append(training("training-finetune", log))
+        figures.append(fig6(pretraining, settings.sequence, settings.seed))
+        figures.append(training("training-pretrain", read(os.path.join(home, "log.csv"), "train_pretrain")))
+    figures.append(training("training-finetune", log))
 
     title = clean(f"SkeletonMAE: {folder}", 80)
     summary = clean(f"{outputs['summary']}; {f'pre-trained: {started}' if started else 'no pre-training'}", 300)
     body = "".join(f"<figure><h2>{head}</h2><div>{content}</div><figcaption>{clean(caption, 600)}</figcaption></figure>"
-                   for _, head, caption, content in parts)
+                   for _, head, caption, content in figures)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{PAGE}{STYLE}</style>'
     paper = f' xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style><rect class="paper" width="100%" height="100%"/>'
-    files = {f"{name}.svg": svg.replace(">", paper, 1) for name, *_, svg in parts if name}  # alone they need what the page has
+    files = {f"{name}.svg": svg.replace(">", paper, 1) for name, *_, svg in figures if name}  # alone they need what the page has
     stale = [f"{name}.svg" for name in FIGURES if f"{name}.svg" not in files and os.path.isfile(os.path.join(out, f"{name}.svg"))]
-    done = f"{os.path.join(out, 'report.html')} and {len(files)} figures as .svg beside it" \
-           + f"; removed what an earlier report left: {', '.join(stale)}" * bool(stale)
-    files["report.html"] = f'<!doctype html><html lang="en">{head}<h1>{title}</h1><p>{summary}</p><main>{body}</main>' \
-                           f"<script>{SCRIPT}</script></html>\n"
+    done = f"{os.path.join(out, 'report.html')} and {len(files)} figures as .svg beside it"
+    done += f"; removed what an earlier report left: {', '.join(stale)}" * bool(stale)
+    files["report.html"] = (f'<!doctype html><html lang="en">{head}<h1>{title}</h1><p>{summary}</p><main>{body}</main>'
+                            f"<script>{SCRIPT}</script></html>\n")
     for name, content in files.items():
         write_atomically(os.path.join(out, name), lambda file: file.write(content.encode()))
     for name in stale:
