@@ -507,6 +507,12 @@ class SkeletonMAE(nn.Module):
         h = self.embedding(packed, masked)
         return self.encoder(h, packing) if isinstance(self.encoder, STRLStack) else self.encoder(h)
 
+    def features(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
+        """What the encoder makes of skeletons without a mask, (N, M, T / stride, V, H or D), zero for absent persons. x and present as
+        in forward."""
+        packing = packing_of(x, self.embedding, present)
+        return packing.unpack(self.encode(packing.pack(x), packing))
+
     def forward(self, x: Tensor, present: Tensor | Packing | None = None, mask: Tensor | None = None):
         """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or a Packing, found from x where
         not given; mask: bool (N, V) or (N, V, T), True is masked, drawn where not given.

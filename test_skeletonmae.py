@@ -141,7 +141,8 @@ def plain_pooling(pool, h, stride):
     T, B, frames = h.shape[1], h.shape[2] // 4, []
     x = plain_batch_norm(pool.reduce_norm, h @ pool.reduce.weight.T).relu()
     for t in range(0, T, stride):
-        near, far = (sum(x[:, t + d * k, b * B:(b + 1) * B] @ branch.weight[:, (k + 1) * B:(k + 2) * B].T for k in (-1, 0, 1) if 0 <= t + d * k < T)
+        near, far = (sum(x[:, t + d * k, b * B:(b + 1) * B] @ branch.weight[:, (k + 1) * B:(k + 2) * B].T
+                         for k in (-1, 0, 1) if 0 <= t + d * k < T)
                      for b, d, branch in ((0, 1, pool.near), (1, 2, pool.far)))
         largest = x[:, max(t - 1, 0):t + 2, 2 * B:3 * B].amax(1)
         frames.append((plain_batch_norm(pool.norm, torch.cat([near, far, largest, x[:, t, 3 * B:]], 1)) + h[:, t]).relu())
@@ -218,8 +219,8 @@ class SkeletonTest(Seeded):
         penn13="head, left shoulder, right shoulder, left elbow, right elbow, left wrist, right wrist, left hip, right hip, left knee, "
                "right knee, left ankle, right ankle",
         sbu15="head, neck, torso, left shoulder, elbow, hand, right shoulder, elbow, hand, left hip, knee, foot, right hip, knee, foot",
-        coco17="nose, left eye, right eye, left ear, right ear, left shoulder, right shoulder, left elbow, right elbow, left wrist, right wrist, "
-               "left hip, right hip, left knee, right knee, left ankle, right ankle",
+        coco17="nose, left eye, right eye, left ear, right ear, left shoulder, right shoulder, left elbow, right elbow, "
+               "left wrist, right wrist, left hip, right hip, left knee, right knee, left ankle, right ankle",
         ntu25="spine base, spine middle, the neck, head, left shoulder, elbow, wrist, hand, right shoulder, elbow, wrist, hand, "
               "left hip, knee, ankle, foot, right hip, knee, ankle, foot, spine shoulder, left hand_tip, thumb, right hand_tip, thumb",
         openpose18="nose, neck, right shoulder, elbow, wrist, left shoulder, elbow, wrist, right hip, knee, ankle, left hip, knee, ankle, "
@@ -228,7 +229,8 @@ class SkeletonTest(Seeded):
                 "right wrist, left wrist, right ankle, left ankle")
 
     def test_joint_orders(self):
-        """Joint names in the order of the data's documentation, where "left shoulder, elbow" means that both are left and "the neck" that it is neither."""
+        """Joint names in the order of the data's documentation, where "left shoulder, elbow" means that both are left
+        and "the neck" that it is neither."""
         for layout, order in self.ORDERS.items():
             names, side = [], ""
             for name in order.replace(" centre", "_centre").split(", "):
@@ -272,8 +274,14 @@ class SkeletonTest(Seeded):
 
     def test_bad_skeletons(self):
         """A user's mistake is a ValueError: an index out of range, no part, an empty part, a joint in two parts, no centre."""
-        for edges, parts, centre in (([(0, 5)], {"a": [0]}, 0), ([(0, -1)], {"a": [0]}, 0), ([(0, 1)], {}, 0), ([(0, 1)], {"a": []}, 0),
-                                     ([(0, 1)], {"a": [2]}, 0), ([(0, 1)], {"a": [0], "b": [0, 1]}, 0), ([(0, 1)], {"a": [0]}, []), ([(0, 1)], {"a": [0]}, 2)):
+        for edges, parts, centre in (([(0, 5)], {"a": [0]}, 0),
+                                     ([(0, -1)], {"a": [0]}, 0),
+                                     ([(0, 1)], {}, 0),
+                                     ([(0, 1)], {"a": []}, 0),
+                                     ([(0, 1)], {"a": [2]}, 0),
+                                     ([(0, 1)], {"a": [0], "b": [0, 1]}, 0),
+                                     ([(0, 1)], {"a": [0]}, []),
+                                     ([(0, 1)], {"a": [0]}, 2)):
             self.assertRaises(ValueError, make_skeleton, "a b", edges, parts, centre)
 
     def masked(self, num=60, layout=COCO, **how):
@@ -341,7 +349,8 @@ class LayerTest(Seeded):
         self.assertFalse([name for name in [*model.state_dict(), *dict(model.named_parameters())] if "adjacency" in name])
 
     def test_compiler(self):
-        """torch.compile takes both models whole, for any number of sequences and persons, if it is told who is present and what is masked."""
+        """torch.compile takes both models whole, for any number of sequences and persons, if it is told who is present
+        and what is masked."""
         shape = dict(width=8, hidden=8, layers=1, motion=True, bone=True, dropout=0.0)
         for model in (SkeletonClassifier(STAR, 3, 4, persons=2, frames=8, strl_layers=2, blocks=1, attention_dropout=0.0, **shape),
                       SkeletonMAE(STAR, 3, mask_ratio=0.4, **shape)):
@@ -474,7 +483,8 @@ class PretrainingTest(Seeded):
         self.assertEqual(reweighted_cosine_error(target, 0 * target, selected), 1)
 
     def test_loss(self):
-        """P Eq. 2 over the masked joints of persons present, and in the frame at all, whose score is above 0; the target is (x/s, y/s, 1) (METHOD)."""
+        """P Eq. 2 over the masked joints of persons present, and in the frame at all, whose score is above 0;
+        the target is (x/s, y/s, 1) (METHOD)."""
         absent, errors = [(1, 1), (2, 0)], []
         x = people(4, 2, 3, 5, 3, absent)
         x[3, 1, 2, :, :2] = 0
@@ -488,6 +498,20 @@ class PretrainingTest(Seeded):
                 target, y = torch.tensor([x[n, m, t, v, 0] / 1.7, x[n, m, t, v, 1] / 1.7, 1]), prediction[n, m, t, v]
                 errors.append((1 - target @ y / target.norm() / y.norm()) ** 3)
         close(loss, sum(errors) / len(errors))
+
+    def test_features(self):
+        """The encoder's features of persons together are those of each alone, zero for who is absent, and carry gradients to the joints."""
+        model, x = shaken(tiny_mae(mask_num_parts=2)).eval(), people(3, 2, 4, 5, 2, [(1, 1)]).requires_grad_()
+        features = model.features(x)
+        self.assertEqual(features.shape, (3, 2, 4, 5, model.decoder.linear.in_features))
+        for n, m in product(range(3), range(2)):
+            if (n, m) == (1, 1):
+                self.assertFalse(features[n, m].any())
+            else:
+                close(features[n, m], model.features(x[n:n + 1, m:m + 1])[0, 0])
+        gradient, = torch.autograd.grad(features[0, 0, 2].square().sum(), x)
+        self.assertTrue(gradient[0, 0, 2].any())
+        self.assertFalse(gradient[1:].any())
 
     def test_squared_loss_of_the_stack(self):
         """Ours: the squared distance from (x/s, y/s) over the masked joints of every frame, here of the whole STRL stack with masks of
@@ -674,7 +698,8 @@ class FinetuningTest(Seeded):
 
     def test_load_pretrained_stack(self):
         """Pre-trained STRL layers are copied as they are, with their temporal position; other blocks or frames do not fit."""
-        model, mae = tiny_classifier(STAR, 2, 3), shaken(tiny_mae(strl=dict(persons=1, frames=6, strl_layers=2, blocks=1, heads=2, ratio=2)))
+        model = tiny_classifier(STAR, 2, 3)
+        mae = shaken(tiny_mae(strl=dict(persons=1, frames=6, strl_layers=2, blocks=1, heads=2, ratio=2)))
         names = model.load_pretrained(mae.state_dict())
         self.assertCountEqual(names, [name for name in model.state_dict() if name.startswith(("embedding.", "strl."))])
         x, packing = torch.randn(5, 3, 6, 2), Packing(torch.ones(3, 1).bool(), "cpu")
@@ -798,7 +823,8 @@ class Case(unittest.TestCase):
 
 def raw(code: str, values: list) -> bytes:
     """Numbers as numpy lays them out in memory."""
-    return struct.pack((">" if code[0] == ">" else "<") + str(len(values)) + {"f2": "e", "f4": "f", "f8": "d", "i8": "q", "u1": "B", "i2": "h", "b1": "?"}[code[1:]], *values)
+    letter = {"f2": "e", "f4": "f", "f8": "d", "i8": "q", "u1": "B", "i2": "h", "b1": "?"}[code[1:]]
+    return struct.pack((">" if code[0] == ">" else "<") + str(len(values)) + letter, *values)
 
 
 def npy(code: str, shape: tuple, values: list, fortran: bool = False, version: int = 1, body: bytes | None = None) -> bytes:
@@ -809,7 +835,8 @@ def npy(code: str, shape: tuple, values: list, fortran: bool = False, version: i
         values = [values[i] for i in index]
     header = f"{{'descr': '{code}', 'fortran_order': {fortran}, 'shape': {shape}, }}".encode()
     header += b" " * (-(len(header) + 11) % 64) + b"\n"
-    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(header)) + header + (raw(code, values) if body is None else body)
+    length = struct.pack("<H" if version == 1 else "<I", len(header))
+    return b"\x93NUMPY" + bytes([version, 0]) + length + header + (raw(code, values) if body is None else body)
 
 
 def zipped(compression: int = zipfile.ZIP_STORED, **entries: bytes) -> bytes:
@@ -820,16 +847,19 @@ def zipped(compression: int = zipfile.ZIP_STORED, **entries: bytes) -> bytes:
     return file.getvalue()
 
 
-def ctr_gcn(columns: int = 60, code: str = "<f4", compression: int = zipfile.ZIP_STORED, fortran: bool = False, version: int = 1, **other: bytes) -> bytes:
+def ctr_gcn(columns: int = 60, code: str = "<f4", compression: int = zipfile.ZIP_STORED, fortran: bool = False, version: int = 1,
+            **other: bytes) -> bytes:
     """An npz of 2 + 1 sequences of 3 frames whose value at [n, t, k] is 1 + (3 n + t) columns + k, labels 1, 0 and 1."""
     x = npy(code, (2, 3, columns), [1.0 + i for i in range(6 * columns)], fortran, version)
-    entries = dict(x_train=x, y_train=npy("<f8", (2, 2), [0.0, 1, 1, 0]), x_test=npy(code, (1, 3, columns), [1.0 + i for i in range(3 * columns)], fortran, version),
+    entries = dict(x_train=x, y_train=npy("<f8", (2, 2), [0.0, 1, 1, 0]),
+                   x_test=npy(code, (1, 3, columns), [1.0 + i for i in range(3 * columns)], fortran, version),
                    y_test=npy("<f8", (1, 2), [0.0, 1]))
     return zipped(compression, **{**entries, **other})
 
 
 def write_ntu(path: str, sequences: int, test_sequences: int = 60):
-    """Random skeletons as a stored npz in the layout of NTU60_CS.npz: 300 frames, two persons of 25 joints, the second one mostly absent."""
+    """Random skeletons as a stored npz in the layout of NTU60_CS.npz: 300 frames, two persons of 25 joints,
+    the second one mostly absent."""
     draw = torch.Generator().manual_seed(0)
 
     def numbers(x: torch.Tensor) -> bytearray:
@@ -906,7 +936,9 @@ def ndarray(shape: tuple, values: list, kind: Made, core: str = "numpy.core", fr
 def pyskl(count: int = 4, persons: int = 1, first_label: int = 0, score=None, **extra) -> list:
     """Annotations "a0", "a1", ... of 2 frames of 13 joints in 2D, whose value number i of annotation n is 10 n + i + 2."""
     f4, size = dtype("<f4"), persons * 2 * 13 * 2
-    result = [dict(frame_dir=f"a{n}", label=first_label + n % 2, keypoint=ndarray((persons, 2, 13, 2), [10.0 * n + i + 2 for i in range(size)], f4), **extra) for n in range(count)]
+    result = [dict(frame_dir=f"a{n}", label=first_label + n % 2,
+                   keypoint=ndarray((persons, 2, 13, 2), [10.0 * n + i + 2 for i in range(size)], f4), **extra)
+              for n in range(count)]
     if score is not None:
         result = [{**a, "keypoint_score": ndarray((persons, 2, 13), score, f4)} for a in result]
     return result
@@ -925,7 +957,8 @@ def sequences(lengths=(5, 9, 3, 12), persons=2, joints=5, channels=3, seed=0) ->
     return Sequences(frames, start, length, torch.arange(len(lengths)) % 2, present, there, names)
 
 
-FIVE = dict(joints=["root", "left_hand", "right_hand", "left_foot", "right_foot"], edges=[[0, 1], [0, 2], [0, 3], [0, 4]], centre=[0], pairs=[[1, 2], [3, 4]],
+FIVE = dict(joints=["root", "left_hand", "right_hand", "left_foot", "right_foot"],
+            edges=[[0, 1], [0, 2], [0, 3], [0, 4]], centre=[0], pairs=[[1, 2], [3, 4]],
             parts=dict(torso=[0], left_arm=[1], right_arm=[2], left_leg=[3], right_leg=[4]))
 TINY_RUN = "--width 8 --hidden 8 --layers 1"
 STACK = " --strl-layers 2 --blocks 1 --loss squared --mask-ratio 0.4 --mask-segments 2"
@@ -955,14 +988,18 @@ class NpzTest(Case):
             with self.subTest(**variant):
                 loaded = data.load(self.write("a.npz", ctr_gcn(**variant)))
                 self.assertTrue(torch.equal(loaded.train.frames.float(), expected))
-                self.assertEqual((loaded.layout, loaded.train.label.tolist(), loaded.test.label.tolist(), loaded.classes), ("kinect20", [1, 0], [1], [0, 1]))
+                self.assertEqual((loaded.layout, loaded.train.label.tolist(), loaded.test.label.tolist(), loaded.classes),
+                                 ("kinect20", [1, 0], [1], [0, 1]))
 
     def test_label_encodings(self):
         """One-hot floats, booleans and integers, and plain integers from 0 or 1 on; arrays nobody asked for are not read."""
-        for y_train, y_test in ((npy("<f8", (2, 2), [0.0, 1, 1, 0]), npy("<f8", (1, 2), [0.0, 1])), (npy("|b1", (2, 2), [0, 1, 1, 0]), npy("|b1", (1, 2), [0, 1])),
-                                (npy("<i8", (2, 2), [0, 1, 1, 0]), npy("<i8", (1, 2), [0, 1])), (npy("<i8", (2,), [1, 0]), npy(">i8", (1,), [1])),
+        for y_train, y_test in ((npy("<f8", (2, 2), [0.0, 1, 1, 0]), npy("<f8", (1, 2), [0.0, 1])),
+                                (npy("|b1", (2, 2), [0, 1, 1, 0]), npy("|b1", (1, 2), [0, 1])),
+                                (npy("<i8", (2, 2), [0, 1, 1, 0]), npy("<i8", (1, 2), [0, 1])),
+                                (npy("<i8", (2,), [1, 0]), npy(">i8", (1,), [1])),
                                 (npy("|u1", (2,), [2, 1]), npy("<i2", (1,), [2]))):
-            loaded = data.load(self.write("a.npz", ctr_gcn(y_train=y_train, y_test=y_test, junk=npy("|O", (1,), [], body=b"cos\nsystem\n."), note=b"no array")))
+            content = ctr_gcn(y_train=y_train, y_test=y_test, junk=npy("|O", (1,), [], body=b"cos\nsystem\n."), note=b"no array")
+            loaded = data.load(self.write("a.npz", content))
             self.assertEqual((loaded.train.label.tolist(), loaded.test.label.tolist(), len(loaded.classes)), ([1, 0], [1], 2))
 
     @unittest.skipUnless(os.path.exists("/proc/self/maps"), "needs Linux's list of memory maps")
@@ -985,8 +1022,11 @@ class NpzTest(Case):
         for f, m, v, c in ((0, 0, 0, 0), (0, 1, 0, 1), (4, 0, 24, 2), (5, 1, 13, 0)):
             self.assertEqual(float(frames[f, m, v, c]), 1 + f * 150 + m * 75 + v * 3 + c)
         path = self.write("b.npz", ctr_gcn(90))
-        for columns, layout, wanted, shape in ((60, "kinect20", None, (1, 20, 3)), (90, "sbu15", None, (2, 15, 3)), (30, "jhmdb15", None, (1, 15, 2)),
-                                               (34, "coco17", None, (1, 17, 2)), (90, "jhmdb15", "jhmdb15", (2, 15, 3))):
+        for columns, layout, wanted, shape in ((60, "kinect20", None, (1, 20, 3)),
+                                               (90, "sbu15", None, (2, 15, 3)),
+                                               (30, "jhmdb15", None, (1, 15, 2)),
+                                               (34, "coco17", None, (1, 17, 2)),
+                                               (90, "jhmdb15", "jhmdb15", (2, 15, 3))):
             loaded = data.load(self.write("b.npz", ctr_gcn(columns)), layout=wanted)
             self.assertEqual((loaded.layout, tuple(loaded.train.frames.shape[1:]), loaded.channels), (layout, shape, shape[2]))
         self.refused(path, "coco17", layout="coco17")
@@ -1010,15 +1050,19 @@ class NpzTest(Case):
         at = lie.index(b"PK\1\2")
         lie[at + 24:at + 28] = struct.pack("<I", 2**31)
         for what, content, words in (
-                ("not a zip", b"hello" * 100, ["readable npz"]), ("empty file", b"", []), ("cut in half", good[:len(good) // 2], ["readable npz"]),
+                ("not a zip", b"hello" * 100, ["readable npz"]),
+                ("empty file", b"", []),
+                ("cut in half", good[:len(good) // 2], ["readable npz"]),
                 ("end cut", good[:-30], []),
                 ("no x_train", zipped(y_train=b""), ["no x_train", "found y_train"]),
                 ("cut npy", ctr_gcn(x_train=npy("<f4", (2, 3, 60), [1.0] * 359)), ["x_train", "truncated"]),
                 ("cut deflated npy", ctr_gcn(compression=8, x_train=npy("<f4", (2, 3, 60), [1.0] * 359)), ["x_train", "truncated"]),
-                ("cut header", ctr_gcn(x_train=npy("<f4", (2, 3, 60), [])[:40]), ["x_train", "header"]), ("no npy", ctr_gcn(x_train=b"x" * 500), ["x_train"]),
+                ("cut header", ctr_gcn(x_train=npy("<f4", (2, 3, 60), [])[:40]), ["x_train", "header"]),
+                ("no npy", ctr_gcn(x_train=b"x" * 500), ["x_train"]),
                 ("objects", ctr_gcn(x_train=npy("|O", (2, 3, 60), [], body=b"\x80\x04N.")), ["x_train", "object"]),
                 ("text", ctr_gcn(x_train=npy("<U9", (2, 3, 60), [], body=b"")), ["x_train", "<U9"]),
-                ("columns", ctr_gcn(61), ["61 columns", "ntu25"]), ("integers", ctr_gcn(x_train=npy("<i8", (2, 3, 60), [1] * 360)), ["x_train", "float"]),
+                ("columns", ctr_gcn(61), ["61 columns", "ntu25"]),
+                ("integers", ctr_gcn(x_train=npy("<i8", (2, 3, 60), [1] * 360)), ["x_train", "float"]),
                 ("label count", ctr_gcn(y_train=npy("<i8", (3,), [0, 1, 0])), ["y_train", "3 labels", "2 sequences"]),
                 ("negative", ctr_gcn(y_train=npy("<i8", (2,), [-1, 0])), ["y_train", "-1"]),
                 ("two hot", ctr_gcn(y_train=npy("<f8", (2, 2), [1.0, 1, 0, 1])), ["y_train", "one-hot"]),
@@ -1029,7 +1073,8 @@ class NpzTest(Case):
                 ("empty split", ctr_gcn(x_test=npy("<f4", (0, 3, 60), []), y_test=npy("<i8", (0,), [])), ["x_test"]),
                 ("2^60 elements", ctr_gcn(x_train=npy("<f4", (2**60, 3, 60), [1.0])), ["x_train"]),
                 ("none of 2^63", ctr_gcn(x_train=npy("<f4", (0, 2**63), [])), ["x_train"]),
-                ("deflate lie", bytes(lie), ["claims"]), ("other columns", ctr_gcn(x_test=npy("<f4", (1, 3, 150), [1.0] * 450)), ["x_train", "x_test"]),
+                ("deflate lie", bytes(lie), ["claims"]),
+                ("other columns", ctr_gcn(x_test=npy("<f4", (1, 3, 150), [1.0] * 450)), ["x_train", "x_test"]),
                 ("label without shape", ctr_gcn(y_train=npy("<i8", (), [1])), ["y_train"]),
                 ("infinite label", ctr_gcn(y_train=npy("<f8", (2,), [math.inf, 0])), ["y_train"]),
                 ("huge label", ctr_gcn(y_train=npy("<i8", (2,), [2**62, 0])), []),
@@ -1049,21 +1094,30 @@ class PickleTest(Case):
                 for frombuffer in (False, True)[:1 + (protocol == 5)]:
                     with self.subTest(protocol=protocol, core=core, frombuffer=frombuffer):
                         f4, i8, size = dtype("<f4"), dtype("<i8"), (480, 854)
-                        annotations = [dict(frame_dir=f"a{n}", label=Made(f"{core}.multiarray.scalar", i8, raw("<i8", [n + 1])), img_shape=size, original_shape=size, total_frames=2,
-                                            keypoint=ndarray((1, 2, 13, 2), [float(100 * n + i + 2) for i in range(52)], f4, core, frombuffer),
-                                            keypoint_score=ndarray((1, 2, 13), [0.5] * 26, f4, core, frombuffer)) for n in range(3)]
+                        annotations = [dict(frame_dir=f"a{n}", label=Made(f"{core}.multiarray.scalar", i8, raw("<i8", [n + 1])),
+                                            img_shape=size, original_shape=size, total_frames=2,
+                                            keypoint=ndarray((1, 2, 13, 2), [float(100 * n + i + 2) for i in range(52)],
+                                                             f4, core, frombuffer),
+                                            keypoint_score=ndarray((1, 2, 13), [0.5] * 26, f4, core, frombuffer))
+                                       for n in range(3)]
                         content = pickled({"split": {"train": ["a0", "a2"], "val": ["a1"]}, "annotations": annotations}, protocol)
                         self.assertEqual(b"_codecs" in content, protocol == 2)
                         loaded = data.load(self.write("a.pkl", content))
                         self.assertEqual(loaded.train.frames.shape, (6, 1, 13, 3))
-                        self.assertEqual(loaded.train.frames[..., :2].flatten().tolist(), [float(100 * n + i + 2) for n in range(3) for i in range(52)])
+                        self.assertEqual(loaded.train.frames[..., :2].flatten().tolist(),
+                                         [float(100 * n + i + 2) for n in range(3) for i in range(52)])
                         self.assertTrue((loaded.train.frames[..., 2] == 0.5).all() and loaded.score)
-                        self.assertEqual((loaded.train.start.tolist(), loaded.train.label.tolist(), loaded.test.label.tolist(), loaded.classes),
-                        ([0, 4], [0, 2], [1], [1, 2, 3]))
+                        self.assertEqual((loaded.train.start.tolist(), loaded.train.label.tolist(),
+                                          loaded.test.label.tolist(), loaded.classes), ([0, 4], [0, 2], [1], [1, 2, 3]))
 
     def test_array_dtypes(self):
         """Half, double and big-endian coordinates, integer and boolean arrays, Fortran order."""
-        for code, values in (("<f2", [0.5, -2.0]), (">f4", [0.5, 1e9]), ("<f8", [0.1, -3.0]), ("<i2", [-300, 7]), ("|u1", [255, 3]), ("|b1", [True, False])):
+        for code, values in (("<f2", [0.5, -2.0]),
+                             (">f4", [0.5, 1e9]),
+                             ("<f8", [0.1, -3.0]),
+                             ("<i2", [-300, 7]),
+                             ("|u1", [255, 3]),
+                             ("|b1", [True, False])):
             loaded = data.read_pickle(self.write("a.pkl", pickled(ndarray((2,), values, dtype(code)))))
             self.assertEqual(loaded.tolist(), torch.tensor(values, dtype=loaded.dtype).tolist())
             self.assertEqual(loaded.dtype.itemsize, int(code[2:]))
@@ -1096,17 +1150,21 @@ class PickleTest(Case):
         """A person of zero coordinates, or of zero score throughout, is absent, in a file where other annotations have scores too."""
         annotations = pyskl(3, 2, score=[0.5] * 26 + [0.0] * 26)
         zeros = dict(frame_dir="zeros", label=0, keypoint=ndarray((2, 2, 13, 2), [3.0] * 52 + [0.0] * 52, dtype("<f4")))
-        loaded = data.load(self.write("a.pkl", pickled({"annotations": annotations + [zeros], "split": {"train": ["a0", "zeros"], "test": ["a1"]}})))
+        content = {"annotations": annotations + [zeros], "split": {"train": ["a0", "zeros"], "test": ["a1"]}}
+        loaded = data.load(self.write("a.pkl", pickled(content)))
         self.assertEqual(loaded.train.present.tolist(), [[True, False], [True, False]])
         self.assertFalse(loaded.train.frames[:2, 1].any())
 
     def test_find_split(self):
         """The obvious pair is found, a named one is taken, anything else lists what the file has."""
         ntu, folds = ["xsub_train", "xsub_val", "xview_train", "xview_val"], ["f1_train", "f1_test", "f2_train", "f2_test"]
-        for present, wanted, expected in ((ntu, None, ("xsub_train", "xsub_val")), (ntu, "xview", ("xview_train", "xview_val")), (ntu, "xview_val", ("xview_train", "xview_val")),
+        for present, wanted, expected in ((ntu, None, ("xsub_train", "xsub_val")),
+                                          (ntu, "xview", ("xview_train", "xview_val")),
+                                          (ntu, "xview_val", ("xview_train", "xview_val")),
                                           (["val", "train", "test"], None, ("train", "val")),
                                           (["test", "train", "validation_train", "validation_test"], None, ("train", "test")),
-                                          (folds[:2], None, ("f1_train", "f1_test")), (folds, "f2", ("f2_train", "f2_test")),
+                                          (folds[:2], None, ("f1_train", "f1_test")),
+                                          (folds, "f2", ("f2_train", "f2_test")),
                                           (folds, "f2_test, f1_train", ("f2_test", "f1_train"))):
             self.assertEqual(data.find_split(present, wanted, "file"), expected)
         for present, wanted in ((folds, None), (ntu, "xset"), (folds, "f1_train,f9_test"), (["all"], None)):
@@ -1127,23 +1185,32 @@ class PickleTest(Case):
         label = pickled(one(label="hole"), 2).replace(b"X\4\0\0\0hole", deepest)
         name = pickled(one(), 2).replace(b"X\3\0\0\0bad", deepest)
         for what, content, words in (
-                ("number", 3, ["int"]), ("empty", [], []), ("no annotations", {"split": {}}, ["annotations"]),
+                ("number", 3, ["int"]),
+                ("empty", [], []),
+                ("no annotations", {"split": {}}, ["annotations"]),
                 ("keypoint is a list", one(keypoint=[1.0]), ["bad", "keypoint", "list"]),
                 ("never filled", one(keypoint=rebuilt()), ["bad", "keypoint"]),
                 ("shape", one(keypoint=ndarray((2, 13, 2), [1.0] * 52, f4)), ["bad", "(2, 13, 2)"]),
                 ("joints", one(keypoint=ndarray((1, 2, 14, 2), [1.0] * 56, f4)), ["bad", "14"]),
                 ("score", one(keypoint_score=ndarray((1, 1, 13), [1.0] * 13, f4)), ["bad", "keypoint_score"]),
                 ("NaN", one(keypoint=ndarray((1, 2, 13, 2), [math.nan] * 52, f4)), ["bad", "NaN"]),
-                ("label text", one(label="run"), ["bad", "str"]), ("label below 0", one(label=-1), ["bad", "-1"]),
-                ("label 10^30", one(label=10**30), ["bad"]), ("label 2^62", one(label=2**62), []),
-                ("cycle", one(label=cycle), ["bad", "label"]), ("deep", one(label=deep), ["bad", "label"]), ("deepest label", label, []), ("deepest name", name, []),
+                ("label text", one(label="run"), ["bad", "str"]),
+                ("label below 0", one(label=-1), ["bad", "-1"]),
+                ("label 10^30", one(label=10**30), ["bad"]),
+                ("label 2^62", one(label=2**62), []),
+                ("cycle", one(label=cycle), ["bad", "label"]),
+                ("deep", one(label=deep), ["bad", "label"]),
+                ("deepest label", label, []),
+                ("deepest name", name, []),
                 ("objects", one(keypoint=rebuilt((1,), dtype("|O8"), False, [1])), ["O8", "numbers"]),
                 ("empty half", {"annotations": pyskl(), "split": {"train": ["a0"], "val": []}}, ["val", "empty"]),
                 ("absent names", {"annotations": pyskl(), "split": {"train": ["a0"], "val": ["b"]}}, ["val"]),
-                ("no split dict", {"annotations": pyskl(), "split": [1]}, ["split"]), ("cut", pickled(pyskl())[:-40], []),
+                ("no split dict", {"annotations": pyskl(), "split": [1]}, ["split"]),
+                ("cut", pickled(pyskl())[:-40], []),
                 ("2^60 bytes", b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"x.", []),
                 ("2^60 elements", one(keypoint=rebuilt((2**60, 2, 13, 2), f4, False, b"1234")), ["needs"]),
-                ("a memo that holds itself", b"\x80\x04]\x94(h\x00e.", []), ("list of a cycle", b"\x80\x04}\x94X\x0b\0\0\0annotationsh\x00s.", ["annotations"])):
+                ("a memo that holds itself", b"\x80\x04]\x94(h\x00e.", []),
+                ("list of a cycle", b"\x80\x04}\x94X\x0b\0\0\0annotationsh\x00s.", ["annotations"])):
             with self.subTest(what):
                 self.refused(self.write("a.pkl", content if isinstance(content, bytes) else pickled(content)), *words)
         numbered = self.write("a.pkl", pickled({"annotations": pyskl(), "split": {1: ["a0"], 2: ["a1"], 0.5: []}}))
@@ -1169,32 +1236,52 @@ class HostilePickleTest(Case):
         self.addCleanup(copyreg.remove_extension, "os", "system", 240)
         nested = [dict(frame_dir="a", label=Made("os.system", command))]
         payloads = [  # (what, pickle, global named in the message)
-            ("REDUCE", b"cos\nsystem\n(" + text + b"tR.", "os.system"), ("posix", b"cposix\nsystem\n(" + text + b"tR.", "posix.system"),
+            ("REDUCE", b"cos\nsystem\n(" + text + b"tR.", "os.system"),
+            ("posix", b"cposix\nsystem\n(" + text + b"tR.", "posix.system"),
             ("INST", b"(" + text + b"ios\nsystem\n.", "os.system"),
-            ("OBJ", b"(cos\nsystem\n" + text + b"o.", "os.system"), ("NEWOBJ", b"\x80\x02cos\nsystem\n(" + text + b"t\x81.", "os.system"),
-            ("NEWOBJ_EX", b"\x80\x04cos\nsystem\n(" + text + b"t}\x92.", "os.system"), ("EXT1", b"\x80\x02\x82\xf0(" + text + b"tR.", "os.system"),
-            ("EXT2", b"\x80\x02\x83\xf0\0(" + text + b"tR.", "os.system"), ("EXT4", b"\x80\x02\x84\xf0\0\0\0(" + text + b"tR.", "os.system"),
-            ("deep in the data", pickled(nested), "os.system"), ("in a dict's key", pickled({Made("os.system", command): 1}, 2), "os.system"),
+            ("OBJ", b"(cos\nsystem\n" + text + b"o.", "os.system"),
+            ("NEWOBJ", b"\x80\x02cos\nsystem\n(" + text + b"t\x81.", "os.system"),
+            ("NEWOBJ_EX", b"\x80\x04cos\nsystem\n(" + text + b"t}\x92.", "os.system"),
+            ("EXT1", b"\x80\x02\x82\xf0(" + text + b"tR.", "os.system"),
+            ("EXT2", b"\x80\x02\x83\xf0\0(" + text + b"tR.", "os.system"),
+            ("EXT4", b"\x80\x02\x84\xf0\0\0\0(" + text + b"tR.", "os.system"),
+            ("deep in the data", pickled(nested), "os.system"),
+            ("in a dict's key", pickled({Made("os.system", command): 1}, 2), "os.system"),
             *((path, pickled(Made(path, *args), protocol), path) for protocol, path, args in (
-                (4, "builtins.eval", [code]), (2, "__builtin__.eval", [code]), (4, "builtins.exec", [code]), (5, "subprocess.Popen", [command]),
+                (4, "builtins.eval", [code]),
+                (2, "__builtin__.eval", [code]),
+                (4, "builtins.exec", [code]),
+                (5, "subprocess.Popen", [command]),
                 (4, "runpy.run_path", [marker]),
-                (4, "builtins.getattr", [Global("os.system"), "__call__"]), (4, "importlib.import_module", ["os"]), (4, "operator.attrgetter", ["system"]),
+                (4, "builtins.getattr", [Global("os.system"), "__call__"]),
+                (4, "importlib.import_module", ["os"]),
+                (4, "operator.attrgetter", ["system"]),
                 (4, "functools.partial", [command]),
-                (4, "numpy.load", [marker, None, True]), (4, "numpy.fromfile", [marker]), (2, "numpy.core.multiarray.fromfile", [marker]),
+                (4, "numpy.load", [marker, None, True]),
+                (4, "numpy.fromfile", [marker]),
+                (2, "numpy.core.multiarray.fromfile", [marker]),
                 (4, "numpy.memmap", [marker]),
-                (4, "numpy.core.numeric.load", [marker]), (4, "numpy.f2py.capi_maps.getinit", [code]),
-                (4, "numpy.testing._private.utils.runstring", [code, {}]), (4, "builtins.open", [marker, "w"]),
-                (4, "torch.load", [marker]), (4, "pickle.loads", [b"."]), (4, "copyreg._reconstructor", []), (4, "_codecs.decode", [b"x"]),
+                (4, "numpy.core.numeric.load", [marker]),
+                (4, "numpy.f2py.capi_maps.getinit", [code]),
+                (4, "numpy.testing._private.utils.runstring", [code, {}]),
+                (4, "builtins.open", [marker, "w"]),
+                (4, "torch.load", [marker]),
+                (4, "pickle.loads", [b"."]),
+                (4, "copyreg._reconstructor", []),
+                (4, "_codecs.decode", [b"x"]),
                 (4, "data._Call", [code]))),
             ("dotted name", b"\x80\x04\x8c\x05numpy\x8c\x1cndarray.__init__.__globals__\x93.", "numpy.ndarray.__init__"),
             ("attribute of an allowed function", b"\x80\x04\x8c\x07_codecs\x8c\x0fencode.__self__\x93.", "encode.__self__"),
             ("encoding", pickled(Made("_codecs.encode", "x", "rot13")), "encoding"),
             ("text in no array", pickled(Made("_codecs.encode", b"x", "latin1")), "encoding"),
-            ("persistent id", b"\x80\x02K\1Q.", ""), ("persistent id, text", b"Pid\n.", ""),
+            ("persistent id", b"\x80\x02K\1Q.", ""),
+            ("persistent id, text", b"Pid\n.", ""),
             ("BUILD on a function", allowed + b"}S'function'\ncos\nsystem\nsb.", "os.system"),
             ("dict state on a function", allowed + b"}S'function'\nNsb.", "function"),
-            ("slot state on a function", allowed + b"N}S'function'\nNs\x86b.", "function"), ("BUILD on a class", b"cnumpy\ndtype\n}S'__init__'\nNsb.", ""),
-            ("slot state on a class", b"cnumpy\nndarray\nN}S'__setstate__'\nNs\x86b.", ""), ("slot state on an array", allowed + b"(tRN}S'tensor'\nNs\x86b.", ""),
+            ("slot state on a function", allowed + b"N}S'function'\nNs\x86b.", "function"),
+            ("BUILD on a class", b"cnumpy\ndtype\n}S'__init__'\nNsb.", ""),
+            ("slot state on a class", b"cnumpy\nndarray\nN}S'__setstate__'\nNs\x86b.", ""),
+            ("slot state on an array", allowed + b"(tRN}S'tensor'\nNs\x86b.", ""),
             ("slot state on a dtype", b"cnumpy\ndtype\n(S'f4'\ntRN}S'code'\nS'f8'\ns\x86b.", ""),
             ("a function as dtype", pickled(ndarray((1,), [1.0], dtype("<f4"))).replace(b"\x8c\x05dtype", b"\x8c\x07ndarray"), ""),
             ("scalar of objects", pickled(Made("numpy.core.multiarray.scalar", dtype("|O8"), b"cos\nsystem\n.")), "O8"),
@@ -1215,7 +1302,8 @@ class PtTest(Case):
         draw, content = torch.Generator().manual_seed(0), {}
         shapes = dict(train=[(4, 1, 17, 2), (6, 2, 17, 2), (1, 1, 17, 2)], test=[(3, 1, 17, 2)])
         for half, wanted in shapes.items():
-            content |= {f"x_{half}": [torch.randn(s, generator=draw, dtype=torch.float64) for s in wanted], f"y_{half}": [n + 3 for n in range(len(wanted))]}
+            content |= {f"x_{half}": [torch.randn(s, generator=draw, dtype=torch.float64) for s in wanted],
+                        f"y_{half}": [n + 3 for n in range(len(wanted))]}
         path = os.path.join(self.folder, "a.pt")
         torch.save(content, path)
         loaded = data.load(path)
@@ -1231,14 +1319,18 @@ class PtTest(Case):
         """Nothing but plain tensors is loaded, and their shapes are checked."""
         x, y = torch.ones(2, 4, 1, 17, 2), [0, 1]
         good = dict(x_train=x, y_train=y, x_test=x, y_test=y)
-        for what, content, words in (("a module", torch.nn.Linear(1, 1), ["tensors"]), ("a list", [x], ["x_train"]), ("no test", dict(x_train=x, y_train=y), ["x_test"]), ("empty", good | {"x_test": []}, ["x_test"]),
+        for what, content, words in (("a module", torch.nn.Linear(1, 1), ["tensors"]),
+                                     ("a list", [x], ["x_train"]),
+                                     ("no test", dict(x_train=x, y_train=y), ["x_test"]),
+                                     ("empty", good | {"x_test": []}, ["x_test"]),
                                      ("rank", good | {"x_train": x[0]}, ["x_train[0]", "(1, 17, 2)"]),
                                      ("three persons", good | {"x_train": torch.ones(2, 4, 3, 17, 2)}, ["x_train[0]"]),
                                      ("joints differ", good | {"x_train": [x[0], torch.ones(4, 1, 13, 2)]}, ["x_train[1]", "13"]),
                                      ("labels", good | {"y_train": [0]}, ["y_train", "1 labels"]),
                                      ("halves differ", good | {"x_test": torch.ones(2, 4, 1, 13, 2)}, ["x_test"]),
                                      ("infinite", good | {"x_test": x / 0}, ["test[0]", "infinite"]),
-                                     ("a number", good | {"x_train": 3}, ["x_train"]), ("a dict", good | {"x_train": {"a": x}}, ["x_train"]),
+                                     ("a number", good | {"x_train": 3}, ["x_train"]),
+                                     ("a dict", good | {"x_train": {"a": x}}, ["x_train"]),
                                      ("label text", good | {"y_train": "ab"}, ["y_train"]),
                                      ("a label list", good | {"y_train": [[0], [1, 2]]}, ["y_train"])):
             with self.subTest(what):
@@ -1277,8 +1369,10 @@ class BatchTest(Case):
         parts = [torch.randn(4, 1, 5, 3), torch.randn(6, 2, 5, 3), torch.randn(2, 2, 5, 3)]
         parts[1][4:], parts[2][:, 1] = 0, 0
         flat = data.flatten(parts, torch.tensor([0, 1, 0]), ["a", "b", "c"], "file")
-        self.assertEqual((flat.start.tolist(), flat.length.tolist(), flat.present.tolist()), ([0, 4, 8], [4, 4, 2], [[True, False], [True, True], [True, False]]))
-        self.assertTrue(torch.equal(flat.frames[:4, :1], parts[0]) and torch.equal(flat.frames[4:8], parts[1][:4]) and torch.equal(flat.frames[8:], parts[2]))
+        self.assertEqual((flat.start.tolist(), flat.length.tolist(), flat.present.tolist()),
+                         ([0, 4, 8], [4, 4, 2], [[True, False], [True, True], [True, False]]))
+        self.assertTrue(torch.equal(flat.frames[:4, :1], parts[0]) and torch.equal(flat.frames[4:8], parts[1][:4])
+                        and torch.equal(flat.frames[8:], parts[2]))
         self.assertFalse(flat.frames[:4, 1].any())
         self.assertEqual(flat.subset([2, 0]).names, ["c", "a"])
 
@@ -1287,7 +1381,8 @@ class BatchTest(Case):
         T, lengths = 8, [1, 3, 8, 20, 77]
         middle = [[int((t + 0.5) / T * L) for t in range(T)] for L in lengths]
         self.assertEqual(data.sample_frames(torch.tensor(lengths), T, False, crop=0.5).tolist(), middle)
-        drawn = data.sample_frames(torch.tensor(lengths * 400), T, True, generator=torch.Generator().manual_seed(0)).view(400, len(lengths), T)
+        generator = torch.Generator().manual_seed(0)
+        drawn = data.sample_frames(torch.tensor(lengths * 400), T, True, generator=generator).view(400, len(lengths), T)
         for i, L in enumerate(lengths):
             for t in range(T):
                 self.assertEqual(set(drawn[:, i, t].tolist()), set(range(math.floor(t * L / T), math.ceil((t + 1) * L / T))))
@@ -1319,7 +1414,8 @@ class BatchTest(Case):
                 self.assertTrue(torch.equal(y[..., C], x[..., C]))
 
     def test_three_dimensions_face_the_viewer(self):
-        """However a 3D sequence is turned about the vertical, it comes out the same: shoulders and hips along x, left at larger x, heights kept."""
+        """However a 3D sequence is turned about the vertical, it comes out the same: shoulders and hips along x,
+        left at larger x, heights kept."""
         x, skeleton = torch.randn(1, 2, 6, 20, 3, generator=torch.Generator().manual_seed(3)) + 4, SKELETONS["kinect20"]
         y, origin, unit = data.normalise(x, skeleton, 3)
         for angle in (0.7, 2.5, -1.9):
@@ -1344,7 +1440,8 @@ class BatchTest(Case):
             before, after = x[n][there[n]].flatten(0, 1), y[n, ..., :3][there[n]].flatten(0, 1)  # (joints, 3)
             for c in range(3):
                 low, high = min(before[:, c].tolist()), max(before[:, c].tolist())
-                self.close(after[:, c], (before[:, c] - low) / (high - low) * 2 - 1, 1e-5), self.close(half[n, c], torch.tensor((high - low) / 2), 1e-5)
+                self.close(after[:, c], (before[:, c] - low) / (high - low) * 2 - 1, 1e-5)
+                self.close(half[n, c], torch.tensor((high - low) / 2), 1e-5)
         layout = {**FIVE, "parts": {**FIVE["parts"], "torso": [0, 1, 2]}}  # a pair of joints by which it could be turned
         source = sequences()
         source.box, source.placement = True, data.find_placements(source, layout, 3, False)
@@ -1372,14 +1469,16 @@ class BatchTest(Case):
             whole, _, unit = plain_normalise(source.frames[source.start[n]:source.start[n] + L].transpose(0, 1), [0], 3)
             expected = torch.stack([whole[:, int((t + 0.5) / 6 * L)] for t in range(6)], 1)
             self.close(batch.x[n], expected, 1e-4), self.close(float(batch.unit[n]), float(unit), 1e-4)
-        self.assertTrue(torch.equal(batch.label, source.label) and torch.equal(batch.present, source.present) and batch.index.tolist() == [0, 1, 2, 3])
+        self.assertTrue(torch.equal(batch.label, source.label) and torch.equal(batch.present, source.present)
+                        and batch.index.tolist() == [0, 1, 2, 3])
 
     def test_a_cropped_window_is_normalised_by_itself(self):
         """In a cropped training batch the centre joint averages to zero over each window, and the RMS distance of its joints is 1."""
         for batch in Loader(sequences(), FIVE, 3, 4, 6, True, augmentation=Augmentation(crop=0.3)).epoch(0):
             for x in batch.x:
                 seen = x[(x != 0).flatten(2).any(2)]  # (persons and frames that are there, V, C)
-                self.close(seen[:, FIVE["centre"]].mean((0, 1)), torch.zeros(3), 1e-4), self.close(seen.square().sum(-1).mean(), torch.ones(()), 1e-4)
+                self.close(seen[:, FIVE["centre"]].mean((0, 1)), torch.zeros(3), 1e-4)
+                self.close(seen.square().sum(-1).mean(), torch.ones(()), 1e-4)
 
     def test_batches_depend_on_seed_epoch_and_step_alone(self):
         """Two worker processes build the same tensors as none; drawing epoch 1 first changes nothing; seeds and epochs differ."""
@@ -1403,14 +1502,20 @@ class BatchTest(Case):
 
     def test_no_sequence_is_dropped(self):
         """Each pass holds every sequence once; a last batch of one joins its neighbour; testing keeps the file's order."""
-        for count, size, repeat, sizes in ((9, 4, 1, [4, 5]), (10, 4, 1, [4, 4, 2]), (3, 4, 1, [3]), (5, 4, 3, [4, 4, 4, 3]), (1, 4, 1, [1]), (8, 4, 2, [4] * 4)):
+        for count, size, repeat, sizes in ((9, 4, 1, [4, 5]),
+                                           (10, 4, 1, [4, 4, 2]),
+                                           (3, 4, 1, [3]),
+                                           (5, 4, 3, [4, 4, 4, 3]),
+                                           (1, 4, 1, [1]),
+                                           (8, 4, 2, [4] * 4)):
             loader = Loader(sequences([3] * count), FIVE, 3, size, 4, True, repeat=repeat)
             indices = [b.index.tolist() for b in loader.epoch(3)]
             drawn = sum(indices, [])
             self.assertEqual(([len(i) for i in indices], loader.steps), (sizes, len(sizes)))
             for first in range(0, count * repeat, count):
                 self.assertEqual(sorted(drawn[first:first + count]), list(range(count)))
-            self.assertEqual(sum((b.index.tolist() for b in Loader(sequences([3] * count), FIVE, 3, size, 4, False).epoch()), []), list(range(count)))
+            testing = Loader(sequences([3] * count), FIVE, 3, size, 4, False)
+            self.assertEqual(sum((b.index.tolist() for b in testing.epoch()), []), list(range(count)))
 
     def test_processes_share_each_batch(self):
         """The parts of two or three processes are disjoint, each has two sequences or more, which batch norm needs, and together they
@@ -1437,7 +1542,8 @@ class BatchTest(Case):
         before, expected = source.frames, source.frames.clone()
         for start, length in zip(source.start.tolist(), source.length.tolist()):
             for f, m, v in [(f, m, v) for f in range(start, start + length) for m in range(2) for v in range(5)]:
-                seen = [t for t in range(start, start + length) if before[t, m, v, 2] > 0 or before[t, m, v, :2].tolist() not in ([0, 0], [1, 1])]
+                seen = [t for t in range(start, start + length)
+                        if before[t, m, v, 2] > 0 or before[t, m, v, :2].tolist() not in ([0, 0], [1, 1])]
                 if f not in seen and seen:
                     expected[f, m, v, :2] = before[max([t for t in seen if t < f], default=seen[0]), m, v, :2]
         self.assertFalse(torch.equal(before, expected))
@@ -1518,7 +1624,8 @@ class StickFigureTest(Case):
         """Always the same; at least 12 actions, some of two persons, all in both halves; --synthetic-size decides how many."""
         figures, again = data.load(synthetic_size=160), data.load(synthetic_size=160)
         self.same(vars(figures.train), vars(again.train)), self.same(vars(figures.test), vars(again.test))
-        self.assertEqual((len(figures.train), len(figures.test), figures.layout, figures.train.frames.shape[1:]), (128, 32, "coco17", (2, 17, 2)))
+        self.assertEqual((len(figures.train), len(figures.test), figures.layout, figures.train.frames.shape[1:]),
+                         (128, 32, "coco17", (2, 17, 2)))
         self.assertFalse(set(figures.train.names) & set(figures.test.names))
         figures = data.load()
         self.assertGreaterEqual(len(figures.classes), 12)
@@ -1541,7 +1648,8 @@ class StickFigureTest(Case):
 
         def loss():
             fit.zero_grad()
-            value = torch.nn.functional.cross_entropy(layer((pose["train"] - mean) / std), figures.train.label) + 1e-4 * layer.weight.square().sum()
+            logits = layer((pose["train"] - mean) / std)
+            value = torch.nn.functional.cross_entropy(logits, figures.train.label) + 1e-4 * layer.weight.square().sum()
             value.backward()
             return value
 
@@ -1557,22 +1665,34 @@ class SettingsTest(Case):
     def test_defaults_are_supplement_a(self):
         """Without flags: Adam 1.5e-4, batch 1024, 50 epochs; SGD 0.1, 0.9, 0.005, batch 128, 110 epochs, the schedule and smoothing."""
         first, second = train_pretrain.parse(train_pretrain.Settings, "", [])[0], train_pretrain.parse(train_finetune.Settings, "", [])[0]
-        self.assertEqual((first.lr, first.batch_size, first.epochs, first.dropout, first.mask_parts, first.beta, first.frames, first.layers),
+        self.assertEqual((first.lr, first.batch_size, first.epochs, first.dropout,
+                          first.mask_parts, first.beta, first.frames, first.layers),
                          (1.5e-4, 1024, 50, 0.2, ("right_arm", "right_leg"), 2, 64, 3))
-        self.assertEqual((second.lr, second.momentum, second.weight_decay, second.batch_size, second.epochs, second.warmup, second.milestones, second.label_smoothing),
+        self.assertEqual((second.lr, second.momentum, second.weight_decay, second.batch_size,
+                          second.epochs, second.warmup, second.milestones, second.label_smoothing),
                          (0.1, 0.9, 0.005, 128, 110, 5, (90, 100), 0.1))
         self.assertEqual((second.dropout, second.attention_dropout, second.strl_layers, second.layers, second.frames), (0.2, 0.1, 3, 3, 64))
 
     def test_parse(self):
         """Flags are typed and checked; a misspelled one names the nearest; nothing is abbreviated."""
-        settings, given = train_pretrain.parse(train_finetune.Settings, "", "--milestones 3,5 --no-amp --nesterov --ckpt --label-fraction 0.5".split())
-        self.assertEqual((settings.milestones, settings.amp, settings.nesterov, settings.ckpt, settings.label_fraction), ((3, 5), False, True, "newest", 0.5))
+        flags = "--milestones 3,5 --no-amp --nesterov --ckpt --label-fraction 0.5"
+        settings, given = train_pretrain.parse(train_finetune.Settings, "", flags.split())
+        self.assertEqual((settings.milestones, settings.amp, settings.nesterov, settings.ckpt, settings.label_fraction),
+                         ((3, 5), False, True, "newest", 0.5))
         self.assertEqual(given, {"milestones", "amp", "nesterov", "ckpt", "label_fraction"})
-        for line, words in (("--epoch 3", ["--epochs"]), ("--lable-fraction=1", ["--label-fraction"]), ("--zzz", ["--zzz"]), ("--epochs 0", ["--epochs", "out of range"]), ("--lr nan", ["--lr"]),
-                            ("--momentum 1.5", ["0 to 1"]), ("--epochs many", ["--epochs", "many"]), ("--batch-size", ["--batch-size"]), ("stray", ["stray"])):
+        for line, words in (("--epoch 3", ["--epochs"]),
+                            ("--lable-fraction=1", ["--label-fraction"]),
+                            ("--zzz", ["--zzz"]),
+                            ("--epochs 0", ["--epochs", "out of range"]),
+                            ("--lr nan", ["--lr"]),
+                            ("--momentum 1.5", ["0 to 1"]),
+                            ("--epochs many", ["--epochs", "many"]),
+                            ("--batch-size", ["--batch-size"]),
+                            ("stray", ["stray"])):
             with self.assertRaises(train_pretrain.Failure) as caught:
                 train_pretrain.parse(train_finetune.Settings, "", line.split())
-            self.assertTrue(all(word in str(caught.exception) for word in words) and "\n" not in str(caught.exception), str(caught.exception))
+            message = str(caught.exception)
+            self.assertTrue(all(word in message for word in words) and "\n" not in message, message)
 
     def test_learning_rate_of_all_epochs(self):
         """METHOD.md: 0.1 (e + 1) / 5 for e < 5, 0.1 until 89, 0.01 from 90, 0.001 from 100."""
@@ -1590,7 +1710,8 @@ class MeasureTest(Case):
     def test_replay(self):
         """With graphs that only pretend: every batch, the recorded ones too, gives the loss of its own tensors, and keeps it."""
         def loss(packing, x):
-            return x.sum() + sum((index * torch.arange(1.0, len(index) + 1)).sum() for index in (packing.rows, packing.sequence, packing.count))
+            return x.sum() + sum((index * torch.arange(1.0, len(index) + 1)).sum()
+                                 for index in (packing.rows, packing.sequence, packing.count))
 
         class Graph:
             def replay(self):
@@ -1634,7 +1755,8 @@ class MeasureTest(Case):
         logits[torch.arange(60), labels] += 1
         order = [sorted(range(8), key=lambda k: -row[k]) for row in logits.tolist()]
         right = [ranked[0] == label for ranked, label in zip(order, labels.tolist())]
-        expected = dict(top1=100 * sum(right) / 60, top5=100 * sum(label in ranked[:5] for ranked, label in zip(order, labels.tolist())) / 60,
+        expected = dict(top1=100 * sum(right) / 60,
+                        top5=100 * sum(label in ranked[:5] for ranked, label in zip(order, labels.tolist())) / 60,
                         mean_class=100 * (sum(right[:30]) / 30 + sum(right[30:50]) / 20 + sum(right[50:]) / 10) / 3)
         self.assertEqual(len({round(v, 3) for v in expected.values()}), 3)
         found = train_finetune.metrics({"logits": logits, "labels": labels})
@@ -1675,7 +1797,8 @@ class MeasureTest(Case):
             results.append(train_pretrain.reconstruction_error(model, loader, pose))
             sums, count = [0, 0], 0
             for batch in loader.epoch():
-                for n, m, t, v in [(n, m, t, v) for n in range(len(batch.x)) for m in range(2) if batch.present[n, m] for t in range(6) for v in (2, 3)]:
+                for n, m, t, v in [(n, m, t, v) for n in range(len(batch.x)) for m in range(2) if batch.present[n, m]
+                                   for t in range(6) for v in (2, 3)]:
                     x, count = batch.x[n, m, t], count + 1
                     for i, guess in enumerate((pose[m, v], x[0])):  # the root is the one neighbour of hands and feet
                         sums[i] += float((guess - x[v]).norm() * batch.unit[n])
@@ -1714,10 +1837,12 @@ class ScriptCase(Case):
         return err.getvalue() if status else out.getvalue()
 
     def pretrain(self, line: str, status: int = 0) -> str:
-        return self.script(train_pretrain, "--device cpu " + f"{TINY_RUN} --frames 8 --eval-every 1 " * ("--resume" not in line) + line, status)
+        shape = f"{TINY_RUN} --frames 8 --eval-every 1 " * ("--resume" not in line)
+        return self.script(train_pretrain, "--device cpu " + shape + line, status)
 
     def finetune(self, line: str, status: int = 0) -> str:
-        shape = "" if re.search("--eval-only|--resume", line) else "--strl-layers 2 --blocks 1 --frames 8 --eval-every 1 " + f"{TINY_RUN} " * ("--ckpt" not in line)
+        shape = ("" if re.search("--eval-only|--resume", line)
+                 else "--strl-layers 2 --blocks 1 --frames 8 --eval-every 1 " + f"{TINY_RUN} " * ("--ckpt" not in line))
         return self.script(train_finetune, "--device cpu " + shape + line, status)
 
 
@@ -1739,7 +1864,8 @@ class ScriptTest(ScriptCase):
             self.assertTrue(all(math.isfinite(float(value)) for row in rows for value in row.values()))
         self.assertEqual(tuple(f"{float(rows[-1][name]):.2f}" for name in ("top1", "top5", "mean_class")), shown[0])
         trained = torch.load("runs/finetune/test_outputs.pt", weights_only=True)
-        self.assertEqual((trained["logits"].shape, trained["features"].shape, trained["labels"].tolist()), ((12, 3), (12, 16), self.content["y_test"]))
+        self.assertEqual((trained["logits"].shape, trained["features"].shape, trained["labels"].tolist()),
+                         ((12, 3), (12, 16), self.content["y_test"]))
         checkpoint = torch.load("runs/finetune/finetune.pt", weights_only=True)
         self.close(trained["features"] @ checkpoint["model"]["head.weight"].T + checkpoint["model"]["head.bias"], trained["logits"])
         self.assertEqual(accuracies.findall(self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --out again")), shown)
@@ -1754,8 +1880,8 @@ class ScriptTest(ScriptCase):
         self.assertIn("from runs/pretrain/pretrain.pt", self.finetune("--ckpt --resume --epochs 4"))
 
     def test_fine_tuning_by_hand(self):
-        """S A's settings reach the weights: three steps of SGD (warm-up, milestone, label smoothing, weight decay, momentum, clipping) and of AdamW
-        written out."""
+        """S A's settings reach the weights: three steps of SGD (warm-up, milestone, label smoothing, weight decay, momentum,
+        clipping) and of AdamW written out."""
         for optimizer, flags in (("sgd", "--lr 0.1 --weight-decay 0.1 --momentum 0.8"), ("sgd", "--lr 0.1 --nesterov --clip 0.3"),
                                  ("adamw", "--lr 0.01 --weight-decay 2 --label-smoothing 0.3")):
             line = f"{self.data} {TINY_RUN} --frames 8 --strl-layers 2 --blocks 1 --epochs 3 --warmup 2 --milestones 2 --dropout 0"
@@ -1778,7 +1904,8 @@ class ScriptTest(ScriptCase):
                     if optimizer == "adamw":
                         first, second = state.get(p, (0, 0))
                         state[p] = first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g.square()
-                        change = first / (1 - 0.9 ** (epoch + 1)) / ((second / (1 - 0.999 ** (epoch + 1))).sqrt() + 1e-8) + settings.weight_decay * p
+                        mean, square = first / (1 - 0.9 ** (epoch + 1)), second / (1 - 0.999 ** (epoch + 1))
+                        change = mean / (square.sqrt() + 1e-8) + settings.weight_decay * p
                     else:
                         g = g + settings.weight_decay * p
                         state[p] = settings.momentum * state[p] + g if p in state else g
@@ -1791,7 +1918,8 @@ class ScriptTest(ScriptCase):
             self.assertEqual([round(row["lr"] / settings.lr, 6) for row in trained["log"]], [0.5, 1, 0.1])
 
     def test_pretraining_by_hand(self):
-        """Two steps of Adam written out, on gradients of micro-batches of 10, 10 and 5; `scale` is the root mean square of the joints' distances."""
+        """Two steps of Adam written out, on gradients of micro-batches of 10, 10 and 5;
+        `scale` is the root mean square of the joints' distances."""
         line = f"{self.data} --epochs 2 --lr 0.01 --dropout 0 --micro-batch 10"
         self.pretrain(line)
         trained = torch.load("runs/pretrain/pretrain.pt", weights_only=True)
@@ -1819,7 +1947,8 @@ class ScriptTest(ScriptCase):
     def test_full_memory(self):
         """A GPU or a machine without memory left is one line that names the flags that help."""
         on_cpu = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to\nallocate"
-        for error, whose in ((torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"), "GPU's memory"), (RuntimeError(on_cpu), "memory"),
+        for error, whose in ((torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"), "GPU's memory"),
+                             (RuntimeError(on_cpu), "memory"),
                              (MemoryError(), "memory")):
             with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as end:
                 train_pretrain.run(unittest.mock.Mock(side_effect=error))
@@ -1853,17 +1982,21 @@ script.main(sys.argv[1:])
 torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
 """
         for module, script, model, tail in ((self.pretrain, "train_pretrain", "SkeletonMAE", ""),
-                                            (self.finetune, "train_finetune", "SkeletonClassifier", " --strl-layers 2 --blocks 1 --attention-dropout 0")):
-            line = f"{self.data} --dropout 0 --batch-size 7 --lr 0.01" + " --micro-batch 3" * (script == "train_pretrain")  # 4 = 3 + 1 here, 3 there
+                                            (self.finetune, "train_finetune", "SkeletonClassifier",
+                                             " --strl-layers 2 --blocks 1 --attention-dropout 0")):
+            # 4 = 3 + 1 here, 3 there
+            line = f"{self.data} --dropout 0 --batch-size 7 --lr 0.01" + " --micro-batch 3" * (script == "train_pretrain")
             module(f"{line} --epochs 3 --out runs/alone" + " --attention-dropout 0" * bool(tail))
             source = program.format(script=script, model=model)
             with socket.socket() as free:
                 free.bind(("localhost", 0))
                 port = free.getsockname()[1]
             for words in (f"{line} {TINY_RUN} --frames 8 --epochs 2{tail}", "--resume --epochs 3"):
-                jobs = [subprocess.Popen([sys.executable, "-c", source, *f"--device cpu --out runs/together {words}".split()], stdout=subprocess.PIPE,
-                                         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2",
-                                         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "PYTHONPATH": os.path.dirname(data.__file__)}) for rank in (0, 1)]
+                command = [sys.executable, "-c", source, *f"--device cpu --out runs/together {words}".split()]
+                environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                               "MASTER_PORT": str(port), "PYTHONPATH": os.path.dirname(data.__file__)}
+                jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                         env={**environment, "RANK": str(rank)}) for rank in (0, 1)]
                 said = [job.communicate() for job in jobs]
                 self.assertEqual([(job.returncode, errors) for job, (_, errors) in zip(jobs, said)], [(0, "")] * 2)
                 self.assertEqual((said[1][0], said[0][0].count("epoch 2/2") + said[0][0].count("epoch 3/3")), ("", 1))
@@ -1879,13 +2012,14 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
     def test_documented_commands(self):
         """Every command line of the docstrings and the README is one that its script takes; the README's Python lines run as they stand."""
         readme = Path(__file__).with_name("README.md").read_text()
-        commands = re.findall(r"python (train_pretrain|train_finetune)\.py([^&#|`\n]*)", "\n".join([train_pretrain.__doc__, train_finetune.__doc__, readme]))
+        documents = "\n".join([train_pretrain.__doc__, train_finetune.__doc__, readme])
+        commands = re.findall(r"python (train_pretrain|train_finetune)\.py([^&#|`\n]*)", documents)
         self.assertGreater(len(commands), 10)
         for script, words in commands:
             with self.subTest(script + words):
                 if "..." not in words:
                     train_pretrain.parse(getattr(sys.modules[script], "Settings"), "", words.split())
-        convert, classify = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        convert, classify, encode = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
         self.assertEqual(len(classify.strip().splitlines()), 5)
         self.assertRegex(classify, r"x = .*# yours")
         for flags in ("", "--box --motion"):
@@ -1898,6 +2032,10 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                     exec(re.sub(r"x = .*# yours.*", "x = yours", classify).replace("print(", "logits = (").replace(".argmax(1)", ""), own)
                     self.close(own["logits"][0].detach(), outputs["logits"][n], 1e-4)
             self.assertRegex(printed.getvalue(), r"tensor\(\[[0-2]\]\)")
+        self.pretrain(f"{self.data} --epochs 1")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(classify + encode, {})
+        self.assertIn("torch.Size([1, 2, 8, 5, 8])", printed.getvalue())
         os.mkdir("all_sqe")
         for i, name in enumerate(("a01_s01_e00_v01", "a12_s02_e03_v02", "a12_s02_e03_v03", "a02_s01_e00_v03")):
             Path("all_sqe", name + ".json").write_text(json.dumps({"skeletons": torch.full((2 + i % 3, 20, 3), min(i, 2) + 0.5).tolist()}))
@@ -1953,15 +2091,17 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         self.assertEqual(probe(torch.randn(3, 1, 4, 5, 2)).shape, (3, 2))
 
     def test_pretrained_stack(self):
-        """Fine-tuning takes the shape of pre-trained STRL layers, and how their data were normalised, from the checkpoint, and refuses others;
-        the probe freezes them."""
+        """Fine-tuning takes the shape of pre-trained STRL layers, and how their data were normalised, from the checkpoint,
+        and refuses others; the probe freezes them."""
         self.pretrain(f"{self.data} --epochs 1 --box{STACK}")
         before = torch.load("runs/pretrain/pretrain.pt", weights_only=True)["model"]
         self.finetune("--ckpt --epochs 1 --lr 0")
         after, settings = (torch.load("runs/finetune/finetune.pt", weights_only=True)[key] for key in ("model", "settings"))
         self.assertEqual((settings["frames"], settings["strl_layers"], settings["box"]), (8, 2, True))
-        named = {name.replace("encoder", "strl", 1): value for name, value in before.items() if name.startswith("encoder.") and "running" not in name}
-        self.same({name: after[name] for name in named if "num_batches" not in name}, {n: v for n, v in named.items() if "num_batches" not in n})
+        named = {name.replace("encoder", "strl", 1): value for name, value in before.items()
+                 if name.startswith("encoder.") and "running" not in name}
+        self.same({name: after[name] for name in named if "num_batches" not in name},
+                  {n: v for n, v in named.items() if "num_batches" not in n})
         self.assertIn("--stride 3 differs from 2", self.finetune("--ckpt --stride 3", 2))
         self.assertIn("--box False differs from True", self.finetune("--ckpt --no-box", 2))
         self.finetune("--ckpt --linear-probe --epochs 1 --out probe")
@@ -1980,7 +2120,8 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
             self.assertTrue(before["model"]["embedding.linear.weight"].equal(started))
             self.finetune("--resume --epochs 2")
             after = torch.load("runs/finetune/finetune.pt", weights_only=True)["model"]
-            learned = [name for name, _ in train_finetune.SkeletonClassifier(**before["model_settings"]).named_parameters() if "mask_token" not in name]
+            model = train_finetune.SkeletonClassifier(**before["model_settings"])
+            learned = [name for name, _ in model.named_parameters() if "mask_token" not in name]
             stayed = {name for name in learned if after[name].equal(before["model"][name])}
             self.assertEqual(stayed, {name for name in learned if re.match(fixed, name)})
 
@@ -1993,7 +2134,9 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
 
     def test_resume_is_exact(self):
         """2 + 2 epochs equal 4, bit for bit: weights, optimiser and log; another setting is refused by name."""
-        for module, name, flags, moment in ((self.pretrain, "pretrain", "", "exp_avg"), (self.pretrain, "pretrain", STACK, "exp_avg"), (self.finetune, "finetune", "", "momentum_buffer"),
+        for module, name, flags, moment in ((self.pretrain, "pretrain", "", "exp_avg"),
+                                            (self.pretrain, "pretrain", STACK, "exp_avg"),
+                                            (self.finetune, "finetune", "", "momentum_buffer"),
                                             (self.finetune, "finetune", " --optimizer adamw", "exp_avg")):
             lines = f"{self.data} --batch-size 8 --lr 0.01{flags}"
             module(f"{lines} --epochs 4 --out whole")
@@ -2038,23 +2181,40 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         before = kept()
         pretrain, finetune = self.pretrain, self.finetune
         for module, line, words in (
-                (pretrain, "--data absent.npz", ["absent.npz"]), (pretrain, "--data text.txt", ["text.txt"]), (pretrain, "--data .", ["."]),
+                (pretrain, "--data absent.npz", ["absent.npz"]),
+                (pretrain, "--data text.txt", ["text.txt"]),
+                (pretrain, "--data .", ["."]),
                 (pretrain, "--data tiny.pt", ["--layout"]),
-                (pretrain, "--data splits.pkl --split xsub", ["xsub", "a_train", "a_val"]), (pretrain, f"{self.data} --device tpu", ["device", "tpu"]), (finetune, f"{self.data} --device meta", ["device", "meta"]), (finetune, f"{self.data} --graphs", ["graphs", "GPU"]),
-                (pretrain, "--layout nonsense", ["nonsense"]), (pretrain, "--layout five.json", ["five.json", "17"]),
-                (pretrain, f"{self.data} --mask-parts right_arm,tail", ["tail"]), (pretrain, f"{self.data} --mask-ratio 1", ["ratio"]),
+                (pretrain, "--data splits.pkl --split xsub", ["xsub", "a_train", "a_val"]),
+                (pretrain, f"{self.data} --device tpu", ["device", "tpu"]),
+                (finetune, f"{self.data} --device meta", ["device", "meta"]),
+                (finetune, f"{self.data} --graphs", ["graphs", "GPU"]),
+                (pretrain, "--layout nonsense", ["nonsense"]),
+                (pretrain, "--layout five.json", ["five.json", "17"]),
+                (pretrain, f"{self.data} --mask-parts right_arm,tail", ["tail"]),
+                (pretrain, f"{self.data} --mask-ratio 1", ["ratio"]),
                 (pretrain, "--epoch 3", ["--epochs"]),
-                (pretrain, f"{self.data} --out text.txt --epochs 1", ["text.txt"]), (pretrain, f"{self.data} --out text.txt/deeper --epochs 1", ["text.txt"]),
-                (pretrain, f"{self.data} --lr -1", ["--lr"]), (finetune, f"{self.data} --lr inf", ["--lr", "inf"]),
-                (pretrain, f"{self.data} --batch-size {10**20}", ["--batch-size"]), (pretrain, f"{self.data} --hidden 6", ["--hidden 6", "4"]),
-                (finetune, "--data one.pt --layout five.json --linear-probe", ["--linear-probe", "two"]), (finetune, f"{self.data} --optimizer adam", ["--optimizer", "adamw"]),
+                (pretrain, f"{self.data} --out text.txt --epochs 1", ["text.txt"]),
+                (pretrain, f"{self.data} --out text.txt/deeper --epochs 1", ["text.txt"]),
+                (pretrain, f"{self.data} --lr -1", ["--lr"]),
+                (finetune, f"{self.data} --lr inf", ["--lr", "inf"]),
+                (pretrain, f"{self.data} --batch-size {10**20}", ["--batch-size"]),
+                (pretrain, f"{self.data} --hidden 6", ["--hidden 6", "4"]),
+                (finetune, "--data one.pt --layout five.json --linear-probe", ["--linear-probe", "two"]),
+                (finetune, f"{self.data} --optimizer adam", ["--optimizer", "adamw"]),
                 (finetune, "--ckpt PRE --data flat.pt --layout five.json", ["2D", "3D"]),
                 (finetune, "--ckpt PRE --data splits.pkl --split a", ["five.json", "penn13"]),
-                (finetune, "--ckpt PRE --width 16", ["--width"]), (finetune, "--ckpt FINE --data four.pt --layout five.json --eval-only", ["3 classes", "4"]),
-                (finetune, "--ckpt text.txt", ["text.txt", "checkpoint"]), (finetune, "--ckpt list.pt", ["list.pt"]),
-                (finetune, "--ckpt tiny.pt", ["tiny.pt"]), (finetune, "--ckpt broken.pt", ["broken.pt"]),
-                (finetune, "--ckpt hostile.pt", ["hostile.pt"]), (finetune, "--ckpt hollow.pt", ["hollow.pt"]), (finetune, "--ckpt absent.pt", ["absent.pt"]),
-                (finetune, "--ckpt PRE --eval-only", ["pretrain"]), (finetune, "--eval-only", ["--ckpt"]),
+                (finetune, "--ckpt PRE --width 16", ["--width"]),
+                (finetune, "--ckpt FINE --data four.pt --layout five.json --eval-only", ["3 classes", "4"]),
+                (finetune, "--ckpt text.txt", ["text.txt", "checkpoint"]),
+                (finetune, "--ckpt list.pt", ["list.pt"]),
+                (finetune, "--ckpt tiny.pt", ["tiny.pt"]),
+                (finetune, "--ckpt broken.pt", ["broken.pt"]),
+                (finetune, "--ckpt hostile.pt", ["hostile.pt"]),
+                (finetune, "--ckpt hollow.pt", ["hollow.pt"]),
+                (finetune, "--ckpt absent.pt", ["absent.pt"]),
+                (finetune, "--ckpt PRE --eval-only", ["pretrain"]),
+                (finetune, "--eval-only", ["--ckpt"]),
                 (finetune, "--ckpt --epochs 1 --out text.txt", ["text.txt"])):
             with self.subTest(line):
                 message = module(line.replace("PRE", "runs/pretrain/pretrain.pt").replace("FINE", "runs/finetune/finetune.pt"), 2)
@@ -2084,7 +2244,8 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                 model = torch.nn.Linear(2, 2)  # its last step can leave weights that no loss has seen
                 self.assertEqual(progress.row(model), {"epoch": epoch + 1, "loss": 0.5, "lr": 0.1})
                 model.weight.data[0, 1] = math.inf
-                with self.assertRaisesRegex(train_pretrain.Failure, f"weights are not finite in epoch {epoch + 1}, step 1, sequences b; try a lower --lr{kept}$"):
+                with self.assertRaisesRegex(train_pretrain.Failure,
+                                            f"weights are not finite in epoch {epoch + 1}, step 1, sequences b; try a lower --lr{kept}$"):
                     progress.row(model)
 
     def test_live_line_fits_the_terminal(self):
@@ -2118,7 +2279,8 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
 
     def test_as_a_command(self):
         """A normal run of the script prints nothing on stderr, not even torch's remark about numpy."""
-        done = subprocess.run([sys.executable, train_pretrain.__file__, *f"{self.data} --epochs 1 {TINY_RUN}".split()], capture_output=True, text=True)
+        command = [sys.executable, train_pretrain.__file__, *f"{self.data} --epochs 1 {TINY_RUN}".split()]
+        done = subprocess.run(command, capture_output=True, text=True)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
 
 
@@ -2129,7 +2291,9 @@ THOROUGH = "--thorough" in sys.argv  # the counts of the README's reliability se
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
     """Damage at a random place, every other time near the beginning or the end, where headers and directories are."""
-    position = draw.choice((draw.randrange(len(content)), draw.randrange(min(400, len(content))), len(content) - 1 - draw.randrange(min(400, len(content)))))
+    position = draw.choice((draw.randrange(len(content)),
+                            draw.randrange(min(400, len(content))),
+                            len(content) - 1 - draw.randrange(min(400, len(content)))))
     before, after = content[:position], content[position:]
     kind = draw.randrange(7)
     if kind == 0:
@@ -2160,7 +2324,8 @@ def zipped_as_torch(body: bytes, compression: int = zipfile.ZIP_STORED) -> bytes
 
 
 def peak_memory() -> float:
-    """The most memory that this process has had, in MB. Linux's getrusage begins with what the parent process had, which would hide much."""
+    """The most memory that this process has had, in MB. Linux's getrusage begins with what the parent process had,
+    which would hide much."""
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1000
@@ -2168,8 +2333,9 @@ def peak_memory() -> float:
 
 
 def read_mutants(path: str, count: int) -> tuple:
-    """Reads `count` damaged copies of a data file or checkpoint, each in under 5 seconds, and expects nothing but data or a refusal of one line.
-    Returns (how many were accepted, the slowest in seconds, memory beyond a valid read in MB). Run by ReliabilityTest in a process of its own."""
+    """Reads `count` damaged copies of a data file or checkpoint, each in under 5 seconds, and expects nothing but data
+    or a refusal of one line. Returns (how many were accepted, the slowest in seconds, memory beyond a valid read in MB).
+    Run by ReliabilityTest in a process of its own."""
     torch.set_num_threads(1)
     content, out, slowest, accepted = Path(path).read_bytes(), path + ".out", 0.0, 0
     layout = "five.json" if path.endswith("tiny.pt") else None
@@ -2206,11 +2372,13 @@ def read_mutants(path: str, count: int) -> tuple:
 
 class ReliabilityTest(ScriptCase):
     def start(self, module, line: str):
-        return subprocess.Popen([sys.executable, module.__file__, *f"--device cpu {line}".split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command = [sys.executable, module.__file__, *f"--device cpu {line}".split()]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
 
     def test_killed_at_any_moment(self):
-        """kill -9 while training or writing, then --resume: weights, optimiser, log and outputs are those of an undisturbed run, bit for bit."""
+        """kill -9 while training or writing, then --resume: weights, optimiser, log and outputs are those of an undisturbed run,
+        bit for bit."""
         draw, line = random.Random(0), f"{self.data} {TINY_RUN} --frames 8 --batch-size 8 --eval-every 1 --epochs 15"
         for module, name in ((train_pretrain, "pretrain"), (train_finetune, "finetune"))[not THOROUGH:]:
             flags = line + " --strl-layers 2 --blocks 1 --milestones 10,13" * (name == "finetune")
@@ -2239,10 +2407,12 @@ class ReliabilityTest(ScriptCase):
                 shutil.rmtree(f"killed{trial}")
 
     def test_mutated_files(self):
-        """Damaged npz, pickle, .pt and checkpoint: no crash, no hang, no traceback, no more than 200 MB; what is accepted is a valid data set."""
+        """Damaged npz, pickle, .pt and checkpoint: no crash, no hang, no traceback, no more than 200 MB;
+        what is accepted is a valid data set."""
         self.finetune(f"{self.data} --epochs 1 --out .")
         self.write("a.npz", ctr_gcn()), self.write("b.npz", ctr_gcn(compression=zipfile.ZIP_DEFLATED))
-        self.write("c.pkl", pickled({"annotations": pyskl(6, score=[1.0] * 26), "split": {"train": [f"a{i}" for i in range(4)], "test": ["a4", "a5"]}}))
+        split = {"train": [f"a{i}" for i in range(4)], "test": ["a4", "a5"]}
+        self.write("c.pkl", pickled({"annotations": pyskl(6, score=[1.0] * 26), "split": split}))
         files = {"a.npz": 1000, "b.npz": 1000, "c.pkl": 2000, "tiny.pt": 2000, "finetune.pt": 2000}
         shutil.copy("tiny.pt", "data.pt")  # what the damaged checkpoints are tried on
         for names in [[name] for name in files] if THOROUGH else [list(files)]:  # the peak of a process hides a smaller one after it
@@ -2254,15 +2424,24 @@ class ReliabilityTest(ScriptCase):
                 name, accepted, slowest, memory = line.split()
                 self.assertLess(float(slowest), 5, name), self.assertLess(float(memory), 250, name)
                 if THOROUGH:
-                    print(f"{name}: {files[name]} mutations, {accepted} accepted, slowest {float(slowest):.2f} s, {float(memory):.0f} MB beyond a valid read", flush=True)
+                    print(f"{name}: {files[name]} mutations, {accepted} accepted, slowest {float(slowest):.2f} s, "
+                          f"{float(memory):.0f} MB beyond a valid read", flush=True)
 
     def test_hostile_checkpoints(self):
         """Checkpoints and .pt data that would run something, as zip and as plain pickle: nothing runs, and what they ask for is named."""
         marker = os.path.join(self.folder, "ran")
-        for path, *args in (("os.system", f"touch {marker}"), ("posix.system", f"touch {marker}"), ("builtins.eval", f"open({marker!r}, 'w')"),
-                            ("builtins.exec", f"open({marker!r}, 'w')"), ("subprocess.Popen", ["touch", marker]), ("builtins.open", marker, "w"),
-                            ("builtins.getattr", Global("os.system"), "__call__"), ("runpy.run_path", marker), ("importlib.import_module", "os"),
-                            ("numpy.load", marker), ("torch.load", marker), ("data._Call", "x")):
+        for path, *args in (("os.system", f"touch {marker}"),
+                            ("posix.system", f"touch {marker}"),
+                            ("builtins.eval", f"open({marker!r}, 'w')"),
+                            ("builtins.exec", f"open({marker!r}, 'w')"),
+                            ("subprocess.Popen", ["touch", marker]),
+                            ("builtins.open", marker, "w"),
+                            ("builtins.getattr", Global("os.system"), "__call__"),
+                            ("runpy.run_path", marker),
+                            ("importlib.import_module", "os"),
+                            ("numpy.load", marker),
+                            ("torch.load", marker),
+                            ("data._Call", "x")):
             body = pickled({"kind": "finetune", "x_train": Made(path, *args)}, 2)
             for content in (body, zipped_as_torch(body)):
                 file = self.write("hostile.pt", content)
@@ -2272,13 +2451,22 @@ class ReliabilityTest(ScriptCase):
                 self.assertFalse(os.path.exists(marker))
 
     def test_bombs(self):
-        """A zip that promises terabytes, lists nested without end, a list that holds itself, and a dict key that doubles with every level."""
-        huge = b"\x93NUMPY\1\0" + struct.pack("<H", 118) + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1152921504606846976, 300, 150), }".ljust(117) + b"\n"
+        """A zip that promises terabytes, lists nested without end, a list that holds itself, and a dict key that doubles
+        with every level."""
+        header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1152921504606846976, 300, 150), }".ljust(117) + b"\n"
+        huge = b"\x93NUMPY\1\0" + struct.pack("<H", 118) + header
         doubling = b")q\0" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))
-        for name, content in (("a.npz", zipped(x_train=huge)), ("b.pkl", b"(" * 200_000 + b"l" * 200_000 + b"."), ("c.pkl", b"]" * 100_000 + b"a" * 99_999 + b"."),
-                              ("d.pkl", b"]q\0h\0a."), ("e.pkl", doubling + b"}h\x3cNs."), ("f.pkl", doubling + b"(h\x3cNd."),
-                              ("g.pkl", b"\x80\4" + doubling + b"\x8f(h\x3c\x90."), ("h.pkl", b"\x80\4" + doubling + b"}(h\x3cNu."), ("i.npz", zipped(zipfile.ZIP_DEFLATED, x_train=bytes(50_000_000))),
-                              ("j.pkl", pickled(ndarray((2**27, "a"), [], dtype("<f4")))), ("k.pkl", b"\x80\5\x96" + struct.pack("<Q", 2**38) + b"."),
+        for name, content in (("a.npz", zipped(x_train=huge)),
+                              ("b.pkl", b"(" * 200_000 + b"l" * 200_000 + b"."),
+                              ("c.pkl", b"]" * 100_000 + b"a" * 99_999 + b"."),
+                              ("d.pkl", b"]q\0h\0a."),
+                              ("e.pkl", doubling + b"}h\x3cNs."),
+                              ("f.pkl", doubling + b"(h\x3cNd."),
+                              ("g.pkl", b"\x80\4" + doubling + b"\x8f(h\x3c\x90."),
+                              ("h.pkl", b"\x80\4" + doubling + b"}(h\x3cNu."),
+                              ("i.npz", zipped(zipfile.ZIP_DEFLATED, x_train=bytes(50_000_000))),
+                              ("j.pkl", pickled(ndarray((2**27, "a"), [], dtype("<f4")))),
+                              ("k.pkl", b"\x80\5\x96" + struct.pack("<Q", 2**38) + b"."),
                               ("l.pkl", pickled([dict(frame_dir=1 << 20000)]))):
             with self.subTest(name):
                 begin = time.monotonic()
@@ -2286,67 +2474,88 @@ class ReliabilityTest(ScriptCase):
                 self.assertLess(time.monotonic() - begin, 5)
 
     def test_few_bytes_unfold_to_no_more_than_they_could_hold(self):
-        """Files of a few MB that build, copy, hash or compare one thing again and again, or deflate zeros: each is refused in 5 seconds, all in 250 MB."""
+        """Files of a few MB that build, copy, hash or compare one thing again and again, or deflate zeros:
+        each is refused in 5 seconds, all in 250 MB."""
         K, long = 1_000_000, struct.Struct("<I").pack
         text, get, put = (lambda s: b"X" + long(len(s)) + s), (lambda i: b"h" + bytes([i])), (lambda i: b"q" + bytes([i]))
         f4 = b"cnumpy\ndtype\n" + text(b"f4") + b"\x85Rq\x09(K\3" + text(b"<") + b"tb"
-        function = {name: b"\x80\5cnumpy.core." + name.encode() + b"\n" + put(1) + f4 for name in ("multiarray\n_reconstruct", "multiarray\nscalar", "numeric\n_frombuffer")}
+        function = {name: b"\x80\5cnumpy.core." + name.encode() + b"\n" + put(1) + f4
+                    for name in ("multiarray\n_reconstruct", "multiarray\nscalar", "numeric\n_frombuffer")}
         content, four = b"B" + long(K) + b"a" * K + put(0), b"B" + long(104) + raw("<f4", [1.0] * 26) + put(0)
         made = lambda shape: get(1) + b"(" + get(0) + get(9) + shape + text(b"C") + b"tR"
         annotation = b"}(" + text(b"keypoint") + made(b"(K\1K\1K\x0dK\2t") + text(b"label") + b"K\1u" + put(7)
         head = function["numeric\n_frombuffer"]
         doubling = b")q\0" + b"".join(get(i) + get(i) + b"\x86" + put(i + 1) for i in range(60))
-        encode = b"\x80\2" + text(b"a" * K) + put(0) + text(b"latin1") + put(3) + b"c_codecs\nencode\n" + put(1) + b"](" + (get(1) + get(0) + get(3) + b"\x86R") * 2000 + b"e."
+        encode = (b"\x80\2" + text(b"a" * K) + put(0) + text(b"latin1") + put(3) + b"c_codecs\nencode\n" + put(1)
+                  + b"](" + (get(1) + get(0) + get(3) + b"\x86R") * 2000 + b"e.")
         files = {"encode.pkl": encode,
-                 "reconstruct.pkl": function["multiarray\n_reconstruct"] + b"cnumpy\nndarray\n" + put(2) + content + b"(K\1" + b"J" + long(K // 4) + b"\x85h\x09\x89h\0t" + put(5)
+                 "reconstruct.pkl": function["multiarray\n_reconstruct"] + b"cnumpy\nndarray\n" + put(2) + content
+                                    + b"(K\1" + b"J" + long(K // 4) + b"\x85h\x09\x89h\0t" + put(5)
                                     + b"](" + (get(1) + get(2) + b"\x85R" + get(5) + b"b") * 2000 + b"e.",
                  "frombuffer.pkl": head + content + b"](" + made(b"J" + long(K // 4) + b"\x85") * 2000 + b"e.",
                  "scalar.pkl": function["multiarray\nscalar"] + content + b"](" + (get(1) + get(9) + get(0) + b"\x86R") * 200_000 + b"e.",
-                 "lists.pkl": b"\x80\2](" + b"]" * 4 * K + b"e.", "marks.pkl": b"\x80\2" + b"(" * 4 * K + b".", "memo.pkl": b"\x80\4N" + b"\x94" * 4 * K + b".",
+                 "lists.pkl": b"\x80\2](" + b"]" * 4 * K + b"e.",
+                 "marks.pkl": b"\x80\2" + b"(" * 4 * K + b".",
+                 "memo.pkl": b"\x80\4N" + b"\x94" * 4 * K + b".",
                  "promised.pkl": b"\x80\5\x96" + struct.pack("<Q", 2**31) + b".",
                  "long key.pkl": b"\x80\2\x8b" + long(K) + b"\x7f" * K + put(0) + b"}(" + (get(0) + b"N") * 300_000 + b"u.",
-                 "equal keys.pkl": b"\x80\2" + (text(b"a" * K) + put(0) + text(b"a" * K) + put(1)) + b"}h\0Ns" + (get(1) + b"Ns") * 400_000 + b".",
-                 "dtype.pkl": b"\x80\2cnumpy\ndtype\n" + text(b"f" * K) + b"\x85R(K\3" + text(b"<") + b"t" + put(1) + b"b" + (get(1) + b"b") * 300_000 + b".",
+                 "equal keys.pkl": b"\x80\2" + (text(b"a" * K) + put(0) + text(b"a" * K) + put(1))
+                                   + b"}h\0Ns" + (get(1) + b"Ns") * 400_000 + b".",
+                 "dtype.pkl": b"\x80\2cnumpy\ndtype\n" + text(b"f" * K) + b"\x85R(K\3" + text(b"<") + b"t" + put(1)
+                              + b"b" + (get(1) + b"b") * 300_000 + b".",
                  "shape.pkl": head + four + b"](" + b"K\1" * K + b"e" + put(3) + b"](" + made(get(3)) * 10_000 + b"e.",
                  "one annotation.pkl": head + four + b"](" + annotation + get(7) * 300_000 + b"e.",
-                 "one array.pkl": head + b"B" + long(4 * 65_000) + raw("<f4", [1.0]) * 65_000 + put(0) + b"](" + annotation.replace(b"(K\1K\1", b"(K\1M\xc4\x09") + get(7) * 20_000 + b"e.",
-                 "split.pkl": head + four + b"}(" + text(b"annotations") + b"](" + annotation + get(7) * 3 + b"e" + text(b"split") + b"}(" + text(b"train") + b"](" + b"K\1" * K + b"e"
+                 "one array.pkl": head + b"B" + long(4 * 65_000) + raw("<f4", [1.0]) * 65_000 + put(0)
+                                  + b"](" + annotation.replace(b"(K\1K\1", b"(K\1M\xc4\x09") + get(7) * 20_000 + b"e.",
+                 "split.pkl": head + four + b"}(" + text(b"annotations") + b"](" + annotation + get(7) * 3 + b"e"
+                              + text(b"split") + b"}(" + text(b"train") + b"](" + b"K\1" * K + b"e"
                               + text(b"test") + b"](K\2euu.",
                  "zeros.npz": zipped(zipfile.ZIP_DEFLATED, x_train=npy("<f4", (K, 1, 20), [], body=bytes(80 * K)))}
         x, nested = torch.zeros(1), [0, 1]
         for _ in range(26):
             nested = [nested, nested]
         good = dict(x_train=[torch.ones(4, 1, 17, 2)], y_train=[0], x_test=[torch.ones(4, 1, 17, 2)], y_test=[0])
-        for name, change in (("expanded", {"x_train": x.expand(10**9, 1, 1, 17, 2)}), ("expanded in a list", {"x_train": [x.expand(10**10, 1, 17, 2)]}),
-                             ("shared", {"x_train": [torch.ones(1000, 1, 17, 2)] * 10_000, "y_train": [0] * 10_000}), ("nested labels", {"y_train": nested})):
+        for name, change in (("expanded", {"x_train": x.expand(10**9, 1, 1, 17, 2)}),
+                             ("expanded in a list", {"x_train": [x.expand(10**10, 1, 17, 2)]}),
+                             ("shared", {"x_train": [torch.ones(1000, 1, 17, 2)] * 10_000, "y_train": [0] * 10_000}),
+                             ("nested labels", {"y_train": nested})):
             torch.save(good | change, name + ".pt")
         torch.save(good | {"x_train": torch.zeros(2 * K, 1, 1, 17, 2)}, "stored.pt")
         with zipfile.ZipFile("stored.pt") as stored, zipfile.ZipFile("deflated.pt", "w", zipfile.ZIP_DEFLATED) as deflated:
             for name in stored.namelist():
                 deflated.writestr(name, stored.read(name))
         os.remove("stored.pt")
-        for name, body in (("encode", encode), ("hash", b"\x80\2" + doubling + b"}h\x3cNs."), ("bytearray", b"\x80\2cbuiltins\nbytearray\nJ\0\0\0\x40\x85R.")):
+        for name, body in (("encode", encode),
+                           ("hash", b"\x80\2" + doubling + b"}h\x3cNs."),
+                           ("bytearray", b"\x80\2cbuiltins\nbytearray\nJ\0\0\0\x40\x85R.")):
             files[name + ".pt"] = zipped_as_torch(body)
         lying = bytearray(zipped_as_torch(bytes(150_000_000), zipfile.ZIP_DEFLATED))
         for header, size in ((b"PK\3\4", 22), (b"PK\1\2", 24)):  # where an entry says how long it is
             struct.pack_into("<I", lying, lying.index(header) + size, 1000)
         files["lying.pt"] = bytes(lying)
-        names = [self.write(name, content) and name for name, content in files.items()] + [name for name in os.listdir(".") if name.endswith(".pt") and name not in (*files, "tiny.pt")]
+        names = ([self.write(name, content) and name for name, content in files.items()]
+                 + [name for name in os.listdir(".") if name.endswith(".pt") and name not in (*files, "tiny.pt")])
         del files, encode, lying
         program = (f"import resource, signal, sys, time; sys.path.insert(0, {os.path.dirname(data.__file__)!r}); import data\n"
                    "from test_skeletonmae import peak_memory as peak\n"
                    "resource.setrlimit(resource.RLIMIT_AS, (4 << 30,) * 2); before = peak(); signal.alarm(300)\n"
-                   "for path in sys.argv[1:]:\n    begin, said = time.process_time(), 'accepted'\n    try: data.load(path)\n    except data.DataError: said = 'refused'\n"
+                   "for path in sys.argv[1:]:\n"
+                   "    begin, said = time.process_time(), 'accepted'\n"
+                   "    try: data.load(path)\n"
+                   "    except data.DataError: said = 'refused'\n"
                    "    print(path, said, time.process_time() - begin, peak() - before, sep='|', flush=True)")
         done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr[-2000:])
         self.assertEqual(len(done.stdout.splitlines()), len(names))
         for line in done.stdout.splitlines():
             name, said, seconds_taken, memory = line.split("|")
-            self.assertEqual(said, "refused", name), self.assertLess(float(seconds_taken), 5, name), self.assertLess(float(memory), 250, name)
+            self.assertEqual(said, "refused", name)
+            self.assertLess(float(seconds_taken), 5, name)
+            self.assertLess(float(memory), 250, name)
 
     def test_damaged_checkpoints(self):
-        """What a checkpoint holds is checked when it is read: every part, every setting; nothing else than one line and status 2 follows."""
+        """What a checkpoint holds is checked when it is read: every part, every setting;
+        nothing else than one line and status 2 follows."""
         self.pretrain(f"{self.data} --epochs 1")
         self.finetune("--ckpt --epochs 1")
         pretrained, finetuned = (torch.load(f"runs/{kind}/{kind}.pt", weights_only=True) for kind in ("pretrain", "finetune"))
@@ -2354,8 +2563,11 @@ class ReliabilityTest(ScriptCase):
         for kind, good in (("pretrain", pretrained), ("finetune", finetuned)):
             weight = next(name for name in good["model"] if name.endswith("linear.weight"))
             changes = [{part: bad} for part in good for bad in (None, [[]], torch.ones(2))]
-            changes += [{"settings": {**good["settings"], name: bad}} for name, bad in (("width", 10**12), ("frames", "x"), ("data", 3), ("data", "a\0b"), ("bone", [1]), ("layout", -1))]
-            changes += [{"model": {**good["model"], weight: bad}} for bad in (None, torch.ones(1))] + [{"log": [3]}, {"skeleton": {"joints": 3}}]
+            changes += [{"settings": {**good["settings"], name: bad}}
+                        for name, bad in (("width", 10**12), ("frames", "x"), ("data", 3),
+                                          ("data", "a\0b"), ("bone", [1]), ("layout", -1))]
+            changes += ([{"model": {**good["model"], weight: bad}} for bad in (None, torch.ones(1))]
+                        + [{"log": [3]}, {"skeleton": {"joints": 3}}])
             changes += [{"classes": [torch.ones(2)]}] * (kind == "finetune")
             for change in changes:
                 torch.save({**good, **change}, f"bad/{kind}.pt")
@@ -2372,8 +2584,10 @@ class ReliabilityTest(ScriptCase):
     def test_control_characters_are_never_printed(self):
         """Names in a file that would clear the screen or add lines to a message are escaped, and long ones are cut."""
         evil = "a\x1b[2J\nb"
-        for name, content in (("a.pkl", b"\x80\4\x8c\x02os\x8c" + bytes([len(evil)]) + evil.encode() + b"\x93."), ("b.pkl", pickled({"annotations": pyskl(), "split": {evil: []}})),
-                              ("c.npz", zipped(**{evil + str(i): b"" for i in range(3000)})), ("d.pkl", pickled([{**a, "frame_dir": evil, "label": -1} for a in pyskl(2)]))):
+        for name, content in (("a.pkl", b"\x80\4\x8c\x02os\x8c" + bytes([len(evil)]) + evil.encode() + b"\x93."),
+                              ("b.pkl", pickled({"annotations": pyskl(), "split": {evil: []}})),
+                              ("c.npz", zipped(**{evil + str(i): b"" for i in range(3000)})),
+                              ("d.pkl", pickled([{**a, "frame_dir": evil, "label": -1} for a in pyskl(2)]))):
             with self.assertRaises(DataError) as caught:
                 data.load(self.write(name, content))
             self.assertTrue(str(caught.exception).isprintable())
@@ -2391,8 +2605,10 @@ class ReliabilityTest(ScriptCase):
         """No room for the next checkpoint: one line, status 2, and the checkpoint before is whole."""
         self.pretrain(f"{self.data} --epochs 1")
         before = Path("runs/pretrain/pretrain.pt").read_bytes()
-        program = (f"import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2)\n"
-                   f"sys.path.insert(0, {os.path.dirname(data.__file__)!r}); import train_pretrain; train_pretrain.run(lambda: train_pretrain.main(['--resume', '--epochs', '3']))")
+        program = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+                   f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2)\n"
+                   f"sys.path.insert(0, {os.path.dirname(data.__file__)!r}); import train_pretrain; "
+                   "train_pretrain.run(lambda: train_pretrain.main(['--resume', '--epochs', '3']))")
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
         self.assertIn("runs/pretrain/pretrain.pt", done.stderr)
@@ -2406,7 +2622,8 @@ class ReliabilityTest(ScriptCase):
             epochs.append(row)
             if len(epochs) == 2:
                 shutil.rmtree("runs/pretrain")
-        with unittest.mock.patch.object(train_pretrain.Progress, "start_epoch", remove), unittest.mock.patch.object(train_pretrain.Progress, "step"), \
+        with unittest.mock.patch.object(train_pretrain.Progress, "start_epoch", remove), \
+                unittest.mock.patch.object(train_pretrain.Progress, "step"), \
                 unittest.mock.patch.object(train_pretrain.Progress, "row", return_value={"loss": 0.0}), \
                 unittest.mock.patch.object(train_pretrain.Progress, "end_epoch"):
             self.pretrain(f"{self.data} --epochs 3")
@@ -2449,8 +2666,9 @@ class ReliabilityTest(ScriptCase):
     def test_a_killed_process_ends_the_job(self):
         """Of two processes one dies: the other ends with one line, not with a traceback of its own, and the checkpoint loads."""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", train_pretrain.__file__]
-        job = subprocess.Popen(command + f"{self.data} {TINY_RUN} --device cpu --frames 8 --batch-size 8 --epochs 100000".split(), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        flags = f"{self.data} {TINY_RUN} --device cpu --frames 8 --batch-size 8 --epochs 100000"
+        job = subprocess.Popen(command + flags.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         while "epoch 3/" not in (line := job.stdout.readline()):
             self.assertTrue(line, "it ended by itself")
         workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
@@ -2569,12 +2787,14 @@ class GpuTest(ScriptCase):
 
 class DependencyTest(unittest.TestCase):
     def test_torch_and_the_standard_library_alone(self):
-        """No file at top level imports anything but torch, the standard library and its neighbours; numpy stays out, unless torch brings it."""
+        """No file at top level imports anything but torch, the standard library and its neighbours;
+        numpy stays out, unless torch brings it."""
         folder = os.path.dirname(data.__file__)
         own = {name[:-3] for name in os.listdir(folder) if name.endswith(".py")}
         for name in sorted(own):
             tree = ast.parse(Path(folder, name + ".py").read_text())
-            modules = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names] + [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+            modules = ([a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+                       + [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)])
             imported = {module.split(".")[0] for module in modules}
             self.assertLessEqual(imported, sys.stdlib_module_names | own | {"torch"}, name)
         self.assertEqual(str("numpy" in sys.modules), child("import sys, torch; print('numpy' in sys.modules)"))
@@ -2585,8 +2805,10 @@ class DependencyTest(unittest.TestCase):
 def write_checkpoint(folder: str, kind: str, settings: dict, model: dict, model_settings: dict):
     os.makedirs(folder, exist_ok=True)
     log = [{"epoch": e, "loss": 1 / e, "lr": 0.1, "top1": 9.0 * e} for e in (1, 2)]
-    train_pretrain.save({"kind": kind, "settings": settings, "model": model, "model_settings": model_settings, "optimizer": {}, "epoch": 1, "log": log,
-          "skeleton": SKELETONS["coco17"], "layout": "coco17", "channels": 2, "persons": 1, "classes": [0], "pretrained": [], "score": False}, os.path.join(folder, kind + ".pt"))
+    train_pretrain.save({"kind": kind, "settings": settings, "model": model, "model_settings": model_settings,
+                         "optimizer": {}, "epoch": 1, "log": log, "skeleton": SKELETONS["coco17"], "layout": "coco17",
+                         "channels": 2, "persons": 1, "classes": [0], "pretrained": [], "score": False},
+                        os.path.join(folder, kind + ".pt"))
 
 
 def make_run(folder: str, K: int = 5, N: int = 60, pretrained: str = ""):
@@ -2706,7 +2928,8 @@ class FigureTest(Case):
         self.assertIn(rings, (4 * 8, 2 * 4 * 8))  # right arm and right leg, four joints, of one or two persons in eight frames
         one = Loader(train_pretrain.read_data(was).test.subset([3]), SKELETONS["coco17"], 2, 1, 8, False)
         error = train_pretrain.reconstruction_error(model, one, torch.zeros(2, 17, 2))["joint_error"]
-        self.assertIn(f"Mean error of its masked joints: {error:.3g} in the units of the data", Path(self.folder, "report.html").read_text())
+        self.assertIn(f"Mean error of its masked joints: {error:.3g} in the units of the data",
+                      Path(self.folder, "report.html").read_text())
 
     def test_table_2(self):
         """The best and the worst set of as many joints, the mean and the deviation over runs, and a dash where there is none."""
@@ -2721,10 +2944,15 @@ class FigureTest(Case):
         draw(os.path.join(self.folder, "e"), "--table", *sorted(glob.glob(self.folder + "/?*")), "--no-tsne", "--out", self.folder)
         content = Path(self.folder, "report.html").read_text().partition("Table 2")[2].partition("</table>")[0]
         rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in content.split("<tr>")[1:]]
-        arm, leg, right_arm, right_leg = (list(SKELETONS["coco17"]["parts"]).index(part) for part in ("left_arm", "left_leg", "right_arm", "right_leg"))
+        arm, leg, right_arm, right_leg = (list(SKELETONS["coco17"]["parts"]).index(part)
+                                          for part in ("left_arm", "left_leg", "right_arm", "right_leg"))
         high, low = (" ".join(f"V{i}" for i in sorted(pair)) for pair in ((arm, leg), (right_arm, right_leg)))
-        self.assertEqual(rows, [["Masked joints", "0", "4"], ["Ratio", "0 %", "24 %"], ["No pre-training", "96.0 ", "–"], ["Random joints", "–", "89.0 "],
-                                ["Body parts, high", "–", f"84.0 {high}"], ["Body parts, low", "–", f"80.5 ± 0.7 (n = 2) {low}"]])
+        self.assertEqual(rows, [["Masked joints", "0", "4"],
+                                ["Ratio", "0 %", "24 %"],
+                                ["No pre-training", "96.0 ", "–"],
+                                ["Random joints", "–", "89.0 "],
+                                ["Body parts, high", "–", f"84.0 {high}"],
+                                ["Body parts, low", "–", f"80.5 ± 0.7 (n = 2) {low}"]])
 
     def test_what_an_earlier_report_left_is_removed(self):
         """A figure that is not drawn this time does not stay beside the report; other files do, and the line printed says so."""
@@ -2732,7 +2960,8 @@ class FigureTest(Case):
         Path(self.folder, "own.svg").write_text("<svg/>")
         self.assertNotIn("removed", draw(self.folder))
         before = {path.name for path in Path(self.folder).glob("*.svg")}
-        self.assertEqual({name[:-4] for name in before} - {"own"}, visualize.FIGURES.keys() - {"paper-fig6-reconstruction", "training-pretrain"})
+        self.assertEqual({name[:-4] for name in before} - {"own"},
+                         visualize.FIGURES.keys() - {"paper-fig6-reconstruction", "training-pretrain"})
         self.assertRegex(draw(self.folder, "--no-tsne"), r"removed .*: fig1-tsne\.svg$")
         self.assertEqual(before - {path.name for path in Path(self.folder).glob("*.svg")}, {"fig1-tsne.svg"})
 
@@ -2781,8 +3010,9 @@ class FigureTest(Case):
         torch.save(checkpoint | {"settings": checkpoint["settings"] | {"epochs": "many"}}, os.path.join(self.folder, "finetune.pt"))
         with self.assertRaisesRegex(train_pretrain.Failure, "--epochs"):
             draw(self.folder)
-        torch.save(checkpoint | {"settings": checkpoint["settings"] | {"ckpt": os.path.join(self.folder, "finetune.pt")}}, os.path.join(self.folder, "finetune.pt"))
-        self.assertEqual(visualize.read_pretraining(os.path.join(self.folder, "finetune.pt")), ("", None))  # it was fine-tuned again in its own folder
+        path = os.path.join(self.folder, "finetune.pt")
+        torch.save(checkpoint | {"settings": checkpoint["settings"] | {"ckpt": path}}, path)
+        self.assertEqual(visualize.read_pretraining(path), ("", None))  # it was fine-tuned again in its own folder
         self.assertEqual(glob.glob(os.path.join(self.folder, "report.html")), [])
 
     def test_nothing_imports_it(self):
@@ -2824,7 +3054,8 @@ def finetuning_step(N: int = 16, T: int = 64, M: int = 2, compiled: bool = False
     model, x, y = SkeletonClassifier(COCO, 2, 60, persons=2), torch.randn(N, 2, T, 17, 2), torch.arange(N) % 60
     x[:, M:] = 0
     call, present = torch.compile(model, dynamic=True) if compiled else model, x.flatten(2).any(2)
-    return training_step(model, torch.optim.SGD(model.parameters(), 0.01, 0.9), lambda: F.cross_entropy(call(x, Packing(present, "cpu")), y))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+    return training_step(model, optimizer, lambda: F.cross_entropy(call(x, Packing(present, "cpu")), y))
 
 
 def matrix_limit() -> float:
@@ -2841,7 +3072,8 @@ def of_limit(step, time_taken: float) -> str:
 
 def child(program: str) -> str:
     """What a Python program prints; it runs in a process of its own, beside the scripts."""
-    return subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent,
+                          capture_output=True, text=True, check=True).stdout.strip()
 
 
 def speed(rows: list):
@@ -2858,13 +3090,15 @@ def speed(rows: list):
     if wanted("P1"):
         step = pretraining_step()
         taken = seconds(step)
-        show("P1", f"pre-training step, 64 sequences x 64 frames x 17 joints, 3 x 256: {64 / taken:.1f} sequences/s, {of_limit(step, taken)}")
+        show("P1", f"pre-training step, 64 sequences x 64 frames x 17 joints, 3 x 256: {64 / taken:.1f} sequences/s, "
+                   f"{of_limit(step, taken)}")
     if wanted("P2"):
         show("P2", f"the same in bfloat16: {64 / seconds(pretraining_step(amp=True), 3):.1f} sequences/s")
     if wanted("P3"):
         step = finetuning_step()
         taken = seconds(step)
-        show("P3", f"fine-tuning step, 16 sequences x 2 persons x 64 frames x 17 joints: {16 / taken:.1f} sequences/s, {of_limit(step, taken)}")
+        show("P3", f"fine-tuning step, 16 sequences x 2 persons x 64 frames x 17 joints: {16 / taken:.1f} sequences/s, "
+                   f"{of_limit(step, taken)}")
     if wanted("P4"):
         with tempfile.TemporaryDirectory() as folder:
             write_ntu(f"{folder}/ntu.npz", 1024)
@@ -2884,7 +3118,8 @@ train_pretrain.keep_freed_memory()
 read = data.load({f"{folder}/ntu.npz"!r})
 next(iter(data.Loader(read.train, read.skeleton, 3, 256, 64, True).epoch()))
 anonymous = [line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")][0]
-print(f"from the start of Python to the first batch of 7.2 GB: {{time.perf_counter() - begin:.1f}} s, {{int(anonymous) / 1e6:.2f}} GB of anonymous memory")
+print(f"from the start of Python to the first batch of 7.2 GB: {{time.perf_counter() - begin:.1f}} s, "
+      f"{{int(anonymous) / 1e6:.2f}} GB of anonymous memory")
 """))
     if wanted("P6"):
         with tempfile.TemporaryDirectory() as folder:
@@ -2900,7 +3135,8 @@ print(f"from the start of Python to the first batch of 7.2 GB: {{time.perf_count
             with torch.autocast("cpu", torch.bfloat16):
                 show("P7", f"the same in bfloat16: {64 / seconds(lambda: model(many)):.0f} sequences/s")
     if wanted("P8"):
-        for what, step, base in (("sequences", lambda k: finetuning_step(8 * k, 64, 1), 8), ("frames", lambda k: finetuning_step(16, 32 * k, 1), 32),
+        for what, step, base in (("sequences", lambda k: finetuning_step(8 * k, 64, 1), 8),
+                                 ("frames", lambda k: finetuning_step(16, 32 * k, 1), 32),
                                  ("persons", lambda k: finetuning_step(16, 64, k), 1)):
             factors = (1, 2) if what == "persons" else (1, 2, 4, 8)
             steps = [step(k) for k in factors]
