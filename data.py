@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores are the user's choice
+
 
 def shown(text: str) -> str:
     """Text that may come from a file, made safe to print: no control characters, at most 2000 characters."""
@@ -200,10 +202,16 @@ def read_npy(body: memoryview, what: str) -> Tensor:
         return array(body, code, shape, bool(fortran), first + size)
 
 
-def inflate(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """An entry of a zip, never more of it than it claims to hold: archive.read inflates up to 2 GiB before it cuts."""
+def inflate(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytearray:
+    """An entry of a zip, never more of it than it claims to hold: archive.read inflates up to 2 GiB before it cuts, and Python's
+    other decompressors whatever there is."""
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{shown(entry.filename)} is compressed in a way that neither numpy nor torch writes; expected stored or deflated")
+    content = bytearray()
     with archive.open(entry) as stream:
-        return stream.read(entry.file_size)
+        while piece := stream.read(min(2**20, entry.file_size - len(content))):
+            content += piece
+    return content
 
 
 def read_npz(path: str, wanted: tuple) -> dict:
@@ -223,7 +231,7 @@ def read_npz(path: str, wanted: tuple) -> dict:
                 first = info.header_offset + 30 + sum(struct.unpack("<2H", mapped[info.header_offset + 26:info.header_offset + 30]))
                 body = mapped[first:first + info.file_size]
             else:
-                body = memoryview(bytearray(inflate(archive, info)))  # writable, as tensors are
+                body = memoryview(inflate(archive, info))
             arrays[name] = read_npy(body, what)
     return arrays
 
@@ -732,14 +740,15 @@ def boxed(x: Tensor, there: Tensor, unit: Tensor, channels: int) -> tuple:
 
 def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False, frames: int | None = None) -> tuple:
     """Raw whole sequences x (N, M, any T, V, C [+ score]) as a model is tested on them: centred, scaled, and in 3D turned to face the
-    viewer, as find_placement describes, or else `boxed`, and of each as many frames as asked for, spread evenly, else all of
-    them. Persons and frames that are all zero stay zero.
+    viewer, as find_placement describes, or else `boxed`; of each as many frames as asked for, spread evenly over those before
+    the padding at its end, else all T. Persons and frames that are all zero stay zero.
     Returns (x, origin (N, C), unit (N,), or (N, C) for the axes of what was boxed)."""
     there = (x[..., :channels] != 0).flatten(3).any(3)
     linear, origin, unit = find_batch_placement(x, there, skeleton, channels, not box)
     if frames:
-        steps = sample_frames(torch.tensor([x.shape[2]]), frames, False)[0].to(x.device)
-        x, there = x[:, :, steps], there[:, :, steps]
+        length = (there.any(1) * torch.arange(1, x.shape[2] + 1, device=x.device)).amax(1).clamp(min=1)
+        rows, steps = torch.arange(len(x), device=x.device)[:, None], sample_frames(length, frames, False)
+        x, there = (t.transpose(1, 2)[rows, steps].transpose(1, 2) for t in (x, there))
     x = place(x, there, linear, origin)
     if box:
         x, unit = boxed(x, there, unit, channels)
@@ -826,10 +835,8 @@ class Loader:
                    for step, index in enumerate(self._batches(order), 1)]
         if not self.workers:
             return map(self.batch, batches)
-        with warnings.catch_warnings():  # that there are fewer cores than workers is the caller's choice
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
-            return iter(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers, collate_fn=self.batch,
-                                                    generator=torch.Generator()))  # its own: the global one goes on as without workers
+        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers, collate_fn=self.batch,
+                                           generator=torch.Generator())  # its own: the global one goes on as without workers
 
     def _seed(self, epoch: int, step: int = 0) -> int:
         """A seed of its own for every step of every epoch, the same in all processes; step 0 is the order of the epoch."""

@@ -18,6 +18,7 @@ Shape legend
 Inside, joints come first, (V, P, T, D): the aggregation A X of Eq. 1 is then one matrix product without a copy.
 A mask is True where a joint is masked (hidden from the encoder), False where it is kept.
 """
+import itertools
 import warnings
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch alone suffices; numpy is not wanted
@@ -46,9 +47,8 @@ def make_skeleton(joints, edges, parts, centre, pairs=None) -> dict:
         raise ValueError(f"a skeleton of {len(names)} joints needs indices from 0 to {len(names) - 1} in edges, parts, pairs and centre")
     if len(set(names)) < len(names) or any(i == j for i, j in edges):
         raise ValueError("a skeleton needs joint names that differ, and edges between two different joints")
-    members = [joint for part in parts.values() for joint in part]
-    if not all(parts.values()) or not members or len(set(members)) < len(members) or not centre:
-        raise ValueError("a skeleton needs at least one body part, no empty part, no joint in two parts, and a centre joint")
+    if not parts or not all(parts.values()) or not centre:
+        raise ValueError("a skeleton needs at least one body part, no empty part, and a centre joint")
     return {"joints": names, "edges": [list(e) for e in edges], "parts": {k: list(v) for k, v in parts.items()},
             "pairs": [list(p) for p in pairs], "centre": centre}
 
@@ -481,6 +481,9 @@ class SkeletonMAE(nn.Module):
         self.masking = dict(parts=tuple(mask_parts), num_parts=mask_num_parts, ratio=mask_ratio)
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
         draw_mask(1, skeleton, **self.masking)  # a mask that cannot be drawn is an error now, not at the first step
+        if mask_num_parts and not mask_ratio:  # parts may overlap: no draw of them may hide every joint
+            for chosen in itertools.combinations(skeleton["parts"], mask_num_parts):
+                draw_mask(1, skeleton, chosen)
         self.register_buffer("scale", torch.ones(()))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
         if strl is None:

@@ -148,7 +148,8 @@ def main(argv=None):
     path, resumed, source = os.path.join(settings.out, "finetune.pt"), None, None
     if settings.resume:
         source = resumed = read_checkpoint(path, ("finetune",))
-        given -= {"ckpt"} if settings.ckpt == "newest" else set()  # the newest of then, which this checkpoint names
+        if settings.ckpt == "newest" and resumed["settings"].get("ckpt"):
+            given = given - {"ckpt"}  # what was newest then, this checkpoint names
         settings = resume_settings(Settings, given, settings, resumed, path)
     elif settings.ckpt:
         settings.ckpt = newest_pretraining() if settings.ckpt == "newest" else settings.ckpt
@@ -170,8 +171,8 @@ def main(argv=None):
     if settings.label_fraction < 1:
         data.train = data.train.subset(label_subset(data.train.label, settings.label_fraction, settings.label_seed))
         say(f"{len(data.train)} labelled sequences, {settings.label_fraction:g} of each class, label seed {settings.label_seed}")
-    if settings.linear_probe and len(data.train) < 2:
-        raise Failure("--linear-probe has one training sequence; expected at least two, for batch norm")
+    if settings.linear_probe and not settings.eval_only and len(data.train) < 2 * world:
+        raise Failure(f"{len(data.train)} training sequences for --linear-probe; expected at least two in each process, for batch norm")
     train, test = loaders(settings, data, device, rank, world)
 
     torch.manual_seed(settings.seed)

@@ -107,7 +107,7 @@ def pick(settings: CommonSettings, *names: str) -> dict:
 
 
 def bounds(f) -> tuple:
-    return f.metadata.get("low", -math.inf), f.metadata.get("high", 2**31 if f.type is int else sys.float_info.max)
+    return f.metadata.get("low", -math.inf), f.metadata.get("high", 2**31 if f.type is int else 1e30)
 
 
 def parse(settings: type, doc: str, argv=None) -> tuple:
@@ -208,10 +208,6 @@ def set_up(settings: CommonSettings) -> tuple:
     except (RuntimeError, AssertionError) as error:
         expected = "auto, cpu, cuda" if torch.cuda.is_available() else "auto, cpu"
         raise Failure(f"device {name} cannot be used here ({brief(error)}); expected {expected}") from None
-    for name in ("width", "hidden"):
-        if getattr(settings, name) % 4:
-            raise Failure(f"--{name} {getattr(settings, name)} does not divide by 4, the number of attention heads and of branches of "
-                          "temporal pooling; expected one that does")
     if settings.batch_size < 2 * world:
         raise Failure(f"--batch-size {settings.batch_size} cannot be shared among {world} processes; expected at least two sequences each")
     if settings.graphs and (device.type != "cuda" or world > 1 or settings.compile):
@@ -522,6 +518,9 @@ def main(argv=None):
     if steps < 2000:
         repeat = min(10_000, math.ceil(2000 * 64 / (len(data.train) * settings.epochs)))
         say(f"hint: {steps} steps in all is little training; for a small set try --batch-size 64 --repeat {repeat} --lr 1e-3")
+    if settings.width % 4 or settings.hidden % 4:
+        say(f"hint: the classifier needs --width and --hidden that divide by 4, for its four branches and heads; these are "
+            f"{settings.width} and {settings.hidden}")
 
     torch.manual_seed(settings.seed)
     arguments = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}

@@ -186,8 +186,8 @@ FIGURES = {"fig1-pca": "Fig. 1: features before the classifier, PCA", "fig1-tsne
 def figure(name: str, caption: str, width: float, height: float, body: str) -> tuple:
     """(name, title, caption, SVG)."""
     size, wide = f'width="{width:.4g}" height="{height:.4g}"', ' class="wide"' * (width > 500)
-    svg = f'<svg viewBox="0 0 {width:.4g} {height:.4g}" {size}{wide} role="img" aria-label="{FIGURES[name]}">{body}</svg>'
-    return name, FIGURES[name], caption, svg
+    head = f'<svg viewBox="0 0 {width:.4g} {height:.4g}" {size}{wide} role="img" aria-label="{FIGURES[name]}">'
+    return name, FIGURES[name], caption, f"{head}{body}</svg>"
 
 
 def clean(words, limit: int = 40) -> str:
