@@ -2267,8 +2267,10 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                 progress.live, progress.drawn = True, -math.inf
                 progress.start_epoch(0, 0.1)
                 progress.step(torch.tensor(0.5), torch.tensor([0]))
-            self.assertEqual(len(shown.getvalue()), 1 + columns - 1)
-            self.assertTrue(shown.getvalue().startswith("\repoch 1/9  loss 0.5"))
+                progress.end_epoch(0.25, "")
+            for line, loss in zip(shown.getvalue().split("\r")[1:], (0.5, 0.25)):
+                self.assertTrue(line.startswith(f"epoch 1/9  loss {loss}"))
+                self.assertEqual(len(line.rstrip("\n")), max(columns - 1, len(line.rstrip("\n ")) if loss == 0.25 else 0))
 
     def test_a_failed_write_keeps_the_file(self):
         """Whatever goes wrong while it is written, the old file is whole and no other is left."""

@@ -447,8 +447,11 @@ class Progress:
                 f"{left // 60:.0f}m{left % 60:02.0f}s left")
 
     def end_epoch(self, loss: float, note: str):
+        line = self.line(loss) + note
+        if self.live:
+            line = "\r" + line.ljust(shutil.get_terminal_size().columns - 1)  # over all of the live one
         if not self.quiet:
-            print(("\r" if self.live else "") + self.line(loss) + note, flush=True)
+            print(line, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- pre-training
@@ -519,7 +522,7 @@ def main(argv=None):
         repeat = min(10_000, math.ceil(2000 * 64 / (len(data.train) * settings.epochs)))
         say(f"hint: {steps} steps in all is little training; for a small set try --batch-size 64 --repeat {repeat} --lr 1e-3")
     if settings.width % 4 or settings.hidden % 4:
-        say(f"hint: the classifier needs --width and --hidden that divide by 4, for its four branches and heads; these are "
+        say("hint: the classifier needs --width and --hidden that divide by 4, for its four branches and heads; these are "
             f"{settings.width} and {settings.hidden}")
 
     torch.manual_seed(settings.seed)
