@@ -118,6 +118,11 @@ MAX_COORDINATE = 1e9  # beyond any unit a body is measured in: a larger number i
 MAX_LABEL = 100_000   # more classes than any data set has: a larger label is damage
 
 
+def unpadded(someone: Tensor) -> Tensor:
+    """Frames of each sequence before the padding at its end, (N,), at least 1; someone: bool (N, T), whether anyone is in the frame."""
+    return (someone * torch.arange(1, someone.shape[1] + 1, device=someone.device)).amax(1).clamp(min=1)
+
+
 def scan(x: Tensor, names: list, what: str) -> tuple:
     """Length and presence of padded sequences x (N, T, M, V, C): trailing all-zero frames are cut, a person without any
     non-zero coordinate is absent. In chunks, so that a memory-mapped array is never copied. Returns (length (N,), present
@@ -131,10 +136,9 @@ def scan(x: Tensor, names: list, what: str) -> tuple:
                             f"expected finite numbers below {MAX_COORDINATE:g}, repair or drop it")
         theres.append(peak > 0)
     there = torch.cat(theres)
-    length = (there.any(2) * torch.arange(1, x.shape[1] + 1)).amax(1).clamp(min=1)
     present = there.any(1)
     present[:, 0] |= ~present.any(1)  # a sequence without anyone still holds one (empty) first person
-    return length, present, there
+    return unpadded(there.any(2)), present, there
 
 
 def flatten(sequences: list, labels: Tensor, names: list, what: str, persons: int = 1) -> Sequences:
@@ -457,7 +461,6 @@ def fill_missing(data: Sequences):
 
 # ---------------------------------------------------------------------------------------------- the other readers
 
-
 def read_labels(y: Tensor, count: int, what: str) -> Tensor:
     """Integer labels (N,) from integers (N,) or a one-hot (N, K) of numbers or booleans."""
     if y.dim() == 0 or len(y) != count:
@@ -746,8 +749,7 @@ def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False, frame
     there = (x[..., :channels] != 0).flatten(3).any(3)
     linear, origin, unit = find_batch_placement(x, there, skeleton, channels, not box)
     if frames:
-        length = (there.any(1) * torch.arange(1, x.shape[2] + 1, device=x.device)).amax(1).clamp(min=1)
-        rows, steps = torch.arange(len(x), device=x.device)[:, None], sample_frames(length, frames, False)
+        rows, steps = torch.arange(len(x), device=x.device)[:, None], sample_frames(unpadded(there.any(1)), frames, False)
         x, there = (t.transpose(1, 2)[rows, steps].transpose(1, 2) for t in (x, there))
     x = place(x, there, linear, origin)
     if box:

@@ -1951,7 +1951,7 @@ class ScriptTest(ScriptCase):
             for p, moment, g in zip(learned, moments, torch.autograd.grad(sum(losses), learned)):
                 moment[:] = 0.9 * moment[0] + 0.1 * g, 0.999 * moment[1] + 0.001 * g.square()
                 p.data -= 0.01 * moment[0] / (1 - 0.9 ** (epoch + 1)) / ((moment[1] / (1 - 0.999 ** (epoch + 1))).sqrt() + 1e-8)
-            self.assertAlmostEqual(trained["log"][epoch]["loss"], float(sum(losses)), 4)
+            self.assertAlmostEqual(trained["log"][epoch]["loss"], float(sum(losses).detach()), 4)
         for name, parameter in model.named_parameters():
             self.close(trained["model"][name], parameter.detach(), 1e-3)
 

@@ -11,14 +11,14 @@ Leaves in --out (runs/finetune): finetune.pt, log.csv, and test_outputs.pt with 
 labels of the test set. Results are those of the last epoch; the test set chooses nothing.
 """
 import glob
-import math
 import os
 from dataclasses import asdict, dataclass
 
-from data import Loader, brief  # before torch: it silences torch's one remark about numpy
+from data import Loader, brief, reading  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
-from train_pretrain import (STRL_SETTINGS, CommonSettings, Failure, Progress, loaders, option, parse, pick, read_checkpoint, read_data,
-                            recorded, refuse_change, replayed, resume_settings, run, save, set_up, write_atomically, write_log)
+from train_pretrain import (STRL_SETTINGS, CommonSettings, Failure, Progress, hint_at_steps, loaders, option, parse, pick,
+                            read_checkpoint, read_data, recorded, refuse_change, replayed, resume_settings, run, save, set_up,
+                            write_atomically, write_log)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -50,9 +50,6 @@ class Settings(CommonSettings):
     strl_layers: int = option(3, "M_l, STRL layers", low=1, high=100)
     attention_dropout: float = option(0.1, "supplement A: 0.1", low=0, high=0.99)
     head_dropout: float = option(0.0, "dropout before the classifier", low=0, high=0.99)
-
-
-PRETRAINED = ("width", "hidden", "layers", "motion", "bone", "score", "box")  # what every checkpoint decides
 
 
 def learning_rate(epoch: int, base: float, warmup: int, milestones: tuple) -> float:
@@ -102,7 +99,7 @@ def metrics(outputs: dict) -> dict:
 
 def take_settings(settings: Settings, given: set, source: dict):
     """A checkpoint decides its shape and, unless told otherwise, its data."""
-    fixed = set(PRETRAINED)
+    fixed = {"width", "hidden", "layers", "motion", "bone", "score", "box"}
     if source["kind"] == "finetune":
         fixed |= {*STRL_SETTINGS, "linear_probe"}
     elif source["settings"].get("strl_layers"):  # the STRL layers are pre-trained too
@@ -208,20 +205,14 @@ def main(argv=None):
     described = "linear probe, " * settings.linear_probe + (f"from {settings.ckpt}" if settings.ckpt else "from random weights")
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}, {described}; "
         f"{train.steps} steps an epoch")
-    steps = train.steps * settings.epochs
-    if steps < 2000:
-        repeat = min(10_000, math.ceil(2000 * 16 / (len(data.train) * settings.epochs)))
-        say(f"hint: {steps} steps in all is little training; for a small set try --batch-size 16 --repeat {repeat} "
-            "--optimizer adamw --lr 3e-3 --weight-decay 0.05 --clip 5")
+    hint_at_steps(say, train, settings.epochs, 16, "--optimizer adamw --lr 3e-3 --weight-decay 0.05 --clip 5")
     if settings.milestones and settings.milestones[0] >= settings.epochs > settings.warmup:
         say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones "
             f"{settings.epochs * 9 // 11},{settings.epochs * 10 // 11}")
     first_epoch, log = 0, []
     if resumed:
-        try:
+        with reading(path, "does not fit these settings and data", "resume with the same"):
             optimizer.load_state_dict(resumed["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise Failure(f"{path} does not fit these settings and data ({brief(error)}); resume with the same") from None
         first_epoch, log = resumed["epoch"] + 1, resumed["log"]
         if rank == 0:
             write_log(log, os.path.join(settings.out, "log.csv"))

@@ -398,6 +398,14 @@ def resume_settings(settings: type, given: set, asked, checkpoint: dict, path: s
 
 # ---------------------------------------------------------------------------------------------- progress
 
+def hint_at_steps(say, train: Loader, epochs: int, batch_size: int, flags: str):
+    """A small set takes few steps at supplement A's settings: says so, and with which others they would be 2,000."""
+    steps = train.steps * epochs
+    if steps < 2000:
+        repeat = min(10_000, math.ceil(2000 * batch_size / (len(train.data) * epochs)))
+        say(f"hint: {steps} steps in all is little training; for a small set try --batch-size {batch_size} --repeat {repeat} {flags}")
+
+
 class Progress:
     """The losses of an epoch as one live line on a terminal, one line an epoch elsewhere; silent in all processes but the first.
     The first loss that is not finite stops the run and says where it came from."""
@@ -418,8 +426,7 @@ class Progress:
             self.check(len(self.losses) - 1)
         if self.live and not self.quiet and time.monotonic() - self.drawn > 0.5:  # reading a loss waits for the GPU: twice a second
             self.drawn = time.monotonic()
-            columns = shutil.get_terminal_size().columns - 1  # a longer line would wrap, and stay
-            print("\r" + self.line(float(loss))[:columns].ljust(columns), end="", flush=True)
+            print(self.drawn_over(self.line(float(loss))[:self.columns()]), end="", flush=True)
 
     def check(self, first: int = 0):
         bad = (~torch.stack(self.losses[first:]).isfinite()).nonzero().flatten().tolist()
@@ -435,7 +442,7 @@ class Progress:
     def row(self, model: torch.nn.Module) -> dict:
         """What the epoch adds to the log. Its last step can still have ruined the weights: no loss has seen them yet."""
         self.check()
-        if not all(p.isfinite().all() for p in model.state_dict().values()):
+        if not torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all():
             raise self.failure("weights are not finite", len(self.losses) - 1)
         return {"epoch": self.epoch + 1, "loss": float(torch.stack(self.losses).mean()), "lr": self.lr}
 
@@ -447,11 +454,16 @@ class Progress:
                 f"{left // 60:.0f}m{left % 60:02.0f}s left")
 
     def end_epoch(self, loss: float, note: str):
-        line = self.line(loss) + note
-        if self.live:
-            line = "\r" + line.ljust(shutil.get_terminal_size().columns - 1)  # over all of the live one
         if not self.quiet:
-            print(line, flush=True)
+            print(self.drawn_over(self.line(loss) + note) if self.live else self.line(loss) + note, flush=True)
+
+    @staticmethod
+    def columns() -> int:
+        """Those of the terminal but the last: a live line that reaches it would wrap, and stay."""
+        return shutil.get_terminal_size().columns - 1
+
+    def drawn_over(self, line: str) -> str:
+        return "\r" + line.ljust(self.columns())
 
 
 # ---------------------------------------------------------------------------------------------- pre-training
@@ -517,10 +529,7 @@ def main(argv=None):
     data = read_data(settings)
     say(f"{settings.data or 'stick figures'}: {data}")
     train, held_out = loaders(settings, data, device, rank, world)
-    steps = train.steps * settings.epochs
-    if steps < 2000:
-        repeat = min(10_000, math.ceil(2000 * 64 / (len(data.train) * settings.epochs)))
-        say(f"hint: {steps} steps in all is little training; for a small set try --batch-size 64 --repeat {repeat} --lr 1e-3")
+    hint_at_steps(say, train, settings.epochs, 64, "--lr 1e-3")
     if settings.width % 4 or settings.hidden % 4:
         say("hint: the classifier needs --width and --hidden that divide by 4, for its four branches and heads; these are "
             f"{settings.width} and {settings.hidden}")
@@ -545,11 +554,9 @@ def main(argv=None):
         f"masked: {masked}")
     first_epoch, log = 0, []
     if checkpoint:
-        try:
+        with reading(path, "does not fit these settings and data", "resume with the same"):
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise Failure(f"{path} does not fit these settings and data ({brief(error)}); resume with the same") from None
         first_epoch, log = checkpoint["epoch"] + 1, checkpoint["log"]
         if rank == 0:
             write_log(log, os.path.join(settings.out, "log.csv"))  # the run may have died between its checkpoint and its log
