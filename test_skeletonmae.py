@@ -2136,6 +2136,28 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
             stayed = {name for name in learned if after[name].equal(before["model"][name])}
             self.assertEqual(stayed, {name for name in learned if re.match(fixed, name)})
 
+    def test_hint_for_a_small_set(self):
+        """Below 2,000 steps both scripts advise the README's recipe and as many passes as make 4,000 steps: what changes nothing
+        or what the checkpoint decides is left out, so the flags are accepted. Resuming and probes hint at nothing."""
+        def hint(printed):
+            return re.search("hint: .* steps in all is little training; for a small set try (.*)", printed)
+
+        optimizer, model = "--batch-size 16 --optimizer adamw --lr 0.003 --weight-decay 0.05 --clip 5 ", "--motion --bone --hidden 64 "
+        for flags, fixed in (("", "--frames 16 "), (STACK, "")):
+            printed = self.pretrain(f"{self.data} --epochs 2{flags}")
+            expected = f"--batch-size 32 --lr 0.001 {model}--blocks 1 --frames 16 --crop 0.3 --repeat 2560 --box --rotation 60"
+            self.assertEqual(hint(printed)[1], expected.replace("--blocks 1 ", "" if flags else "--blocks 1 "))
+            printed = hint(self.finetune("--ckpt --epochs 1"))[1]  # which has --blocks 1
+            self.assertEqual(printed, f"{optimizer}{fixed}--crop 0.3 --repeat 2560 --rotation 60")
+            self.finetune(f"--ckpt --epochs 1 {printed} --repeat 1".replace("--blocks 1", ""))
+        self.assertIsNone(hint(self.finetune("--resume --epochs 2")))
+        self.assertIsNone(hint(self.finetune("--ckpt --epochs 1 --linear-probe")))
+        printed = hint(self.finetune(f"{self.data} --epochs 1 --frames 16"))[1]
+        self.assertEqual(printed, f"{optimizer}{model}--crop 0.3 --repeat 2560 --box --rotation 60")
+        train = data.load("tiny.pt", layout="five.json").train
+        self.assertGreaterEqual(Loader(train, FIVE, 3, 16, 16, True, repeat=2560).steps, 4000)
+        self.assertNotIn("--box", hint(self.pretrain("--synthetic-size 32 --epochs 1"))[1])  # in 2D
+
     def test_a_moved_folder_is_resumed_where_it_is(self):
         """--resume goes on in the folder it found, not in the one that the run was started with."""
         self.pretrain(f"{self.data} --epochs 1 --out first")

@@ -97,8 +97,8 @@ def metrics(outputs: dict) -> dict:
             "mean_class": 100 * float(torch.stack(per_class).mean())}
 
 
-def take_settings(settings: Settings, given: set, source: dict):
-    """A checkpoint decides its shape and, unless told otherwise, its data."""
+def take_settings(settings: Settings, given: set, source: dict) -> set:
+    """A checkpoint decides its shape and, unless told otherwise, its data. Returns the names of the settings that no flag may change."""
     fixed = {"width", "hidden", "layers", "motion", "bone", "score", "box"}
     if source["kind"] == "finetune":
         fixed |= {*STRL_SETTINGS, "linear_probe"}
@@ -114,6 +114,7 @@ def take_settings(settings: Settings, given: set, source: dict):
             setattr(settings, name, before[name])
     if settings.eval_only and "out" not in given:
         settings.out = os.path.dirname(settings.ckpt) or "."
+    return fixed
 
 
 def build(settings: Settings, data, source: dict | None) -> tuple:
@@ -143,6 +144,7 @@ def build(settings: Settings, data, source: dict | None) -> tuple:
 def main(argv=None):
     settings, given = parse(Settings, __doc__, argv)
     path, resumed, source = os.path.join(settings.out, "finetune.pt"), None, None
+    fixed = set()  # what a checkpoint decides
     if settings.resume:
         source = resumed = read_checkpoint(path, ("finetune",))
         if settings.ckpt == "newest" and resumed["settings"].get("ckpt"):
@@ -151,7 +153,7 @@ def main(argv=None):
     elif settings.ckpt:
         settings.ckpt = newest_pretraining() if settings.ckpt == "newest" else settings.ckpt
         source = read_checkpoint(settings.ckpt, ("finetune",) if settings.eval_only else ("pretrain", "finetune"))
-        take_settings(settings, given, source)
+        fixed = take_settings(settings, given, source)
     elif settings.eval_only:
         raise Failure("--eval-only needs --ckpt with a fine-tuned checkpoint, as in --ckpt runs/finetune/finetune.pt")
     device, amp, rank, world = set_up(settings)
@@ -205,7 +207,8 @@ def main(argv=None):
     described = "linear probe, " * settings.linear_probe + (f"from {settings.ckpt}" if settings.ckpt else "from random weights")
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}, {described}; "
         f"{train.steps} steps an epoch")
-    hint_at_steps(say, train, settings.epochs, 16, "--optimizer adamw --lr 3e-3 --weight-decay 0.05 --clip 5")
+    if not resumed and not settings.linear_probe:
+        hint_at_steps(say, train, settings, fixed, batch_size=16, optimizer="adamw", lr=3e-3, weight_decay=0.05, clip=5)
     if settings.milestones and settings.milestones[0] >= settings.epochs > settings.warmup:
         say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones "
             f"{settings.epochs * 9 // 11},{settings.epochs * 10 // 11}")

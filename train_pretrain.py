@@ -398,12 +398,18 @@ def resume_settings(settings: type, given: set, asked, checkpoint: dict, path: s
 
 # ---------------------------------------------------------------------------------------------- progress
 
-def hint_at_steps(say, train: Loader, epochs: int, batch_size: int, flags: str):
-    """A small set takes few steps at supplement A's settings: says so, and with which others they would be 2,000."""
-    steps = train.steps * epochs
+def hint_at_steps(say, train: Loader, settings: CommonSettings, fixed=(), **advice):
+    """A small set takes few steps at supplement A's settings: says so, and which flags make it 4,000 in the way that suits such a set
+    (README, "Measured"): of these and of `advice` those that change anything and are not `fixed` by a checkpoint."""
+    steps = train.steps * settings.epochs
     if steps < 2000:
-        repeat = min(10_000, math.ceil(2000 * batch_size / (len(train.data) * epochs)))
-        say(f"hint: {steps} steps in all is little training; for a small set try --batch-size {batch_size} --repeat {repeat} {flags}")
+        repeat = math.ceil(4000 * advice["batch_size"] / (len(train.data) * settings.epochs))
+        advice |= {"motion": True, "bone": True, "hidden": 64, "blocks": 1, "frames": 16, "crop": 0.3, "repeat": min(repeat, 10_000)}
+        if train.channels == 3:
+            advice |= {"box": True, "rotation": 60}
+        flags = " ".join(f"--{flag(name)}" if value is True else f"--{flag(name)} {value}" for name, value in advice.items()
+                         if name not in fixed and getattr(settings, name) != value)
+        say(f"hint: {steps} steps in all is little training; for a small set try {flags}")
 
 
 class Progress:
@@ -529,7 +535,8 @@ def main(argv=None):
     data = read_data(settings)
     say(f"{settings.data or 'stick figures'}: {data}")
     train, held_out = loaders(settings, data, device, rank, world)
-    hint_at_steps(say, train, settings.epochs, 64, "--lr 1e-3")
+    if not checkpoint:
+        hint_at_steps(say, train, settings, batch_size=32, lr=1e-3)
     if settings.width % 4 or settings.hidden % 4:
         say("hint: the classifier needs --width and --hidden that divide by 4, for its four branches and heads; these are "
             f"{settings.width} and {settings.hidden}")
