@@ -800,6 +800,7 @@ class Batch:
     x: Tensor        # (N, M, T, V, C), or C + 1 with the joint score last, normalised
     label: Tensor    # (N,)
     present: Tensor  # (N, M) bool, on the CPU
+    there: Tensor    # (N, M, T) bool: who is in which frame
     unit: Tensor     # (N,), or (N, C) for the axes of what was boxed: x times unit is in the units of the file
     index: Tensor    # (N,) which sequences these are, on the CPU
 
@@ -860,7 +861,7 @@ class Loader:
         x, unit = self.augmentation(x, there, placement, self.skeleton, generator), placement[2]  # (N, M, T, V, C), (N,)
         if data.box:
             x, unit = boxed(x, there, unit, self.channels)
-        return Batch(x, data.label[here], data.present[index], unit, index)
+        return Batch(x, data.label[here], data.present[index], there, unit, index)
 
 
 # ---------------------------------------------------------------------------------------------- built-in stick figures

@@ -1795,18 +1795,31 @@ class MeasureTest(Case):
                     best = min(expected[v, w] for w in visible)
                     self.close(guess[n, :, t, v], torch.stack([x[n, :, t, w] for w in visible if expected[v, w] == best]).mean(0))
 
+    def test_scale_and_mean_pose_against_loops(self):
+        """Over the frames that show somebody: the root mean square distance of the joints from the origin, each person's mean pose."""
+        source, poses = sequences([5, 9, 3, 12, 2]), ([], [])
+        source.frames[2:4, 1] = source.there[2:4, 1] = 0
+        loader = Loader(source, FIVE, 3, 3, 6, False)
+        for x in (batch.x for batch in loader.epoch()):
+            for n, m, t in product(range(len(x)), range(2), range(6)):
+                poses[m].extend([x[n, m, t]] * bool(x[n, m, t].any()))
+        scale, pose = train_pretrain.measure_scale(loader)
+        self.close(scale, torch.stack([joint.norm() for person in poses for x in person for joint in x]).square().mean().sqrt(), 1e-5)
+        self.close(pose, torch.stack([torch.stack(person).mean(0) for person in poses]), 1e-5)
+
     def test_reconstruction_errors_are_in_the_units_of_the_file(self):
         """Against loops over the masked joints of present persons; data ten times as large give errors ten times as large."""
         model, results, pose = SkeletonMAE(FIVE, 3, 8, 8, mask_parts=("right_arm", "left_leg")).eval(), [], torch.randn(2, 5, 3)
         for factor in (1, 10):
             source = sequences([5, 9, 3, 12, 2])
             source.frames *= factor
+            source.frames[2:4, 1] = source.there[2:4, 1] = 0  # the second person is out of sight for two frames
             loader = Loader(source, FIVE, 3, 3, 6, False)
             results.append(train_pretrain.reconstruction_error(model, loader, pose))
             sums, count = [0, 0], 0
             for batch in loader.epoch():
-                for n, m, t, v in [(n, m, t, v) for n in range(len(batch.x)) for m in range(2) if batch.present[n, m]
-                                   for t in range(6) for v in (2, 3)]:
+                for n, m, t, v in [(n, m, t, v) for n, m, t in product(range(len(batch.x)), range(2), range(6))
+                                   if batch.x[n, m, t].any() for v in (2, 3)]:
                     x, count = batch.x[n, m, t], count + 1
                     for i, guess in enumerate((pose[m, v], x[0])):  # the root is the one neighbour of hands and feet
                         sums[i] += float((guess - x[v]).norm() * batch.unit[n])

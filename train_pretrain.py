@@ -479,8 +479,7 @@ def measure_scale(loader: Loader) -> tuple:
     C = loader.channels
     square = count = pose = frames = 0
     for batch in loader.epoch():
-        joints = batch.x[..., :C]
-        there = (joints != 0).flatten(3).any(3)[..., None, None]  # (N, M, T, 1, 1)
+        joints, there = batch.x[..., :C], batch.there[..., None, None]
         square, count = square + joints.square().sum(), count + there.sum() * joints.shape[3]
         pose, frames = pose + joints.sum((0, 2)), frames + there.sum((0, 2))
     return (square / count.clamp(min=1)).sqrt(), pose / frames.clamp(min=1)
@@ -513,7 +512,7 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
         x = full[..., :C]
         mask = model.draw(len(x), x.shape[2], torch.Generator().manual_seed(step)).to(device)
         masked = mask_of_frames(mask)
-        seen = (x != 0).flatten(3).any(3)[..., None] & masked[:, None]  # (N, M, T, V)
+        seen = batch.there.to(device)[..., None] & masked[:, None]  # (N, M, T, V)
         if full.shape[-1] > C:
             seen = seen & (full[..., C] > 0)
         guesses = (model.reconstruct(full, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x),
