@@ -9,7 +9,7 @@ torch, and works copied alone into another project:
     classifier.load_pretrained(model.state_dict())
     logits = classifier(x)                                              # (N, classes), fine-tuning
 
-"S" marks the paper's supplement, "P" the paper itself. Where neither says how, the docstring says what was chosen.
+"S" marks the paper's supplement. Where neither says how, the docstring says what was chosen.
 
 Shape legend
     N sequences, M persons a sequence (1 or 2), T frames, V joints, C coordinates (2 or 3)
@@ -31,7 +31,7 @@ from torch import Tensor
 # ---------------------------------------------------------------------------------------------- skeletons
 
 def make_skeleton(joints, edges, parts, centre, pairs=None) -> dict:
-    """One skeleton layout as plain data; your own is one call of this function, or a JSON file with the same fields.
+    """One skeleton layout as plain data; your own is one call of this function, make_skeleton(**json.load(file)) too.
 
     joints: V names, as a list or one string; edges: (joint, joint) index pairs, without self-loops; parts: body part
     name -> joint indices; centre: the joints whose mean is the origin, the first of them the root of the bones; pairs:
@@ -42,6 +42,7 @@ def make_skeleton(joints, edges, parts, centre, pairs=None) -> dict:
         pairs = [(i, names.index("right_" + name[5:])) for i, name in enumerate(names)
                  if name.startswith("left_") and "right_" + name[5:] in names]
     centre = [centre] if isinstance(centre, int) else list(centre)
+    edges, pairs = [list(edge) for edge in edges], [list(pair) for pair in pairs]
     used = [j for group in (*edges, *parts.values(), *pairs, centre) for j in group]
     if not all(isinstance(j, int) and 0 <= j < len(names) for j in used):
         raise ValueError(f"a skeleton of {len(names)} joints needs indices from 0 to {len(names) - 1} in edges, parts, pairs and centre")
@@ -49,12 +50,11 @@ def make_skeleton(joints, edges, parts, centre, pairs=None) -> dict:
         raise ValueError("a skeleton needs joint names that differ, and edges between two different joints")
     if not parts or not all(parts.values()) or not centre:
         raise ValueError("a skeleton needs at least one body part, no empty part, and a centre joint")
-    return {"joints": names, "edges": [list(e) for e in edges], "parts": {k: list(v) for k, v in parts.items()},
-            "pairs": [list(p) for p in pairs], "centre": centre}
+    return {"joints": names, "edges": edges, "parts": {k: list(v) for k, v in parts.items()}, "pairs": pairs, "centre": centre}
 
 
 def _parts(head, torso, left_arm, right_arm, left_leg, right_leg) -> dict:
-    """The paper's six body parts V0 to V5 (P 3.1.2)."""
+    """The paper's six body parts V0 to V5 (paper 3.1.2)."""
     return dict(head=head, torso=torso, left_arm=left_arm, right_arm=right_arm, left_leg=left_leg, right_leg=right_leg)
 
 
@@ -112,7 +112,7 @@ def normalized_adjacency(edges, num_joints: int) -> Tensor:
 
 
 def bone_parents(skeleton: dict) -> list:
-    """The parent of every joint in the tree of bones, (V,) indices; the root and joints without edges are their own."""
+    """The parent of every joint in the tree of bones, (V,) indices; the root, and joints that no path joins to it, are their own."""
     root = skeleton["centre"][0]
     parents, reached = {root: root}, [root]
     for joint in reached:  # which grows on the way: breadth first
@@ -127,7 +127,7 @@ def bone_parents(skeleton: dict) -> list:
 def draw_mask(num: int, skeleton: dict, parts=("right_arm", "right_leg"), num_parts: int = 0, ratio: float = 0.0, generator=None) -> Tensor:
     """Masks of `num` sequences, bool (num, V): True is masked, False is kept; one mask for all frames of a sequence.
 
-    Three strategies (P 3.1.2, P Table 5b, S Table 2): `ratio` > 0 masks that share of the joints, drawn for each sequence;
+    Three strategies (paper 3.1.2 and Table 5b, S Table 2): `ratio` > 0 masks that share of the joints, drawn for each sequence;
     else `num_parts` > 0 masks as many whole body parts, drawn for each sequence; else the named `parts` are masked.
     Never all joints and never none: ValueError.
     """
@@ -136,7 +136,7 @@ def draw_mask(num: int, skeleton: dict, parts=("right_arm", "right_leg"), num_pa
         count = round(ratio * V)
         if not 0 < count < V:
             raise ValueError(f"a mask ratio of {ratio} hides {count} of {V} joints; expected at least one and not all")
-        return torch.rand(num, V, generator=generator).argsort(1).argsort(1) < count
+        return torch.rand(num, V, generator=generator).argsort(1) < count  # a random order of the joints in each row
     members = torch.zeros(len(names), V, dtype=torch.bool)  # (parts, V): which joints a part holds
     for part, name in enumerate(names):
         members[part, skeleton["parts"][name]] = True
@@ -216,7 +216,7 @@ class GraphConvolution(nn.Module):
         else:
             h = self.aggregate(self.linear(h))
         norm = self.norm
-        if h.is_cuda or torch.compiler.is_compiling():  # torch's own two steps: no waiting on a GPU, and the compiler fuses them
+        if h.device.type != "cpu" or torch.compiler.is_compiling():  # torch's own two steps: no GPU waits, the compiler fuses
             return self.activation(norm(h))
         if self.training:
             norm.num_batches_tracked.add_(1)
@@ -280,9 +280,10 @@ def windows(x: Tensor, dilation: int, stride: int) -> list:
 class TemporalPooling(nn.Module):
     """Multi-scale temporal pooling, the dilated multi-branch temporal convolution of CTR-GCN, with its residual.
 
-    After a 1x1 convolution the channels split into four branches: three frames, three frames at dilation 2, their maximum,
-    and the frame itself. Shape: (V, P, T, D) -> (V, P, ceil(T / stride), D). A convolution over frames is one matrix product of
-    the three side by side: cuDNN would plan anew for every number of persons, 35 times as long as the whole step takes.
+    After a 1x1 convolution the channels split into four branches: three frames, three frames at dilation 2, the maximum
+    of three frames, and the frame itself. A convolution over frames is one matrix product of the three side by side: cuDNN
+    would plan anew for every number of persons, 35 times as long as the whole step takes.
+    Shape: (V, P, T, D) -> (V, P, ceil(T / stride), D).
     """
 
     def __init__(self, width: int, stride: int = 1):
@@ -316,10 +317,10 @@ class Packing:
         if not present.any(1).all():
             raise ValueError(f"sequence {int(present.any(1).int().argmin())} of the batch has no person present")
         self.persons = present.shape[1]
-        rows = torch.arange(present.numel()).view(present.shape)
+        place = torch.arange(present.numel()).view(present.shape)  # (N, M), where each person stands in N M
         both = present.sum(1) == 2
-        self.paired = rows[both]  # (pairs, 2)
-        rows = torch.cat([self.paired.T.reshape(-1), rows[~both][present[~both]]])  # (P,) into N M
+        self.paired, alone = place[both], place[present & ~both[:, None]]  # (pairs, 2), (P - 2 pairs,)
+        rows = torch.cat([self.paired.T.reshape(-1), alone])  # (P,)
         indices = rows, rows // self.persons, present.sum(1, dtype=torch.float32)  # the last: persons of each sequence, (N,)
         self.rows, self.sequence, self.count = (index.to(device, non_blocking=True) for index in indices)
 
@@ -357,7 +358,7 @@ class Packing:
 
 
 class JointEmbedding(nn.Module):
-    """P 3.1.1: a joint's coordinates, mapped linearly to D features, plus a learnable embedding of which joint it is.
+    """Paper 3.1.1: a joint's coordinates, mapped linearly to D features, plus a learnable embedding of which joint it is.
 
     The input streams are batch-normalised per joint and channel. Motion (the difference of successive frames) and bones (to
     the parent joint) are derived here. A bone or a motion with a masked end is zero, for it would give that end away; a masked
@@ -424,6 +425,8 @@ def packing_of(x: Tensor, embedding: JointEmbedding, present: Tensor | Packing |
         raise ValueError(f"expected {persons or '1 or 2'} persons in {expected}, got {x.shape[1]}")
     if isinstance(present, Packing):
         return present
+    if present is not None and present.shape != x.shape[:2]:
+        raise ValueError(f"expected present of shape {tuple(x.shape[:2])}, got {tuple(present.shape)}")
     return Packing(find_present(x, channels) if present is None else present, x.device)
 
 
@@ -436,7 +439,7 @@ def selected_mean(error: Tensor, selected: Tensor) -> Tensor:
 
 
 def reweighted_cosine_error(prediction: Tensor, target: Tensor, selected: Tensor, beta: float = 2.0) -> Tensor:
-    """P Eq. 2: mean over the selected (masked) joints of (1 - cos(prediction, target))^beta.
+    """Paper Eq. 2: mean over the selected (masked) joints of (1 - cos(prediction, target))^beta.
 
     prediction, target: (..., F); selected: bool (...). No vector is divided by zero: an all-zero one has cosine 0.
     """
@@ -455,17 +458,17 @@ def mask_of_frames(mask: Tensor) -> Tensor:
 
 
 class SkeletonMAE(nn.Module):
-    """The graph masked autoencoder of P 3.1 with the layers of S Eq. 1.
+    """The graph masked autoencoder (paper 3.1) with the layers of S Eq. 1.
 
     skeleton: an entry of SKELETONS or your own; channels: C, 2 or 3; motion, bone, score: further input streams; mask_parts,
-    mask_num_parts, mask_ratio: see draw_mask. `scale` is s, the root mean square distance of the training joints from the centre,
-    in the units of x.
+    mask_num_parts, mask_ratio: see draw_mask. The buffer `scale` is s, the root mean square distance of the training joints from
+    the centre, in the units of x: 1, which suits x of about that size, until model.scale.copy_(s).
 
     The target of a masked joint is its position in homogeneous coordinates, (x / s, y / s, [z / s,] 1): fixed, so it cannot
     collapse as a learned embedding could, and a zero error means the right position, as it would not with the cosine of raw
     coordinates. Joints whose score is 0 are unknown and never count in the loss, nor do frames in which a person is all zero.
 
-    Three further choices are ours, not the paper's. loss: "cosine" (P Eq. 2) or "squared", the squared error of the position;
+    Three further choices are ours, not the paper's. loss: "cosine" (paper Eq. 2) or "squared", the squared error of the position;
     mask_segments: the frames fall into as many equal segments, each with a mask of its own; strl: arguments of STRLStack, whose
     layers are then pre-trained as well and take the place of the encoder.
     """
@@ -480,7 +483,7 @@ class SkeletonMAE(nn.Module):
         self.skeleton, self.channels, self.beta, self.loss, self.segments = skeleton, channels, beta, loss, mask_segments
         self.masking = dict(parts=tuple(mask_parts), num_parts=mask_num_parts, ratio=mask_ratio)
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
-        draw_mask(1, skeleton, **self.masking)  # a mask that cannot be drawn is an error now, not at the first step
+        draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # what cannot be drawn is an error now, not at the first step
         if mask_num_parts and not mask_ratio:  # parts may overlap: no draw of them may hide every joint
             for chosen in itertools.combinations(skeleton["parts"], mask_num_parts):
                 draw_mask(1, skeleton, chosen)
@@ -494,7 +497,7 @@ class SkeletonMAE(nn.Module):
             if self.stride > strl["frames"]:
                 raise ValueError(f"these STRL layers leave one of {self.stride} frames, and there are {strl['frames']}; "
                                  "expected fewer layers or a smaller stride")
-        self.decoder = GraphConvolution(adjacency, encoded, width)                   # one graph layer (P 3.1.3) ...
+        self.decoder = GraphConvolution(adjacency, encoded, width)                   # one graph layer (paper 3.1.3) ...
         self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))  # ... and a linear map to the targets
 
     def draw(self, num: int, frames: int, generator=None) -> Tensor:
@@ -561,7 +564,7 @@ class SkeletonMAE(nn.Module):
 # ---------------------------------------------------------------------------------------------- fine-tuning
 
 def concat_linear(g: Tensor, h: Tensor, weight: Tensor) -> Tensor:
-    """Concat(Repeat(g; V), h) W of P Eq. 3 and 4 without the repeated tensor: g W_g, broadcast over the joints, + h W_h.
+    """Concat(Repeat(g; V), h) W of paper Eq. 3 and 4 without the repeated tensor: g W_g, broadcast over the joints, + h W_h.
 
     g: (P, T, H), h: (V, P, T, D), weight: (out, H + D) -> (V, P, T, out).
     """
@@ -570,10 +573,10 @@ def concat_linear(g: Tensor, h: Tensor, weight: Tensor) -> Tensor:
 
 
 class STRL(nn.Module):
-    """One spatial-temporal representation learning layer (P 3.2, S D), with its own copy of the pre-trained encoder.
+    """One spatial-temporal representation learning layer (paper 3.2, S D), with its own copy of the pre-trained encoder.
 
-    P Eq. 3: SM(H) = Concat(Repeat(SumPool_joints(G_E(H)); V), H), with attention over the frame tokens before Repeat.
-    S Eq. 2 and P Eq. 4: H'_p = ReLU(BN(W_own SM(H_p^l) + W_other SM(H_q^(l-1))) + residual), q the other person; without q
+    Paper Eq. 3: SM(H) = Concat(Repeat(SumPool_joints(G_E(H)); V), H), with attention over the frame tokens before Repeat.
+    S Eq. 2 and paper Eq. 4: H'_p = ReLU(BN(W_own SM(H_p^l) + W_other SM(H_q^(l-1))) + residual), q the other person; without q
     the W_other term is exactly 0, and with one person a sequence there is no W_other. Then multi-scale temporal pooling.
     """
 
@@ -594,10 +597,10 @@ class STRL(nn.Module):
         tokens = self.attention(self.token_norm(self.encoder(h).sum(0)))  # (P, T, H)
         mixed = concat_linear(tokens, h, self.own.weight)
         if self.other is not None:
-            two = slice(0, 2 * packing.pairs)
+            paired = slice(0, 2 * packing.pairs)
             other_tokens, other_h = (tokens, h) if previous is None else previous
-            other = packing.swap(concat_linear(other_tokens[two], other_h[:, two], self.other.weight))
-            mixed = torch.cat([mixed[:, two] + other, mixed[:, 2 * packing.pairs:]], 1)
+            other = packing.swap(concat_linear(other_tokens[paired], other_h[:, paired], self.other.weight))
+            mixed = torch.cat([mixed[:, paired] + other, mixed[:, 2 * packing.pairs:]], 1)
         out = self.pool(F.relu_(self.norm(mixed) + self.residual(h)))
         stride = self.pool.stride
         return out, (tokens[:, ::stride], h[:, :, ::stride])
@@ -633,7 +636,8 @@ class SkeletonClassifier(nn.Module):
     """The paper's Skeleton Sequence Learning model (SSL): joint embedding, temporal position, M_l STRL layers, MLP.
 
     persons: M, 1 or 2; frames: T of the position table (another T at run time is interpolated). About 1.5 M parameters
-    (S A) for 60 classes; most sit in the attention blocks, which run on one token a frame and are V times cheaper than the encoder.
+    (S A) for 60 classes; most sit in the attention blocks, where a parameter works on one token a frame and costs V times less than one
+    of the encoder.
     """
 
     def __init__(self, skeleton: dict, channels: int, classes: int, persons: int = 1, frames: int = 64, width: int = 64,
@@ -666,15 +670,12 @@ class SkeletonClassifier(nn.Module):
 
         Returns the names of the tensors that were loaded; raises ValueError where widths, joints or streams differ.
         """
-        own, loaded, stacked = self.state_dict(), {}, "encoder.position" in state
-        for name, value in state.items():
-            if name.startswith("embedding."):
-                loaded[name] = value
-            elif name.startswith("encoder.") and stacked:
-                loaded[name.replace("encoder", "strl", 1)] = value
-            elif name.startswith("encoder."):
-                loaded |= {f"strl.layers.{i}.{name}": value for i in range(len(self.strl.layers))}
-        expected = {name for name in own if name.startswith("embedding.") or ("strl." if stacked else ".encoder.") in name}
+        own, stacked = self.state_dict(), "encoder.position" in state
+        homes = ["strl"] if stacked else [f"strl.layers.{i}.encoder" for i in range(len(self.strl.layers))]  # of what is "encoder" there
+        loaded = {name: value for name, value in state.items() if name.startswith("embedding.")}
+        loaded |= {home + name.removeprefix("encoder"): value for name, value in state.items() if name.startswith("encoder.")
+                   for home in homes}
+        expected = {name for name in own if name.startswith(("embedding.", *(f"{home}." for home in homes)))}
         wrong = sorted(expected ^ loaded.keys()) or [n for n in sorted(expected) if own[n].shape != loaded[n].shape]
         if wrong:
             shapes = [tuple(d[wrong[0]].shape) if wrong[0] in d else "absent" for d in (own, loaded)]
@@ -689,7 +690,8 @@ class SkeletonClassifier(nn.Module):
 
 
 class LinearProbe(nn.Module):
-    """What the frozen encoder knows: its features pooled over joints, then mean and maximum over frames, and one linear layer.
+    """What the encoder knows: its features pooled over joints, then mean and maximum over frames, and one linear layer. `pretrained`
+    is taken over and frozen.
 
     Pooled features are batch-normalised without learnable weights, so that their scale does not matter.
     """
@@ -707,7 +709,7 @@ class LinearProbe(nn.Module):
 
     @torch.no_grad()
     def pooled(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
-        """(N, M, T, V, C) -> (N, 2 H)."""
+        """(N, M, T, V, C) -> (N, 2 H), or (N, 2 D) of STRL layers."""
         packing = packing_of(x, self.pretrained.embedding, present)
         return packing.pool(self.pretrained.encode(packing.pack(x), packing)).float()
 
