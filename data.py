@@ -100,7 +100,7 @@ class Dataset:
     skeleton: dict
     channels: int           # C, 2 or 3, the score not counted
     score: bool             # frames carry a joint score as one further channel
-    classes: list           # label values as they stand in the file, K of them
+    classes: list           # label values from the lowest to the highest in the file, K of them
     split: str              # how training and test sequences were told apart
 
     @property
@@ -400,7 +400,7 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
         labels.append(label)
     data = flatten(sequences, torch.tensor(labels), names, path)
     if scored:
-        fill_missing(data)
+        data.there = fill_missing(data.frames, data.start, data.length)
     if splits is None:
         if split:
             raise DataError(f"{path} has no splits, so --split {split} cannot be found; leave it out and set --test-fraction")
@@ -414,12 +414,14 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
     if not isinstance(splits, dict):
         raise DataError(f"{path}: split is {type(splits).__name__}; expected a dict of name -> list of frame_dir")
     train_name, test_name = find_split(list(splits), split, path)
-    position, halves = {name: i for i, name in enumerate(names)}, []
+    positions, halves = {}, []
+    for i, name in enumerate(names):
+        positions.setdefault(name, []).append(i)
     for half in (train_name, test_name):
         listed = splits[half] if isinstance(splits[half], (list, tuple)) else []
-        index = [position[str(name)] for name in listed if is_name(name) and str(name) in position]
-        if not index or len(index) > len(names):
-            raise DataError(f"{path}: split {half} is empty, names no annotation, or more than there are; expected a list of frame_dir")
+        index = [i for name in dict.fromkeys(str(name) for name in listed if is_name(name)) for i in positions.get(name, ())]
+        if not index:
+            raise DataError(f"{path}: split {half} is empty or names no annotation; expected a list of frame_dir")
         halves.append(data.subset(index))
     return *halves, f"{train_name} / {test_name}", scored
 
@@ -443,20 +445,22 @@ def find_split(names: list, wanted: str | None, path: str) -> tuple:
     return fits[0]
 
 
-def fill_missing(data: Sequences):
+def fill_missing(frames: Tensor, start: Tensor, length: Tensor) -> Tensor:
     """Joints that nobody saw, in place. A joint of score 0 that holds a placeholder, (0, 0) or (1, 1), takes its position from
     the nearest earlier frame of its sequence that has one, else from the nearest later one, else stays; other joints of
-    score 0 carry a usable guess and are kept. All keep score 0, so pre-training never counts them in its loss."""
-    position, score = data.frames[..., :-1], data.frames[..., -1]  # views, (F, M, V, C) and (F, M, V)
-    there = (score > 0) | ((position != 0).any(-1) & (position != 1).any(-1))
-    F, steps = len(position), torch.arange(len(position))[:, None, None]
-    sequence_start = torch.repeat_interleave(data.start, data.length)[:, None, None]
-    sequence_end = sequence_start + torch.repeat_interleave(data.length, data.length)[:, None, None]
-    earlier = torch.where(there, steps, -1).cummax(0).values
-    later = torch.where(there, steps, F).flip(0).cummin(0).values.flip(0)
+    score 0 carry a usable guess and are kept. All keep score 0, so pre-training never counts them in its loss.
+
+    frames: (F, M, V, C + 1) with the score last; start, length: (N,), see Sequences. Returns `there` anew."""
+    position, score = frames[..., :-1], frames[..., -1]  # views, (F, M, V, C) and (F, M, V)
+    known = (score > 0) | ((position != 0).any(-1) & (position != 1).any(-1))
+    F, steps = len(position), torch.arange(len(position), device=frames.device)[:, None, None]
+    sequence_start = torch.repeat_interleave(start, length)[:, None, None]
+    sequence_end = sequence_start + torch.repeat_interleave(length, length)[:, None, None]
+    earlier = torch.where(known, steps, -1).cummax(0).values
+    later = torch.where(known, steps, F).flip(0).cummin(0).values.flip(0)
     source = torch.where(earlier >= sequence_start, earlier, torch.where(later < sequence_end, later, steps))
     position.copy_(position.gather(0, source[..., None].expand_as(position)))
-    data.there = (position != 0).flatten(2).any(2)
+    return (position != 0).flatten(2).any(2)
 
 
 # ---------------------------------------------------------------------------------------------- the other readers
@@ -465,10 +469,11 @@ def read_labels(y: Tensor, count: int, what: str) -> Tensor:
     """Integer labels (N,) from integers (N,) or a one-hot (N, K) of numbers or booleans."""
     if y.dim() == 0 or len(y) != count:
         raise DataError(f"{what} has {y.numel() if y.dim() == 0 else len(y)} labels for {count} sequences; expected as many of each")
-    if y.dim() == 2:
+    if y.dim() == 2 and y.shape[1] != 1:
         if not ((y != 0).sum(1) == 1).all():
             raise DataError(f"{what} is no one-hot: a row has other than one non-zero entry; expected exactly one a row")
         return (y != 0).int().argmax(1)
+    y = y.flatten() if y.dim() == 2 else y  # a column of integers
     if y.dim() != 1 or y.is_floating_point() and (y != y.round()).any():
         raise DataError(f"{what} has shape {tuple(y.shape)} and dtype {y.dtype}; expected integers (N,) or one-hot (N, K)")
     low, high = float(y.min()), float(y.max())
@@ -597,7 +602,7 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
 
     Raises DataError for what is in the file, OSError for the file itself.
     """
-    own = load_skeleton(layout) if layout else None
+    own, path = load_skeleton(layout) if layout else None, path and os.fspath(path)
     if split and (path is None or path.endswith((".pt", ".pth", ".npz"))):
         raise DataError(f"{path or 'the built-in set'} has one split, and --split {split} was asked for; expected none, leave it out")
     if path is None:
@@ -616,7 +621,7 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     if train.frames.shape[1:] != test.frames.shape[1:]:
         raise DataError(f"{path}: x_train and x_test have different numbers of persons, joints or coordinates; expected the same")
     V, C = train.frames.shape[2], train.frames.shape[3] - score
-    layout = layout or find_layout(V, C, str(path))
+    layout = layout or find_layout(V, C, path or "")
     skeleton = own or SKELETONS[layout]
     if len(skeleton["joints"]) != V:
         raise DataError(f"{path} has {V} joints, layout {layout} has {len(skeleton['joints'])}; expected the same, choose another --layout")
@@ -742,14 +747,21 @@ def boxed(x: Tensor, there: Tensor, unit: Tensor, channels: int) -> tuple:
 
 
 def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False, frames: int | None = None) -> tuple:
-    """Raw whole sequences x (N, M, any T, V, C [+ score]) as a model is tested on them: centred, scaled, and in 3D turned to face the
-    viewer, as find_placement describes, or else `boxed`; of each as many frames as asked for, spread evenly over those before
-    the padding at its end, else all T. Persons and frames that are all zero stay zero.
-    Returns (x, origin (N, C), unit (N,), or (N, C) for the axes of what was boxed)."""
+    """Raw whole sequences x (N, M, any T, V, C [+ score]) as a model is tested on them: joints that nobody saw filled in as by
+    fill_missing, where scores tell; centred, scaled, and in 3D turned to face the viewer, as find_placement describes, or else
+    `boxed`; of each as many frames as asked for, spread evenly over those before the padding at its end, else all T. Persons
+    who are all zero and padding stay zero. Returns (x, origin (N, C), unit (N,), or (N, C) for the axes of what was boxed)."""
     there = (x[..., :channels] != 0).flatten(3).any(3)
+    length, all_frames = unpadded(there.any(1)), torch.arange(x.shape[2], device=x.device)
+    if x.shape[-1] > channels:
+        flat, each = x.transpose(1, 2).flatten(0, 1).clone(), torch.full_like(length, x.shape[2])
+        there = fill_missing(flat, each.cumsum(0) - each, each)
+        x, there = (t.unflatten(0, (len(x), -1)).transpose(1, 2) for t in (flat, there))
+        there = there & (all_frames < length[:, None])[:, None]
+        x = x * there[..., None, None]
     linear, origin, unit = find_batch_placement(x, there, skeleton, channels, not box)
     if frames:
-        rows, steps = torch.arange(len(x), device=x.device)[:, None], sample_frames(unpadded(there.any(1)), frames, False)
+        rows, steps = torch.arange(len(x), device=x.device)[:, None], sample_frames(length, frames, False)
         x, there = (t.transpose(1, 2)[rows, steps].transpose(1, 2) for t in (x, there))
     x = place(x, there, linear, origin)
     if box:
@@ -759,7 +771,7 @@ def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False, frame
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of normalised sequences, one draw for all frames of a sequence. 0 turns a change off."""
+    """How a batch is normalised and, on the way, randomly changed, by one draw for all frames of a sequence. 0 turns a change off."""
     rotation: float = 0.0   # degrees to either side about the vertical axis, half of it about the horizontal one; 3D only
     scaling: float = 0.0    # each axis is scaled by 1 - scaling to 1 + scaling
     shift: float = 0.0      # the whole sequence moves by up to this, in units of the normalised body
@@ -768,22 +780,22 @@ class Augmentation:
     crop: float = 1.0       # see sample_frames
 
     def __call__(self, x: Tensor, there: Tensor, placement: tuple, skeleton: dict, generator=None) -> Tensor:
-        """Normalises raw x (N, M, T, V, C [+ score]) by placement = (normal, origin, unit) and changes it, in one affine map a sequence;
-        without left/right pairs nothing is mirrored."""
-        (normal, origin, _), pairs = placement, skeleton["pairs"]
-        N, C = normal.shape[:2]
+        """Normalises raw x (N, M, T, V, C [+ score]) by its placement and changes it, in one affine map a sequence; without left/right
+        pairs nothing is mirrored."""
+        (linear, origin, _), pairs = placement, skeleton["pairs"]
+        N, C = linear.shape[:2]
 
         def uniform(*shape, reach):
             return (2 * torch.rand(N, *shape, generator=generator, device=x.device) - 1) * reach
 
-        linear = torch.eye(C, device=x.device).repeat(N, 1, 1)
+        change = torch.eye(C, device=x.device).repeat(N, 1, 1)
         if self.rotation and C == 3:
             reach = math.radians(self.rotation)
-            linear = compose(turn(uniform(reach=reach / 2), axis=0), turn(uniform(reach=reach), axis=1))
+            change = compose(turn(uniform(reach=reach / 2), axis=0), turn(uniform(reach=reach), axis=1))
         mirror = torch.rand(N, generator=generator, device=x.device) < self.flip * bool(pairs)
-        linear[:, 0] *= 1 - 2 * mirror[:, None].float()
-        linear, shift = linear * (1 + uniform(C, 1, reach=self.scaling)), uniform(C, reach=self.shift)
-        x = place(x, there, compose(linear, normal), origin, shift)
+        change[:, 0] *= 1 - 2 * mirror[:, None].float()
+        change, shift = change * (1 + uniform(C, 1, reach=self.scaling)), uniform(C, reach=self.shift)
+        x = place(x, there, compose(change, linear), origin, shift)
         if self.flip and pairs:
             order = list(range(len(skeleton["joints"])))
             for left, right in pairs:
@@ -815,7 +827,7 @@ class Loader:
 
     def __init__(self, data: Sequences, skeleton: dict, channels: int, batch_size: int, frames: int, training: bool, seed: int = 0,
                  augmentation: Augmentation = Augmentation(), repeat: int = 1, workers: int = 0, rank: int = 0, world: int = 1):
-        self.data = data if data.placement else replace(data, placement=find_placements(data, skeleton, channels))
+        self.data = data if data.placement else replace(data, placement=find_placements(data, skeleton, channels, not data.box))
         self.skeleton, self.channels, self.frames, self.training = skeleton, channels, frames, training
         self.batch_size, self.seed, self.augmentation, self.repeat = batch_size, seed, augmentation if training else Augmentation(), repeat
         self.workers, self.rank, self.world = workers, rank, world

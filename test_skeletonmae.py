@@ -5,7 +5,7 @@
     python test_skeletonmae.py --thorough     # 50 kills, 2,000 mutations of each file, 5,000 steps: up to 20 minutes
     python test_skeletonmae.py --speed        # the rows of the README's speed table; --speed P1 P4 for some of them
 
-Sources in the docstrings: "S" the paper's supplement, "P" the paper, "METHOD" what was decided where both are silent.
+Sources in the docstrings: "S" the paper's supplement, "METHOD" what was decided where both are silent.
 Shapes as in skeletonmae.py. Order: the model, data files and batches, the scripts, the figures.
 """
 import warnings
@@ -150,7 +150,7 @@ def plain_pooling(pool, h, stride):
 
 
 def plain_strl(layer, persons, previous, edges, stride):
-    """P Eq. 3, S Eq. 2 and P Eq. 4 of one sequence. persons, previous: person -> H (V, T, D) and SM (V, T, H + D)."""
+    """Paper Eq. 3, S Eq. 2 and paper Eq. 4 of one sequence. persons, previous: person -> H (V, T, D) and SM (V, T, H + D)."""
     own, out = {}, {}
     for person, h in persons.items():
         g = h
@@ -239,7 +239,7 @@ class SkeletonTest(Seeded):
             self.assertEqual(SKELETONS[layout]["joints"], names)
 
     def test_layouts(self):
-        """Joint counts; edges form a tree; six disjoint parts cover all joints (P 3.1.2); left mirrors right."""
+        """Joint counts; edges form a tree; six disjoint parts cover all joints (paper 3.1.2); left mirrors right."""
         counts = dict(coco17=17, ntu25=25, kinect20=20, sbu15=15, penn13=13, jhmdb15=15, openpose18=18)
         self.assertEqual({name: len(set(layout["joints"])) for name, layout in SKELETONS.items()}, counts)
         self.assertEqual({tuple(layout["parts"]) for layout in SKELETONS.values()},
@@ -272,6 +272,11 @@ class SkeletonTest(Seeded):
                     self.assertIn(set(path[-2:]), map(set, layout["edges"]))
                 self.assertEqual(path[-1], layout["centre"][0])
 
+    def test_iterators_make_a_skeleton(self):
+        """Edges and pairs may come as a zip: they are read once."""
+        made = make_skeleton("a b c", zip([0, 1], [1, 2]), {"all": [0]}, 0, zip([1], [2]))
+        self.assertEqual((made["edges"], made["pairs"]), ([[0, 1], [1, 2]], [[1, 2]]))
+
     def test_bad_skeletons(self):
         """A user's mistake is a ValueError: an index out of range, no part, an empty part, no centre."""
         for edges, parts, centre in (([(0, 5)], {"a": [0]}, 0),
@@ -288,7 +293,7 @@ class SkeletonTest(Seeded):
         return [frozenset(row.nonzero().flatten().tolist()) for row in draw_mask(num, layout, **how)]
 
     def test_mask_parts(self):
-        """Default: right arm and right leg (METHOD); named parts; or K whole parts per sequence (P 3.1.2), every union of K drawn."""
+        """Default: right arm and right leg (METHOD); named parts; or K whole parts per sequence (paper 3.1.2), every union of K drawn."""
         self.assertEqual(set(self.masked()), {frozenset([8, 10, 14, 16])})
         self.assertEqual(set(self.masked(parts=["head", "left_leg"])), {frozenset([0, 1, 2, 3, 4, 13, 15])})
         self.assertEqual(set(self.masked(layout=STAR, parts=["right"])), {frozenset([4])})
@@ -346,7 +351,7 @@ class LayerTest(Seeded):
         close(self.adjacency, expected)
 
     def test_adjacency_is_a_buffer(self):
-        """The adjacency moves with .to() and is neither trained nor stored; 3 encoder layers and 1 decoder layer hold it (P 3.1.3)."""
+        """The adjacency moves with .to() and is neither trained nor stored; 3 encoder layers and 1 decoder layer hold it (paper 3.1.3)."""
         model = SkeletonMAE(COCO, 2).double()
         self.assertEqual([value.dtype for name, value in model.named_buffers() if "adjacency" in name], [torch.float64] * 4)
         self.assertFalse([name for name in [*model.state_dict(), *dict(model.named_parameters())] if "adjacency" in name])
@@ -430,7 +435,7 @@ class LayerTest(Seeded):
             close(pool(h), torch.stack([plain_pooling(pool, h[:, p], stride) for p in range(2)], 1))
 
     def test_concat_linear(self):
-        """Concat(Repeat(g; V), h) W of P Eq. 3 and 4, with the repeated tokens written to memory."""
+        """Concat(Repeat(g; V), h) W of paper Eq. 3 and 4, with the repeated tokens written to memory."""
         g, h, weight = torch.randn(2, 3, 6), torch.randn(5, 2, 3, 4), torch.randn(7, 10)
         close(concat_linear(g, h, weight), F.linear(torch.cat([g.expand(5, 2, 3, 6), h], -1), weight))
 
@@ -465,7 +470,7 @@ class LayerTest(Seeded):
 
 class PretrainingTest(Seeded):
     def test_reweighted_cosine_error(self):
-        """P Eq. 2, (1 - cos)^beta averaged by a loop over the masked joints alone; beta is 2 by default."""
+        """paper Eq. 2, (1 - cos)^beta averaged by a loop over the masked joints alone; beta is 2 by default."""
         prediction, target, selected = torch.randn(4, 5, 3), torch.randn(4, 5, 3), torch.rand(4, 5) < 0.5
         for how, beta in ((dict(), 2), (dict(beta=1), 1), (dict(beta=2), 2), (dict(beta=3), 3)):
             errors = []
@@ -486,7 +491,7 @@ class PretrainingTest(Seeded):
         self.assertEqual(reweighted_cosine_error(target, 0 * target, selected), 1)
 
     def test_loss(self):
-        """P Eq. 2 over the masked joints of persons present, and in the frame at all, whose score is above 0;
+        """paper Eq. 2 over the masked joints of persons present, and in the frame at all, whose score is above 0;
         the target is (x/s, y/s, 1) (METHOD)."""
         absent, errors = [(1, 1), (2, 0)], []
         x = people(4, 2, 3, 5, 3, absent)
@@ -501,6 +506,14 @@ class PretrainingTest(Seeded):
                 target, y = torch.tensor([x[n, m, t, v, 0] / 1.7, x[n, m, t, v, 1] / 1.7, 1]), prediction[n, m, t, v]
                 errors.append((1 - target @ y / target.norm() / y.norm()) ** 3)
         close(loss, sum(errors) / len(errors))
+
+    def test_weights_do_not_depend_on_the_masking(self):
+        """The same seed starts from the same weights, so that masks can be compared."""
+        weights = []
+        for how in (dict(mask_parts=["left"]), dict(mask_ratio=0.5), dict(mask_num_parts=1)):
+            torch.manual_seed(0)
+            weights.append(SkeletonMAE(STAR, 2, **SMALL, **how).head.weight)
+        self.assertTrue(weights[0].equal(weights[1]) and weights[0].equal(weights[2]))
 
     def test_features(self):
         """The encoder's features of persons together are those of each alone, zero for who is absent, and carry gradients to the joints."""
@@ -614,9 +627,11 @@ class FinetuningTest(Seeded):
                              (tiny_classifier(STAR, 2, 3, score=True), (2, 1, 4, 5, 2)), (LinearProbe(tiny_mae(), 3), (2, 1, 4, 6, 2))):
             with self.assertRaisesRegex(ValueError, r"\(N, M, T, 5, 2"):
                 model(torch.randn(shape))
+        with self.assertRaisesRegex(ValueError, r"present of shape \(3, 2\)"):  # one of (3, 1) would pick the wrong persons
+            tiny_mae()(torch.randn(3, 2, 4, 5, 2), torch.ones(3, 1, dtype=torch.bool))
 
     def test_equations(self):
-        """P Eq. 3, P Eq. 4 and S Eq. 2 through the whole classifier, sequence by sequence with the concatenations written out."""
+        """Paper Eq. 3, paper Eq. 4 and S Eq. 2 through the whole classifier, sequence by sequence with the concatenations written out."""
         x, present = people(4, 2, 6, 5, 2, absent=[(1, 1), (2, 0)]), torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1]])
         for stride in (1, 2):
             model = shaken(tiny_classifier(STAR, 2, 3, persons=2, stride=stride, strl_layers=3, frames=4))
@@ -995,11 +1010,12 @@ class NpzTest(Case):
                                  ("kinect20", [1, 0], [1], [0, 1]))
 
     def test_label_encodings(self):
-        """One-hot floats, booleans and integers, and plain integers from 0 or 1 on; arrays nobody asked for are not read."""
+        """One-hot floats, booleans and integers, and plain integers from 0 or 1 on, a column too; arrays nobody asked for are not read."""
         for y_train, y_test in ((npy("<f8", (2, 2), [0.0, 1, 1, 0]), npy("<f8", (1, 2), [0.0, 1])),
                                 (npy("|b1", (2, 2), [0, 1, 1, 0]), npy("|b1", (1, 2), [0, 1])),
                                 (npy("<i8", (2, 2), [0, 1, 1, 0]), npy("<i8", (1, 2), [0, 1])),
                                 (npy("<i8", (2,), [1, 0]), npy(">i8", (1,), [1])),
+                                (npy("<i8", (2, 1), [2, 1]), npy("<i8", (1, 1), [2])),
                                 (npy("|u1", (2,), [2, 1]), npy("<i2", (1,), [2]))):
             content = ctr_gcn(y_train=y_train, y_test=y_test, junk=npy("|O", (1,), [], body=b"cos\nsystem\n."), note=b"no array")
             loaded = data.load(self.write("a.npz", content))
@@ -1136,6 +1152,13 @@ class PickleTest(Case):
         self.assertEqual(halves[0].test.names, halves[1].test.names)
         self.refused(path, "xsub", split="xsub")
         self.refused(self.write("a.pkl", pickled(pyskl(1))), "a.pkl")
+
+    def test_names_of_a_split(self):
+        """As PYSKL reads it: every annotation of a listed name, once; names of none are passed over."""
+        annotations = pyskl(4)
+        annotations[3]["frame_dir"] = "a0"
+        content = {"annotations": annotations, "split": {"train": ["a2", "a0", "a2", "gone"], "test": ["a1"]}}
+        self.assertEqual(data.load(self.write("a.pkl", pickled(content))).train.names, ["a2", "a0", "a0"])
 
     def test_two_persons_are_kept(self):
         """Of up to four persons the two of the highest mean score stay, in their order; without scores the two that move most."""
@@ -1307,7 +1330,7 @@ class PtTest(Case):
         for half, wanted in shapes.items():
             content |= {f"x_{half}": [torch.randn(s, generator=draw, dtype=torch.float64) for s in wanted],
                         f"y_{half}": [n + 3 for n in range(len(wanted))]}
-        path = os.path.join(self.folder, "a.pt")
+        path = Path(self.folder, "a.pt")
         torch.save(content, path)
         loaded = data.load(path)
         self.assertEqual((loaded.layout, loaded.persons, loaded.classes, loaded.train.label.tolist()), ("coco17", 2, [3, 4, 5], [0, 1, 2]))
@@ -1406,12 +1429,16 @@ class BatchTest(Case):
             if score:
                 x[..., C] = (x[..., C] > 30).float()
                 x[0, ..., C] = 0
+            seen = x.clone()
+            if score:
+                seen[2, :, 3, :, :C] = x[2, :, 2, :, :C]  # nobody saw them, so they are where they were
             y, origin, unit = data.normalise(x, skeleton, C)
             self.close(data.normalise(x.double(), skeleton, C)[0].float(), y, 1e-4)
             for n in range(3):
-                expected, centre, size = plain_normalise(x[n], [0, 3], C)
+                expected, centre, size = plain_normalise(seen[n], [0, 3], C)
                 self.close(y[n], expected), self.close(origin[n].flatten(), centre), self.close(float(unit[n]), float(size))
-            self.assertFalse(y[1, 1, ..., :C].any() or y[2, :, 3, :, :C].any() or y[3, ..., :C].any())
+            self.assertFalse(y[1, 1, ..., :C].any() or y[3, ..., :C].any())
+            self.assertEqual(bool(y[2, :, 3, :, :C].any()), score)
             self.close((y[0, ..., :C] * unit[0] + origin[0]), x[0, ..., :C], 1e-4)
             if score:
                 self.assertTrue(torch.equal(y[..., C], x[..., C]))
@@ -1555,8 +1582,25 @@ class BatchTest(Case):
                 if f not in seen and seen:
                     expected[f, m, v, :2] = before[max([t for t in seen if t < f], default=seen[0]), m, v, :2]
         self.assertFalse(torch.equal(before, expected))
-        data.fill_missing(source)
+        there = data.fill_missing(source.frames, source.start, source.length)
         self.assertTrue(torch.equal(source.frames, expected))
+        self.assertTrue(torch.equal(there, expected[..., :2].any(-1).any(-1)))
+
+    def test_normalise_is_what_the_scripts_do(self):
+        """Raw arrays with scores, placeholders, gaps and padding come out of normalise as from the file and the test loader."""
+        draw, skeleton = torch.Generator().manual_seed(0), SKELETONS["penn13"]
+        raw_x = 100 * torch.rand(4, 2, 9, 13, 3, generator=draw)  # (N, M, T, V, C + 1)
+        raw_x[..., 2] = (torch.rand(4, 2, 9, 13, generator=draw) > 0.4).float()
+        raw_x[..., :2] = torch.where((raw_x[..., 2:] == 0) & (torch.rand(4, 2, 9, 13, 1, generator=draw) > 0.5),
+                                     torch.randint(2, (4, 2, 9, 13, 1), generator=draw), raw_x[..., :2])
+        raw_x[0, :, 6:], raw_x[1, 1], raw_x[2, 0, 3], raw_x[3, 1, 5:] = 0, 0, 0, 0
+        listed = [dict(frame_dir=str(n), label=n % 2, keypoint=ndarray((2, 9, 13, 2), x[..., :2].flatten().tolist(), dtype("<f4")),
+                       keypoint_score=ndarray((2, 9, 13), x[..., 2].flatten().tolist(), dtype("<f4"))) for n, x in enumerate(raw_x)]
+        path = self.write("a.pkl", pickled({"split": {"train": ["0"], "test": list("0123")}, "annotations": listed}))
+        for box in (False, True):
+            batch = Loader(data.load(path, box=box).test, skeleton, 2, 4, 7, False).batch((torch.arange(4), 0))
+            x, _, unit = data.normalise(raw_x, skeleton, 2, box, 7)
+            self.close(x, batch.x), self.close(unit, batch.unit)
 
 
 class AugmentationTest(Case):
@@ -2158,11 +2202,11 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         optimizer, model = "--batch-size 16 --optimizer adamw --lr 0.003 --weight-decay 0.05 --clip 5 ", "--motion --bone --hidden 64 "
         for flags, fixed in (("", "--frames 16 "), (STACK, "")):
             printed = self.pretrain(f"{self.data} --epochs 2{flags}")
-            expected = f"--batch-size 32 --lr 0.001 {model}--blocks 1 --frames 16 --crop 0.3 --repeat 2560 --box --rotation 60"
-            self.assertEqual(hint(printed)[1], expected.replace("--blocks 1 ", "" if flags else "--blocks 1 "))
+            expected = f"--batch-size 32 --lr 0.001 {model}--frames 16 --crop 0.3 --repeat 2560 --box --rotation 60"
+            self.assertEqual(hint(printed)[1], expected)
             printed = hint(self.finetune("--ckpt --epochs 1"))[1]  # which has --blocks 1
             self.assertEqual(printed, f"{optimizer}{fixed}--crop 0.3 --repeat 2560 --rotation 60")
-            self.finetune(f"--ckpt --epochs 1 {printed} --repeat 1".replace("--blocks 1", ""))
+            self.finetune(f"--ckpt --epochs 1 {printed} --repeat 1")
         self.assertIsNone(hint(self.finetune("--resume --epochs 2")))
         self.assertIsNone(hint(self.finetune("--ckpt --epochs 1 --linear-probe")))
         printed = hint(self.finetune(f"{self.data} --epochs 1 --frames 16"))[1]
@@ -2962,7 +3006,7 @@ class FigureTest(Case):
             self.assertEqual(total, 4 * K)  # hovering counts every test sequence once
 
     def test_reconstruction_of_a_pretraining(self):
-        """Eight frames three times over, a ring around each masked joint, and their mean error as pre-training measures it (P Fig. 6)."""
+        """Eight frames three times over, a ring around each masked joint, and their mean error as pre-training measures it (paper Fig. 6)."""
         was = train_pretrain.Settings(width=8, hidden=8, layers=1, frames=8, synthetic_size=32, out=self.folder + "/pre")
         shape = dict(skeleton=SKELETONS["coco17"], channels=2, width=8, hidden=8, layers=1)
         model = SkeletonMAE(**shape)

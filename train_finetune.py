@@ -91,9 +91,9 @@ def evaluate(model: nn.Module, loader: Loader, device, amp: bool) -> dict:
 def metrics(outputs: dict) -> dict:
     """Top-1, top-5 and mean class accuracy (over the classes that the test set holds), in percent."""
     logits, labels = outputs["logits"], outputs["labels"]
-    ranked = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-    per_class = [ranked[labels == c, 0].float().mean() for c in labels.unique()]
-    return {"top1": 100 * float(ranked[:, 0].float().mean()), "top5": 100 * float(ranked.any(1).float().mean()),
+    hit = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]  # (N, 5)
+    per_class = [hit[labels == c, 0].float().mean() for c in labels.unique()]
+    return {"top1": 100 * float(hit[:, 0].float().mean()), "top5": 100 * float(hit.any(1).float().mean()),
             "mean_class": 100 * float(torch.stack(per_class).mean())}
 
 
@@ -223,7 +223,7 @@ def main(argv=None):
     step_model = torch.compile(parallel, dynamic=True) if settings.compile else parallel
 
     def step(packing: Packing, x: Tensor, label: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):  # a CUDA graph holds its own casts
             logits = step_model(x, packing)
         loss = F.cross_entropy(logits, label, label_smoothing=settings.label_smoothing)
         loss.backward()

@@ -7,7 +7,7 @@
     python train_pretrain.py --resume                                  # go on where runs/pretrain stopped
 
 Leaves in --out (runs/pretrain): pretrain.pt, the checkpoint that train_finetune.py --ckpt reads, and log.csv. All but
-the last section is what both scripts share; training itself is `main`, read top to bottom.
+the last section, and Settings, is what both scripts share; training itself is `main`, read top to bottom.
 """
 import argparse
 import contextlib
@@ -49,8 +49,8 @@ class CommonSettings:
     frames: int = option(64, "T, frames sampled from each sequence", low=2, high=10_000)
     box: bool = option(False, "each axis of a sequence from -1 to 1, after augmentation, instead of turning it to face the viewer")
     rotation: float = option(None, "3D: random rotation in degrees to either side; default: what suits the data", low=0, high=180)
-    scaling: float = option(None, "random scaling of each axis by up to this; default: what suits the data", low=0, high=0.9)
-    shift: float = option(None, "random shift in body units; default: what suits the data", low=0)
+    scaling: float = option(None, "random scaling of each axis by up to this, undone by --box; default: what suits the data", low=0, high=0.9)
+    shift: float = option(None, "random shift in body units, undone by --box; default: what suits the data", low=0)
     flip: float = option(None, "probability of a mirror image; default: what suits the data", low=0, high=1)
     noise: float = option(None, "coordinate noise in body units; default: what suits the data", low=0)
     crop: float = option(None, "shortest random part of a sequence to sample from; default: what suits the data", low=0, high=1)
@@ -404,7 +404,9 @@ def hint_at_steps(say, train: Loader, settings: CommonSettings, fixed=(), **advi
     steps = train.steps * settings.epochs
     if steps < 2000:
         repeat = math.ceil(4000 * advice["batch_size"] / (len(train.data) * settings.epochs))
-        advice |= {"motion": True, "bone": True, "hidden": 64, "blocks": 1, "frames": 16, "crop": 0.3, "repeat": min(repeat, 10_000)}
+        advice |= {"motion": True, "bone": True, "hidden": 64, "frames": 16, "crop": 0.3, "repeat": min(repeat, 10_000)}
+        if settings.strl_layers:  # else pre-training has no attention
+            advice |= {"blocks": 1}
         if train.channels == 3:
             advice |= {"box": True, "rotation": 60}
         flags = " ".join(f"--{flag(name)}" if value is True else f"--{flag(name)} {value}" for name, value in advice.items()
@@ -518,7 +520,7 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
         guesses = (model.reconstruct(full, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x),
                    neighbour_mean(x, masked, hops))
         errors = [(((guess - x) * unit).norm(dim=-1) * seen).sum() for guess in guesses]
-        sums += torch.stack([*errors, seen.sum()]).double().cpu()
+        sums += torch.stack([*errors, seen.sum()]).cpu().double()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), (sums[:3] / sums[3].clamp(min=1)).tolist()))
 
 
@@ -570,7 +572,7 @@ def main(argv=None):
     step_model = torch.compile(parallel, dynamic=True) if settings.compile else parallel
 
     def step(packing: Packing, x: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):  # a CUDA graph holds its own casts
             loss = step_model(x, packing, mask)[0]
         loss.backward(weight)
         return loss.detach() * weight
@@ -583,7 +585,7 @@ def main(argv=None):
         progress.start_epoch(epoch, settings.lr)
         for batch in train.epoch(epoch):
             loss = 0
-            for first in range(0, len(batch.x), settings.micro_batch):  # gradients of the parts add up to the batch's
+            for first in range(0, len(batch.x), settings.micro_batch):  # a part weighs as its share of the sequences
                 part = slice(first, first + settings.micro_batch)
                 last = part.stop >= len(batch.x)
                 x = batch.x[part].to(device)
