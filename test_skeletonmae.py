@@ -1474,7 +1474,7 @@ class BatchTest(Case):
                 self.close(half[n, c], torch.tensor((high - low) / 2), 1e-5)
         layout = {**FIVE, "parts": {**FIVE["parts"], "torso": [0, 1, 2]}}  # a pair of joints by which it could be turned
         source = sequences()
-        source.box, source.placement = True, data.find_placements(source, layout, 3, False)
+        source.box = True
         for training in (True, False):
             batch = next(iter(Loader(source, layout, 3, 4, 6, training, augmentation=Augmentation(60, 0.1, 0.1, crop=0.5)).epoch()))
             for sequence in batch.x:
