@@ -1601,6 +1601,7 @@ class BatchTest(Case):
             batch = Loader(data.load(path, box=box).test, skeleton, 2, 4, 7, False).batch((torch.arange(4), 0))
             x, _, unit = data.normalise(raw_x, skeleton, 2, box, 7)
             self.close(x, batch.x), self.close(unit, batch.unit)
+        self.assertFalse(data.normalise(raw_x, skeleton, 2)[0][0, :, 6:, :, :2].any())  # padding stays zero
 
 
 class AugmentationTest(Case):
