@@ -173,8 +173,8 @@ STYLE = f"""text{{font:12px {FONT};fill:#222}}.small{{font-size:10px}}.tiny{{fon
 .bone,.joint{{stroke:#222;stroke-width:1.6}}.joint{{stroke-width:4}}.ring{{stroke:#d55e00;stroke-width:1.4}}
 {"".join(f".c{i}{{stroke:{c}}}.f{i}{{fill:{c}}}" for i, c in enumerate(COLOURS))}
 @media screen and (prefers-color-scheme:dark){{text{{fill:#e4e4e4}}.halo{{stroke:#16181c}}.paper,.on{{fill:#16181c}}.axis{{stroke:#8a8a8a}}
-.grid{{stroke:#33373d}}.none{{fill:#33373d}}.heat{{fill:#56b4e9}}.bone,.joint{{stroke:#e4e4e4}}.ring,.c3{{stroke:#f0803c}}.f3{{fill:#f0803c}}
-.c0{{stroke:#2b8fd0}}.f0{{fill:#2b8fd0}}.c5{{stroke:#8fd3ff}}.f5{{fill:#8fd3ff}}}}"""
+.grid{{stroke:#33373d}}.none{{fill:#33373d}}.heat{{fill:#56b4e9}}.bone,.joint{{stroke:#e4e4e4}}.ring,.c3{{stroke:#f0803c}}
+.f3{{fill:#f0803c}}.c0{{stroke:#2b8fd0}}.f0{{fill:#2b8fd0}}.c5{{stroke:#8fd3ff}}.f5{{fill:#8fd3ff}}}}"""
 FIGURES = {"fig1-pca": "Fig. 1: features before the classifier, PCA", "fig1-tsne": "Fig. 1: features before the classifier, t-SNE",
            "fig2-class-accuracy": "Fig. 2: accuracy of each class against the average",
            "fig3-long-tail": "Fig. 3: long-tailed distribution of the training classes", "fig4-confusion": "Fig. 4 left: confusion matrix",
