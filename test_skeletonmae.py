@@ -3007,7 +3007,7 @@ class FigureTest(Case):
             self.assertEqual(total, 4 * K)  # hovering counts every test sequence once
 
     def test_reconstruction_of_a_pretraining(self):
-        """Eight frames three times over, a ring around each masked joint, and their mean error as pre-training measures it (paper Fig. 6)."""
+        """Eight frames three times over, a ring at each masked joint, their mean error as pre-training measures it (paper Fig. 6)."""
         was = train_pretrain.Settings(width=8, hidden=8, layers=1, frames=8, synthetic_size=32, out=self.folder + "/pre")
         shape = dict(skeleton=SKELETONS["coco17"], channels=2, width=8, hidden=8, layers=1)
         model = SkeletonMAE(**shape)
