@@ -452,11 +452,6 @@ def squared_error(prediction: Tensor, target: Tensor, selected: Tensor) -> Tenso
     return selected_mean((prediction.float() - target.float()).square().sum(-1), selected)
 
 
-def mask_of_frames(mask: Tensor) -> Tensor:
-    """A mask (N, V) of all frames, or (N, V, T) -> (N, 1 or T, V), frames before joints as in (N, M, T, V, C)."""
-    return mask.view(*mask.shape[:2], -1).transpose(1, 2)
-
-
 class SkeletonMAE(nn.Module):
     """The graph masked autoencoder (paper 3.1) with the layers of S Eq. 1.
 
@@ -501,12 +496,9 @@ class SkeletonMAE(nn.Module):
         self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))  # ... and a linear map to the targets
 
     def draw(self, num: int, frames: int, generator=None) -> Tensor:
-        """Masks of `num` sequences, True is masked: (num, V), or (num, V, frames) where segments have their own."""
-        mask = draw_mask(num * self.segments, self.skeleton, **self.masking, generator=generator)
-        if self.segments == 1:
-            return mask
-        segment = torch.arange(frames) * self.segments // frames
-        return mask.view(num, self.segments, -1)[:, segment].transpose(1, 2)
+        """Masks of `num` sequences, True is masked: (num, 1, V), or (num, frames, V) where segments have their own."""
+        mask = draw_mask(num * self.segments, self.skeleton, **self.masking, generator=generator).view(num, self.segments, -1)
+        return mask if self.segments == 1 else mask[:, torch.arange(frames) * self.segments // frames]
 
     def encode(self, packed: Tensor, packing: Packing, masked: Tensor | None = None) -> Tensor:
         """(V, P, T, C) and a mask as JointEmbedding takes it -> what the encoder makes of them, (V, P, T / stride, H or D)."""
@@ -521,17 +513,17 @@ class SkeletonMAE(nn.Module):
 
     def forward(self, x: Tensor, present: Tensor | Packing | None = None, mask: Tensor | None = None):
         """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or a Packing, found from x where
-        not given; mask: bool (N, V) or (N, V, T), True is masked, drawn where not given.
+        not given; mask: bool (N, V), or (N, T, V) where frames differ, True is masked, drawn where not given.
 
-        Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1), zero for absent persons; the mask.
+        Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1), zero for absent persons; the mask
+        (N, 1 or T, V).
         """
         C = self.channels
         packing = packing_of(x, self.embedding, present)
-        if mask is None:
-            mask = self.draw(len(x), x.shape[2])
+        mask = self.draw(len(x), x.shape[2]) if mask is None else mask.reshape(len(x), -1, x.shape[3])
         mask = mask.to(x.device, non_blocking=True)
         packed = packing.pack(x)                                          # (V, P, T, C)
-        masked = mask_of_frames(mask)[packing.sequence].permute(2, 0, 1)  # (V, P, 1 or T)
+        masked = mask[packing.sequence].permute(2, 0, 1)                  # (V, P, 1 or T)
         prediction = self.head(self.decoder(self.encode(packed, packing, masked))).float()
         prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :x.shape[2]]  # every output frame predicts `stride`
         target = torch.cat([packed[..., :C] / self.scale, torch.ones_like(packed[..., :1])], -1)
@@ -557,7 +549,7 @@ class SkeletonMAE(nn.Module):
         _, prediction, mask = self.eval()(x, present, mask)
         self.train(training)
         position = self.scale * prediction[..., :C] / prediction[..., C:].clamp(min=1e-2)
-        joints = torch.where(mask_of_frames(mask)[:, None, ..., None], position, x[..., :C])
+        joints = torch.where(mask[:, None, ..., None], position, x[..., :C])
         return joints * present.to(x.device)[..., None, None, None], mask
 
 

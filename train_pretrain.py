@@ -26,7 +26,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from data import Augmentation, DataError, Dataset, Loader, brief, load, read_torch, reading  # before torch: silences its remark about numpy
-from skeletonmae import Packing, SkeletonMAE, make_skeleton, mask_of_frames, normalized_adjacency
+from skeletonmae import Packing, SkeletonMAE, make_skeleton, normalized_adjacency
 import torch
 from torch import Tensor
 
@@ -512,13 +512,12 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
     for step, batch in enumerate(loader.epoch()):
         full, unit = batch.x.to(device), batch.unit.to(device).view(len(batch.x), 1, 1, 1, -1)
         x = full[..., :C]
-        mask = model.draw(len(x), x.shape[2], torch.Generator().manual_seed(step)).to(device)
-        masked = mask_of_frames(mask)
-        seen = batch.there.to(device)[..., None] & masked[:, None]  # (N, M, T, V)
+        mask = model.draw(len(x), x.shape[2], torch.Generator().manual_seed(step)).to(device)  # (N, 1 or T, V)
+        seen = batch.there.to(device)[..., None] & mask[:, None]  # (N, M, T, V)
         if full.shape[-1] > C:
             seen = seen & (full[..., C] > 0)
         guesses = (model.reconstruct(full, batch.present, mask)[0], mean_pose[None, :, None].expand_as(x),
-                   neighbour_mean(x, masked, hops))
+                   neighbour_mean(x, mask, hops))
         errors = [(((guess - x) * unit).norm(dim=-1) * seen).sum() for guess in guesses]
         sums += torch.stack([*errors, seen.sum()]).cpu().double()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), (sums[:3] / sums[3].clamp(min=1)).tolist()))

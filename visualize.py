@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 
 from data import Loader, brief  # before torch: it silences torch's one remark about numpy
-from skeletonmae import SkeletonMAE, draw_mask, mask_of_frames
+from skeletonmae import SkeletonMAE, draw_mask
 from train_finetune import Settings as Finetuning
 from train_pretrain import Failure, Settings as Pretraining, option, parse, read_checkpoint, read_data, recorded, run, write_atomically
 import torch
@@ -432,7 +432,7 @@ def training(name: str, log: list) -> tuple:
 
 def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
     """(name of a test sequence, its coordinates x and what the pre-trained model makes of them (M, T, V, C), in the units of the
-    data, known (M, T, V): there and seen, masked (1 or T, V), whether y points up), for P Fig. 6."""
+    data, known (M, T, V): there and seen, masked (1 or T, V), whether y points up), for the paper's Fig. 6."""
     was, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
     try:
         data = read_data(Pretraining(**was))
@@ -452,11 +452,11 @@ def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
     known = (x != 0).flatten(2).any(2)[..., None] & (score > 0).all(-1)  # where there is no score, all of none
     head, legs = (data.test.frames[::7, 0, skeleton["parts"].get(part, [0]), 1].mean() for part in ("head", "left_leg"))
     x, guess = x * batch.unit, guess * batch.unit  # a number, or one for each axis
-    return names[chosen], x, guess, known, mask_of_frames(mask)[0], bool(head > legs or head == legs and C == 3)
+    return names[chosen], x, guess, known, mask[0], bool(head > legs or head == legs and C == 3)
 
 
 def fig6(checkpoint: dict, wanted: str, seed: int) -> tuple:
-    """P Fig. 6: eight frames of a test sequence as it is, as the encoder sees it, and as it is reconstructed."""
+    """Paper Fig. 6: eight frames of a test sequence as it is, as the encoder sees it, and as it is reconstructed."""
     name, x, guess, known, masked, up = reconstruct(checkpoint, wanted, seed)
     T, was, edges = x.shape[1], checkpoint["settings"], checkpoint["skeleton"]["edges"]
     error = float((guess - x).norm(dim=-1)[known & masked].sum() / (known & masked).sum().clamp(min=1))
