@@ -419,10 +419,10 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
         positions.setdefault(name, []).append(i)
     for half in (train_name, test_name):
         listed = splits[half] if isinstance(splits[half], (list, tuple)) else []
-        index = [i for name in dict.fromkeys(str(name) for name in listed if is_name(name)) for i in positions.get(name, ())]
-        if not index:
-            raise DataError(f"{path}: split {half} is empty or names no annotation; expected a list of frame_dir")
-        halves.append(data.subset(index))
+        listed = [str(name) for name in listed if is_name(name) and str(name) in positions]
+        if not listed or len(listed) > len(names):
+            raise DataError(f"{path}: split {half} is empty, names no annotation, or more than there are; expected a list of frame_dir")
+        halves.append(data.subset([i for name in dict.fromkeys(listed) for i in positions[name]]))
     return *halves, f"{train_name} / {test_name}", scored
 
 
@@ -469,11 +469,12 @@ def read_labels(y: Tensor, count: int, what: str) -> Tensor:
     """Integer labels (N,) from integers (N,) or a one-hot (N, K) of numbers or booleans."""
     if y.dim() == 0 or len(y) != count:
         raise DataError(f"{what} has {y.numel() if y.dim() == 0 else len(y)} labels for {count} sequences; expected as many of each")
-    if y.dim() == 2 and y.shape[1] != 1:
+    if y.dim() == 2 and y.shape[1] == 1:  # a column of integers
+        y = y[:, 0]
+    if y.dim() == 2:
         if not ((y != 0).sum(1) == 1).all():
             raise DataError(f"{what} is no one-hot: a row has other than one non-zero entry; expected exactly one a row")
         return (y != 0).int().argmax(1)
-    y = y.flatten() if y.dim() == 2 else y  # a column of integers
     if y.dim() != 1 or y.is_floating_point() and (y != y.round()).any():
         raise DataError(f"{what} has shape {tuple(y.shape)} and dtype {y.dtype}; expected integers (N,) or one-hot (N, K)")
     low, high = float(y.min()), float(y.max())
@@ -752,12 +753,12 @@ def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False, frame
     `boxed`; of each as many frames as asked for, spread evenly over those before the padding at its end, else all T. Persons
     who are all zero and padding stay zero. Returns (x, origin (N, C), unit (N,), or (N, C) for the axes of what was boxed)."""
     there = (x[..., :channels] != 0).flatten(3).any(3)
-    length, all_frames = unpadded(there.any(1)), torch.arange(x.shape[2], device=x.device)
+    length = unpadded(there.any(1))
     if x.shape[-1] > channels:
         flat, each = x.transpose(1, 2).flatten(0, 1).clone(), torch.full_like(length, x.shape[2])
         there = fill_missing(flat, each.cumsum(0) - each, each)
         x, there = (t.unflatten(0, (len(x), -1)).transpose(1, 2) for t in (flat, there))
-        there = there & (all_frames < length[:, None])[:, None]
+        there = there & (torch.arange(x.shape[2], device=x.device) < length[:, None])[:, None]  # padding is nobody
         x = x * there[..., None, None]
     linear, origin, unit = find_batch_placement(x, there, skeleton, channels, not box)
     if frames:

@@ -449,7 +449,7 @@ def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
     batch = next(iter(Loader(data.test.subset([chosen]), skeleton, C, 1, was["frames"], False).epoch()))
     mask = model.draw(1, was["frames"], generator)
     guess, x, score = model.reconstruct(batch.x, batch.present, mask)[0][0], batch.x[0, ..., :C], batch.x[0, ..., C:]
-    known = (x != 0).flatten(2).any(2)[..., None] & (score > 0).all(-1)  # where there is no score, all of none
+    known = batch.there[0, ..., None] & (score > 0).all(-1)  # where there is no score, all of none
     head, legs = (data.test.frames[::7, 0, skeleton["parts"].get(part, [0]), 1].mean() for part in ("head", "left_leg"))
     x, guess = x * batch.unit, guess * batch.unit  # a number, or one for each axis
     return names[chosen], x, guess, known, mask[0], bool(head > legs or head == legs and C == 3)
