@@ -308,8 +308,8 @@ class _Unpickler(pickle._Unpickler):
             made.code = state[1] + made.code.lstrip("<>|=")
 
     def load_pairs(self, load):
-        one = load is pickle._Unpickler.load_setitem  # its key lies below the value; of several, every second is a key
-        at = slice(-2, -1) if one else slice(None, None, 2)
+        # a key lies below its one value; of several pairs every second is a key
+        at = slice(-2, -1) if load is pickle._Unpickler.load_setitem else slice(None, None, 2)
         keys = self.stack[at]
         if not all(is_name(key) or type(key) is float for key in keys):  # the hash of tuples nested in tuples can take for ever
             raise DataError("a dict in the pickle has keys other than strings and numbers; it is hostile or damaged")
@@ -367,7 +367,8 @@ def read_annotation(annotation: dict, scored: bool, what: str) -> Tensor:
         if len(keypoint) > 1:
             there &= (keypoint[..., -1] > 0).flatten(1).any(1)
         keypoint = keypoint * there[:, None, None, None]
-    return keypoint.transpose(0, 1)
+    shown = (keypoint[..., :keypoint.shape[3] - scored] != 0).flatten(2).any(2).any(0)  # (T,): padding may have scores, it is cut here
+    return keypoint[:, :int(unpadded(shown[None]))].transpose(0, 1)
 
 
 def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
@@ -429,8 +430,7 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
 def find_split(names: list, wanted: str | None, path: str) -> tuple:
     """The pair (training split, test split). wanted: None for the obvious pair, "xsub" for xsub_train and xsub_val or
     xsub_test, or "a,b" for two names as they stand in the file."""
-    pairs = [(name, name.removesuffix("train") + tail) for name in names if name.endswith("train") for tail in ("val", "test")
-             if name.removesuffix("train") + tail in names]
+    pairs = [(a, b) for a in names if a.endswith("train") for b in (a[:-5] + "val", a[:-5] + "test") if b in names]
     if wanted is None:
         obvious = ("xsub_train", "xsub_val"), ("train", "val"), ("train", "test")
         fits = [pair for pair in obvious if pair in pairs] or (pairs if len(pairs) == 1 else [])
@@ -454,11 +454,10 @@ def fill_missing(frames: Tensor, start: Tensor, length: Tensor) -> Tensor:
     position, score = frames[..., :-1], frames[..., -1]  # views, (F, M, V, C) and (F, M, V)
     known = (score > 0) | ((position != 0).any(-1) & (position != 1).any(-1))
     F, steps = len(position), torch.arange(len(position), device=frames.device)[:, None, None]
-    sequence_start = torch.repeat_interleave(start, length)[:, None, None]
-    sequence_end = sequence_start + torch.repeat_interleave(length, length)[:, None, None]
+    first, end = (bound.repeat_interleave(length)[:, None, None] for bound in (start, start + length))  # of each frame's sequence
     earlier = torch.where(known, steps, -1).cummax(0).values
     later = torch.where(known, steps, F).flip(0).cummin(0).values.flip(0)
-    source = torch.where(earlier >= sequence_start, earlier, torch.where(later < sequence_end, later, steps))
+    source = torch.where(earlier >= first, earlier, torch.where(later < end, later, steps))
     position.copy_(position.gather(0, source[..., None].expand_as(position)))
     return (position != 0).flatten(2).any(2)
 
@@ -522,8 +521,8 @@ class _Rehearsal(_Unpickler):
     dispatch = {**_Unpickler.dispatch, pickle.BUILD[0]: lambda self: self.stack.pop()}
 
     def find_class(self, module, name):
-        if not re.fullmatch(r"collections\.OrderedDict|torch\.((storage\.)?\w*Storage|_utils\._rebuild_\w+|Size|device|\w+\d+\w*)",
-                            f"{module}.{name}"):
+        if not re.fullmatch(r"collections\.OrderedDict|torch\.((storage\.)?\w*Storage|_utils\._rebuild_(tensor|parameter)\w*|Size|device"
+                            r"|\w+\d+\w*)", f"{module}.{name}"):
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
         return lambda *_: {}
 
@@ -567,7 +566,7 @@ def from_pt(path: str) -> tuple:
             label = read_labels(torch.as_tensor(y), len(x), f"y_{half} in {path}")
         halves[half] = x, label
     persons = max(s.shape[1] for x, _ in halves.values() for s in x)
-    train, test = (flatten([s.float() for s in x], label, [f"{half}[{i}]" for i in range(len(x))], path, persons)
+    train, test = (flatten([s.detach().float() for s in x], label, [f"{half}[{i}]" for i in range(len(x))], path, persons)
                    for half, (x, label) in halves.items())
     return train, test, "x_train / x_test", False
 
@@ -629,8 +628,8 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     labels = torch.cat([train.label, test.label])
     first = int(labels.min())  # labels that do not start at 0 are shifted
     for half in (train, test):
-        half.label = half.label - first
-        half.placement, half.box = find_placements(half, skeleton, C, not box), box
+        half.label, half.box = half.label - first, box
+        half.placement = find_placements(half, skeleton, C)
     return Dataset(train, test, layout, skeleton, C, score, list(range(first, int(labels.max()) + 1)), note)
 
 
@@ -705,14 +704,14 @@ def find_placement(frames: Tensor, there: Tensor, owner: Tensor, num: int, skele
     return linear / unit[:, None, None], origin, unit
 
 
-def find_placements(data: Sequences, skeleton: dict, channels: int, turned: bool = True) -> tuple:
+def find_placements(data: Sequences, skeleton: dict, channels: int) -> tuple:
     """find_placement of every sequence of a split, in chunks, so that a memory-mapped array is never copied."""
     parts = []
     for start, length in zip(data.start.split(64), data.length.split(64)):
         owner = torch.arange(len(start)).repeat_interleave(length)
         rows = torch.arange(len(owner)) + (start - length.cumsum(0) + length)[owner]
         frames, there = data.frames.index_select(0, rows).float(), data.there.index_select(0, rows)
-        parts.append(find_placement(frames, there, owner, len(start), skeleton, channels, turned))
+        parts.append(find_placement(frames, there, owner, len(start), skeleton, channels, not data.box))
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
@@ -798,9 +797,8 @@ class Augmentation:
         change, shift = change * (1 + uniform(C, 1, reach=self.scaling)), uniform(C, reach=self.shift)
         x = place(x, there, compose(change, linear), origin, shift)
         if self.flip and pairs:
-            order = list(range(len(skeleton["joints"])))
-            for left, right in pairs:
-                order[left], order[right] = right, left
+            swap = dict(pairs) | {right: left for left, right in pairs}
+            order = [swap.get(joint, joint) for joint in range(x.shape[3])]
             mirrored = x.index_select(3, torch.tensor(order).to(x.device, non_blocking=True))
             x = torch.where(mirror.view(-1, 1, 1, 1, 1), mirrored, x)
         if self.noise:
@@ -828,7 +826,7 @@ class Loader:
 
     def __init__(self, data: Sequences, skeleton: dict, channels: int, batch_size: int, frames: int, training: bool, seed: int = 0,
                  augmentation: Augmentation = Augmentation(), repeat: int = 1, workers: int = 0, rank: int = 0, world: int = 1):
-        self.data = data if data.placement else replace(data, placement=find_placements(data, skeleton, channels, not data.box))
+        self.data = data if data.placement else replace(data, placement=find_placements(data, skeleton, channels))
         self.skeleton, self.channels, self.frames, self.training = skeleton, channels, frames, training
         self.batch_size, self.seed, self.augmentation, self.repeat = batch_size, seed, augmentation if training else Augmentation(), repeat
         self.workers, self.rank, self.world = workers, rank, world
@@ -971,8 +969,7 @@ def draw_figures(table: Tensor, pairs: Tensor, generator) -> tuple:
         joints[name + "ankle"] = joints[name + "knee"] + limb(side, leg - knee, bone["shin"])
     body = torch.stack([joints[name] for name in SKELETONS["coco17"]["joints"]], 3)  # (n, 2, T, 17, 3)
     body[..., 2] -= 0.5 * (1 + normal(1, 1, 1, spread=0.1)) * pairs.view(n, 1, 1, 1)  # of two, each stands half a step back
-    view = 2 * torch.rand(n, 1, generator=generator) - 1 + math.pi * torch.arange(2)  # the second person faces the first
-    view = view[:, :, None, None]
+    view = (2 * torch.rand(n, 1, generator=generator) - 1 + math.pi * torch.arange(2))[:, :, None, None]  # the second faces the first
     x = body[..., 0] * view.cos() + body[..., 2] * view.sin()
     depth = 4 + normal(1, 1, 1, spread=0.3) - body[..., 0] * view.sin() + body[..., 2] * view.cos()
     pixels = torch.stack([320 + normal(1, 1, 1, spread=40.) + 500 * x / depth, 240 - 500 * body[..., 1] / depth], -1)

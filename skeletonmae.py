@@ -4,6 +4,7 @@ An independent implementation: the authors' code was never released. This file h
 torch, and works copied alone into another project:
 
     model = SkeletonMAE(SKELETONS["coco17"], channels=2)
+    model.scale.copy_(s)                                                # root mean square distance of the joints from the centre
     loss, prediction, mask = model(x)                                   # x (N, M, T, V, C), pre-training
     classifier = SkeletonClassifier(SKELETONS["coco17"], channels=2, classes=60, persons=2)
     classifier.load_pretrained(model.state_dict())
@@ -15,7 +16,7 @@ Shape legend
     N sequences, M persons a sequence (1 or 2), T frames, V joints, C coordinates (2 or 3)
     P persons present in the whole batch, P <= N M: absent ones are packed away and cost nothing
     D embedding width (64), H encoder width (128), K classes
-Inside, joints come first, (V, P, T, D): the aggregation A X of Eq. 1 is then one matrix product without a copy.
+Inside, joints come first, (V, P, T, D): the aggregation A X of S Eq. 1 is then one matrix product without a copy.
 A mask is True where a joint is masked (hidden from the encoder), False where it is kept.
 """
 import itertools
@@ -137,9 +138,7 @@ def draw_mask(num: int, skeleton: dict, parts=("right_arm", "right_leg"), num_pa
         if not 0 < count < V:
             raise ValueError(f"a mask ratio of {ratio} hides {count} of {V} joints; expected at least one and not all")
         return torch.rand(num, V, generator=generator).argsort(1) < count  # a random order of the joints in each row
-    members = torch.zeros(len(names), V, dtype=torch.bool)  # (parts, V): which joints a part holds
-    for part, name in enumerate(names):
-        members[part, skeleton["parts"][name]] = True
+    members = torch.tensor([[joint in part for joint in range(V)] for part in skeleton["parts"].values()])  # (parts, V)
     if num_parts:
         if not 0 < num_parts <= len(names):
             raise ValueError(f"cannot mask {num_parts} of {len(names)} body parts")
@@ -158,9 +157,8 @@ def draw_mask(num: int, skeleton: dict, parts=("right_arm", "right_leg"), num_pa
 # ---------------------------------------------------------------------------------------------- layers
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over all leading dimensions of (..., D). As a channels-last image its backward on the CPU takes a twelfth
-    of the time that BatchNorm1d takes on (rows, D): measured 18 ms against 205 ms for 69,632 x 256. torch.compile
-    writes its own, and fails at an image whose width it does not know."""
+    """Batch norm over all leading dimensions of (..., D), as one channels-last image: on a CPU its backward takes 18 ms where that of
+    BatchNorm1d takes 205 (69,632 x 256). torch.compile gets the plain form, for it fails at an image of unknown width."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -174,9 +172,8 @@ def as_image(x: Tensor) -> Tensor:
 
 
 class NormPReLU(torch.autograd.Function):
-    """PReLU(batch norm(x)) in one step that keeps x alone for its backward, not the normalised values too: a third less memory, and
-    fewer passes over it: the whole backward in 10 ms where that of torch's PReLU alone takes 57 (34,816 x 128, 2 cores). Same
-    values, same gradients. For the CPU: it reads the slope as a number, which would halt a GPU."""
+    """PReLU(batch norm(x)), storing x alone for its backward: a third less memory, and 10 ms where the backward of torch's PReLU alone
+    takes 57 (34,816 x 128, 2 cores). Same values and gradients. For the CPU: float(slope) would make a GPU wait."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, variance, training, momentum, eps, slope):
@@ -192,7 +189,7 @@ class NormPReLU(torch.autograd.Function):
         gain = weight * s
         u = torch.addcmul((bias - m * gain).to(x.dtype), x, gain.to(x.dtype))
         grad_u = torch.ops.aten.leaky_relu_backward(grad, u, float(slope), False)
-        grad_slope = u.clamp_(max=0).mul_(grad).sum(dtype=slope.dtype).view(1)
+        grad_slope = u.clamp_(max=0).mul_(grad).sum().to(slope.dtype).view(1)  # sum(dtype=) copies bfloat16 first
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             as_image(grad_u), as_image(x), weight, mean, variance, batch_mean, inverse_std, ctx.training, ctx.eps, [True] * 3)
         return grad_x.permute(0, 2, 3, 1).reshape(x.shape), grad_weight, grad_bias, None, None, None, None, None, grad_slope
@@ -211,16 +208,14 @@ class GraphConvolution(nn.Module):
         return (self.adjacency @ h.reshape(h.shape[0], -1)).view(h.shape)  # every joint sums its neighbours, (V, V) x (V, ...)
 
     def forward(self, h: Tensor) -> Tensor:
-        if self.linear.in_features <= self.linear.out_features:  # (A H) W = A (H W): aggregate on the narrower side
-            h = self.linear(self.aggregate(h))
-        else:
-            h = self.aggregate(self.linear(h))
+        narrow = self.linear.in_features <= self.linear.out_features  # (A H) W = A (H W): aggregate on the narrower side
+        h = self.linear(self.aggregate(h)) if narrow else self.aggregate(self.linear(h))
         norm = self.norm
         if h.device.type != "cpu" or torch.compiler.is_compiling():  # torch's own two steps: no GPU waits, the compiler fuses
             return self.activation(norm(h))
-        if self.training:
+        if norm.training:
             norm.num_batches_tracked.add_(1)
-        return NormPReLU.apply(h, norm.weight, norm.bias, norm.running_mean, norm.running_var, self.training, norm.momentum, norm.eps,
+        return NormPReLU.apply(h, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps,
                                self.activation.weight)
 
 
@@ -251,10 +246,9 @@ class Attention(nn.Module):
         self.query_key_value, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, g: Tensor) -> Tensor:
-        P, T, H = g.shape
-        query, key, value = self.query_key_value(g).view(P, T, 3, self.heads, H // self.heads).permute(2, 0, 3, 1, 4)  # (P, heads, T, d)
+        query, key, value = self.query_key_value(g).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (P, heads, T, d)
         g = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
-        return self.project(g.transpose(1, 2).reshape(P, T, H))
+        return self.project(g.transpose(1, 2).flatten(2))
 
 
 class AttentionBlock(nn.Module):
@@ -278,10 +272,10 @@ def windows(x: Tensor, dilation: int, stride: int) -> list:
 
 
 class TemporalPooling(nn.Module):
-    """Multi-scale temporal pooling, the dilated multi-branch temporal convolution of CTR-GCN, with its residual.
+    """Multi-scale temporal pooling after the dilated multi-branch temporal convolution of CTR-GCN, whose kernels span 5 frames, not 3.
 
-    After a 1x1 convolution the channels split into four branches: three frames, three frames at dilation 2, the maximum
-    of three frames, and the frame itself. A convolution over frames is one matrix product of the three side by side: cuDNN
+    A 1x1 convolution, whose channels then split into four branches: three frames, three frames at dilation 2, the maximum
+    of three frames, and the frame itself; and a residual. A convolution over frames is one matrix product of the three side by side: cuDNN
     would plan anew for every number of persons, 35 times as long as the whole step takes.
     Shape: (V, P, T, D) -> (V, P, ceil(T / stride), D).
     """
@@ -310,7 +304,7 @@ class Packing:
 
     present: bool (N, M), on the CPU, at least one a sequence. Packed order: the first persons of all sequences that have
     two, then their second persons in the same order, then the persons who are alone. So two persons of one sequence are
-    `pairs` rows apart, and Eq. 2 reads the other person by swapping two halves.
+    `pairs` rows apart, and S Eq. 2 reads the other person by swapping two halves.
     """
 
     def __init__(self, present: Tensor, device):
@@ -324,13 +318,8 @@ class Packing:
         indices = rows, rows // self.persons, present.sum(1, dtype=torch.float32)  # the last: persons of each sequence, (N,)
         self.rows, self.sequence, self.count = (index.to(device, non_blocking=True) for index in indices)
 
-    # Properties that read a tensor's size, which torch.compile lets vary; a stored number would become a constant.
     @property
-    def num(self) -> int:
-        return len(self.count)
-
-    @property
-    def pairs(self) -> int:
+    def pairs(self) -> int:  # a tensor's size, which torch.compile lets vary; a stored number would become a constant
         return len(self.paired)
 
     def pack(self, x: Tensor) -> Tensor:
@@ -339,16 +328,16 @@ class Packing:
 
     def unpack(self, h: Tensor) -> Tensor:
         """(V, P, T, C) -> (N, M, T, V, C), absent persons zero."""
-        x = h.new_zeros(self.num * self.persons, h.shape[2], h.shape[0], h.shape[3])
-        return x.index_copy(0, self.rows, h.permute(1, 2, 0, 3)).unflatten(0, (self.num, self.persons))
+        x = h.new_zeros(len(self.count) * self.persons, h.shape[2], h.shape[0], h.shape[3])
+        return x.index_copy(0, self.rows, h.permute(1, 2, 0, 3)).unflatten(0, (-1, self.persons))
 
     def swap(self, h: Tensor) -> Tensor:
         """The other person's rows for every paired person: (..., 2 pairs, T, D) of the pairs -> the same, persons swapped."""
-        return h.unflatten(-3, (2, self.pairs)).flip(-4).flatten(-4, -3)
+        return h.roll(self.pairs, -3)
 
     def mean(self, features: Tensor) -> Tensor:
         """Mean over the persons present, (P, F) -> (N, F)."""
-        total = features.new_zeros(self.num, features.shape[1]).index_add(0, self.sequence, features)
+        total = features.new_zeros(len(self.count), features.shape[1]).index_add(0, self.sequence, features)
         return total / self.count[:, None].to(features.dtype)
 
     def pool(self, h: Tensor) -> Tensor:
@@ -405,8 +394,8 @@ class JointEmbedding(nn.Module):
 
 
 def find_present(x: Tensor, channels: int) -> Tensor:
-    """Who is there, bool (N, M) on the CPU: an absent person's coordinates are all zero, or all scores are where x has them.
-    A sequence without anyone counts its first person."""
+    """Who is present, bool (N, M) on the CPU. A person is absent whose coordinates are all zero or, where x has scores, whose scores
+    are. A sequence without anyone keeps its first person."""
     present = (x[..., :channels] != 0).flatten(2).any(2)
     if x.shape[-1] > channels:
         present &= (x[..., channels:] > 0).flatten(2).any(2)
@@ -415,19 +404,19 @@ def find_present(x: Tensor, channels: int) -> Tensor:
 
 
 def packing_of(x: Tensor, embedding: JointEmbedding, present: Tensor | Packing | None, persons: int | None = None) -> Packing:
-    """The packing of a batch: the caller's own, which torch.compile needs, for it cannot count persons; that of the persons whom the
-    caller says are present; else of those whom x shows. One clear ValueError instead of a shape error ten layers down."""
+    """Checks x and present, and returns the Packing of the batch. present: a Packing (torch.compile needs one, for it cannot count
+    persons), bool (N, M), or None: found from x. One clear ValueError instead of a shape error ten layers down."""
     joints, channels, score = len(embedding.joint), embedding.channels, embedding.score
     expected = f"(N, M, T, {joints}, {channels}{' + 1 for the joint score' if score else ''})"
     if x.dim() != 5 or x.shape[3] != joints or not channels + score <= x.shape[4] <= channels + 1:
         raise ValueError(f"expected skeletons of shape {expected}, got {tuple(x.shape)}")
     if x.shape[1] not in ((1, 2) if persons is None else (persons,)):
         raise ValueError(f"expected {persons or '1 or 2'} persons in {expected}, got {x.shape[1]}")
-    if isinstance(present, Packing):
-        return present
-    if present is not None and present.shape != x.shape[:2]:
-        raise ValueError(f"expected present of shape {tuple(x.shape[:2])}, got {tuple(present.shape)}")
-    return Packing(find_present(x, channels) if present is None else present, x.device)
+    present = find_present(x, channels) if present is None else present
+    shape = (len(present.count), present.persons) if isinstance(present, Packing) else tuple(present.shape)
+    if shape != tuple(x.shape[:2]):
+        raise ValueError(f"expected present of shape {tuple(x.shape[:2])}, got {shape}")
+    return present if isinstance(present, Packing) else Packing(present, x.device)
 
 
 # ---------------------------------------------------------------------------------------------- pre-training
@@ -479,7 +468,8 @@ class SkeletonMAE(nn.Module):
         self.masking = dict(parts=tuple(mask_parts), num_parts=mask_num_parts, ratio=mask_ratio)
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
         draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # what cannot be drawn is an error now, not at the first step
-        if mask_num_parts and not mask_ratio:  # parts may overlap: no draw of them may hide every joint
+        largest = sorted(len(part) for part in skeleton["parts"].values())[-mask_num_parts:]
+        if mask_num_parts and not mask_ratio and sum(largest) >= len(skeleton["joints"]):  # no draw may hide every joint
             for chosen in itertools.combinations(skeleton["parts"], mask_num_parts):
                 draw_mask(1, skeleton, chosen)
         self.register_buffer("scale", torch.ones(()))
@@ -501,13 +491,12 @@ class SkeletonMAE(nn.Module):
         return mask if self.segments == 1 else mask[:, torch.arange(frames) * self.segments // frames]
 
     def encode(self, packed: Tensor, packing: Packing, masked: Tensor | None = None) -> Tensor:
-        """(V, P, T, C) and a mask as JointEmbedding takes it -> what the encoder makes of them, (V, P, T / stride, H or D)."""
+        """Packed joints (V, P, T, C) and their masks (V, P, 1 or T) -> features of the encoder, (V, P, T / stride, H or D)."""
         h = self.embedding(packed, masked)
         return self.encoder(h, packing) if isinstance(self.encoder, STRLStack) else self.encoder(h)
 
     def features(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
-        """What the encoder makes of skeletons without a mask, (N, M, T / stride, V, H or D), zero for absent persons. x and present as
-        in forward."""
+        """Features of unmasked skeletons, (N, M, T / stride, V, H or D), zero for absent persons. x and present as in forward."""
         packing = packing_of(x, self.embedding, present)
         return packing.unpack(self.encode(packing.pack(x), packing))
 
@@ -515,17 +504,21 @@ class SkeletonMAE(nn.Module):
         """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or a Packing, found from x where
         not given; mask: bool (N, V), or (N, T, V) where frames differ, True is masked, drawn where not given.
 
-        Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1), zero for absent persons; the mask
-        (N, 1 or T, V).
+        Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1) in units of s, zero for absent persons;
+        the mask (N, 1 or T, V).
         """
         C = self.channels
         packing = packing_of(x, self.embedding, present)
-        mask = self.draw(len(x), x.shape[2]) if mask is None else mask.reshape(len(x), -1, x.shape[3])
-        mask = mask.to(x.device, non_blocking=True)
+        N, _, T, V, _ = x.shape
+        if mask is None:
+            mask = self.draw(N, T)
+        elif mask.dtype != torch.bool or tuple(mask.shape) not in ((N, V), (N, 1, V), (N, T, V)):
+            raise ValueError(f"expected a bool mask (N, V) or (N, T, V) of x {tuple(x.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+        mask = mask.reshape(N, -1, V).to(x.device, non_blocking=True)
         packed = packing.pack(x)                                          # (V, P, T, C)
         masked = mask[packing.sequence].permute(2, 0, 1)                  # (V, P, 1 or T)
         prediction = self.head(self.decoder(self.encode(packed, packing, masked))).float()
-        prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :x.shape[2]]  # every output frame predicts `stride`
+        prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :T]  # every output frame predicts `stride`
         target = torch.cat([packed[..., :C] / self.scale, torch.ones_like(packed[..., :1])], -1)
         selected = masked & (packed[..., :C] != 0).any(-1).any(0)         # (V, P, T): not where a person is out of sight
         if packed.shape[-1] > C:
@@ -538,19 +531,17 @@ class SkeletonMAE(nn.Module):
         return loss, packing.unpack(prediction), mask
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, present: Tensor | None = None, mask: Tensor | None = None):
-        """The masked joints as the model sees them from the others.
+    def reconstruct(self, x: Tensor, present: Tensor | Packing | None = None, mask: Tensor | None = None):
+        """Puts the masked joints back: a prediction (y, w) stands for the position s y / max(w, 0.01), in the units of x.
 
-        Returns (coordinates (N, M, T, V, C) in the units of x, visible joints as given and absent persons zero; the mask).
-        A prediction (y, w) stands for the position s y / w.
+        Returns (coordinates (N, M, T, V, C), visible joints as given and absent persons zero; the mask (N, 1 or T, V)).
         """
-        training, C = self.training, self.channels
-        present = find_present(x, C) if present is None else present
-        _, prediction, mask = self.eval()(x, present, mask)
+        training, C, packing = self.training, self.channels, packing_of(x, self.embedding, present)
+        _, prediction, mask = self.eval()(x, packing, mask)
         self.train(training)
         position = self.scale * prediction[..., :C] / prediction[..., C:].clamp(min=1e-2)
         joints = torch.where(mask[:, None, ..., None], position, x[..., :C])
-        return joints * present.to(x.device)[..., None, None, None], mask
+        return packing.unpack(packing.pack(joints)), mask
 
 
 # ---------------------------------------------------------------------------------------------- fine-tuning
@@ -560,8 +551,7 @@ def concat_linear(g: Tensor, h: Tensor, weight: Tensor) -> Tensor:
 
     g: (P, T, H), h: (V, P, T, D), weight: (out, H + D) -> (V, P, T, out).
     """
-    H = g.shape[-1]
-    return F.linear(h, weight[:, H:]) + F.linear(g, weight[:, :H])
+    return F.linear(h, weight[:, g.shape[-1]:]) + F.linear(g, weight[:, :g.shape[-1]])
 
 
 class STRL(nn.Module):
@@ -586,14 +576,14 @@ class STRL(nn.Module):
     def forward(self, h: Tensor, previous: tuple | None, packing: Packing):
         """h: (V, P, T, D); previous: SM of the layer before as (tokens (P, T, H), h (V, P, T, D)), None in the first layer,
         where SM of this one stands in. Returns (h (V, P, T / stride, D), this layer's SM at the same frames)."""
-        tokens = self.attention(self.token_norm(self.encoder(h).sum(0)))  # (P, T, H)
+        tokens = self.attention(self.token_norm(self.encoder(h).sum(0)))  # SumPool of paper Eq. 3, (P, T, H)
         mixed = concat_linear(tokens, h, self.own.weight)
         if self.other is not None:
-            paired = slice(0, 2 * packing.pairs)
+            paired = slice(0, 2 * packing.pairs)  # the other person's term of S Eq. 2
             other_tokens, other_h = (tokens, h) if previous is None else previous
             other = packing.swap(concat_linear(other_tokens[paired], other_h[:, paired], self.other.weight))
             mixed = torch.cat([mixed[:, paired] + other, mixed[:, 2 * packing.pairs:]], 1)
-        out = self.pool(F.relu_(self.norm(mixed) + self.residual(h)))
+        out = self.pool(F.relu_(self.norm(mixed) + self.residual(h)))  # paper Eq. 4, (V, P, T / stride, D)
         stride = self.pool.stride
         return out, (tokens[:, ::stride], h[:, :, ::stride])
 
@@ -608,6 +598,8 @@ class STRLStack(nn.Module):
     def __init__(self, adjacency: Tensor, width: int, hidden: int, layers: int, persons: int, frames: int, strl_layers: int = 3,
                  blocks: int = 2, heads: int = 4, ratio: int = 4, stride: int = 2, dropout: float = 0.2, attention_dropout: float = 0.1):
         super().__init__()
+        if persons not in (1, 2):
+            raise ValueError(f"{persons} persons a sequence; expected 1 or 2")
         self.stride = stride ** (strl_layers - 1)
         self.position = nn.Parameter(0.02 * torch.randn(frames, width))
         self.layers = nn.ModuleList(
@@ -628,8 +620,7 @@ class SkeletonClassifier(nn.Module):
     """The paper's Skeleton Sequence Learning model (SSL): joint embedding, temporal position, M_l STRL layers, MLP.
 
     persons: M, 1 or 2; frames: T of the position table (another T at run time is interpolated). About 1.5 M parameters
-    (S A) for 60 classes; most sit in the attention blocks, where a parameter works on one token a frame and costs V times less than one
-    of the encoder.
+    (S A) for 60 classes, most of them in the attention blocks, which see one token a frame where the encoder sees V.
     """
 
     def __init__(self, skeleton: dict, channels: int, classes: int, persons: int = 1, frames: int = 64, width: int = 64,
@@ -663,11 +654,10 @@ class SkeletonClassifier(nn.Module):
         Returns the names of the tensors that were loaded; raises ValueError where widths, joints or streams differ.
         """
         own, stacked = self.state_dict(), "encoder.position" in state
-        homes = ["strl"] if stacked else [f"strl.layers.{i}.encoder" for i in range(len(self.strl.layers))]  # of what is "encoder" there
-        loaded = {name: value for name, value in state.items() if name.startswith("embedding.")}
-        loaded |= {home + name.removeprefix("encoder"): value for name, value in state.items() if name.startswith("encoder.")
-                   for home in homes}
-        expected = {name for name in own if name.startswith(("embedding.", *(f"{home}." for home in homes)))}
+        targets = ["strl."] if stacked else [f"strl.layers.{i}.encoder." for i in range(len(self.strl.layers))]
+        moves = [("embedding.", "embedding."), *(("encoder.", target) for target in targets)]  # (name there, name here)
+        loaded = {new + name.removeprefix(old): value for name, value in state.items() for old, new in moves if name.startswith(old)}
+        expected = {name for name in own if name.startswith(("embedding.", *targets))}
         wrong = sorted(expected ^ loaded.keys()) or [n for n in sorted(expected) if own[n].shape != loaded[n].shape]
         if wrong:
             shapes = [tuple(d[wrong[0]].shape) if wrong[0] in d else "absent" for d in (own, loaded)]
@@ -682,11 +672,8 @@ class SkeletonClassifier(nn.Module):
 
 
 class LinearProbe(nn.Module):
-    """What the encoder knows: its features pooled over joints, then mean and maximum over frames, and one linear layer. `pretrained`
-    is taken over and frozen.
-
-    Pooled features are batch-normalised without learnable weights, so that their scale does not matter.
-    """
+    """A linear classifier on frozen features: mean over joints, then mean and maximum over frames, then batch norm without learnable
+    weights, so that their scale does not matter. Freezes `pretrained` itself."""
 
     def __init__(self, pretrained: SkeletonMAE, classes: int):
         super().__init__()

@@ -332,6 +332,8 @@ class SkeletonTest(Seeded):
         self.assertEqual(len(SkeletonMAE(overlapping, 2, mask_num_parts=1).draw(9, 4)), 9)
         with self.assertRaisesRegex(ValueError, "all joints"):
             SkeletonMAE(overlapping, 2, mask_num_parts=2)
+        many = make_skeleton([str(n) for n in range(60)], [(0, 1)], {str(n): [n] for n in range(60)}, 0)
+        SkeletonMAE(many, 2, mask_num_parts=30)  # 10^17 choices, none of which hides all joints: not tried one by one
         with self.assertRaisesRegex(ValueError, "mse; expected cosine or squared"):
             SkeletonMAE(COCO, 2, loss="mse")
         with self.assertRaisesRegex(ValueError, "one of 8 frames, and there are 4"):
@@ -384,6 +386,14 @@ class LayerTest(Seeded):
                 self.assertEqual(layer.norm.num_batches_tracked, int(training))
                 x, layer = x.detach().double().requires_grad_(), layer.double()
                 self.assertTrue(torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=True))
+
+    def test_frozen_batch_norm(self):
+        """A batch norm in eval mode inside a layer that trains keeps its statistics and uses them, as torch's own does."""
+        layer, x = shaken(GraphConvolution(self.adjacency, 3, 6)).train(), torch.randn(5, 2, 3, 3)
+        layer.norm.eval()
+        before = copy.deepcopy(statistics(layer))
+        close(layer(x), plain_graph_layer(copy.deepcopy(layer), x, STAR["edges"], training=False))
+        equal(statistics(layer), before)
 
     def test_graph_convolution_in_bfloat16(self):
         """Under autocast, output and gradients stay near float32's; rounding flips signs at PReLU's kink, in torch's layers as here."""
@@ -564,6 +574,12 @@ class PretrainingTest(Seeded):
         self.assertTrue(model.training and model.encoder.training)
         equal(mask[:, 0], hidden)
         close(coordinates, expected)
+        present = torch.tensor([[True, True], [True, False], [True, True]])
+        x[1, 1] = float("nan")  # what an absent person's coordinates hold does not matter
+        for who in (present, Packing(present, "cpu")):
+            close(model.reconstruct(x, who, hidden)[0], expected)
+        self.assertRaises(ValueError, model.reconstruct, x[..., :4, :])
+        self.assertTrue(model.training)  # a refused x does not change the mode either
 
     def test_absent_persons(self):
         """Three persons in two sequences equal three sequences of one, loss and running statistics (METHOD, Presence); it does not
@@ -627,8 +643,16 @@ class FinetuningTest(Seeded):
                              (tiny_classifier(STAR, 2, 3, score=True), (2, 1, 4, 5, 2)), (LinearProbe(tiny_mae(), 3), (2, 1, 4, 6, 2))):
             with self.assertRaisesRegex(ValueError, r"\(N, M, T, 5, 2"):
                 model(torch.randn(shape))
-        with self.assertRaisesRegex(ValueError, r"present of shape \(3, 2\)"):  # one of (3, 1) would pick the wrong persons
-            tiny_mae()(torch.randn(3, 2, 4, 5, 2), torch.ones(3, 1, dtype=torch.bool))
+        x, model = torch.randn(3, 2, 4, 5, 2), tiny_mae()
+        for shape in ((3, 1), (2, 2)):  # they would pick the wrong persons
+            for who in (torch.ones(shape, dtype=torch.bool), Packing(torch.ones(shape, dtype=torch.bool), "cpu")):
+                with self.assertRaisesRegex(ValueError, rf"present of shape \(3, 2\), got {re.escape(str(shape))}"):
+                    model(x, who)
+        for mask in (torch.ones(5, 3) > 0, torch.ones(6, 5) > 0, torch.ones(3, 2, 5) > 0, torch.ones(3, 5)):
+            with self.assertRaisesRegex(ValueError, r"bool mask \(N, V\) or \(N, T, V\)"):
+                model(x, mask=mask)
+        with self.assertRaisesRegex(ValueError, "3 persons a sequence; expected 1 or 2"):
+            tiny_classifier(STAR, 2, 3, persons=3)
 
     def test_equations(self):
         """Paper Eq. 3, paper Eq. 4 and S Eq. 2 through the whole classifier, sequence by sequence with the concatenations written out."""
@@ -1153,6 +1177,15 @@ class PickleTest(Case):
         self.refused(path, "xsub", split="xsub")
         self.refused(self.write("a.pkl", pickled(pyskl(1))), "a.pkl")
 
+    def test_padding_is_cut(self):
+        """Frames of zeros at the end go, whether they have scores or not; those within a sequence stay."""
+        keypoint, f4 = [2.0] * 26 + [0.0] * 26 + [2.0] * 26 + [0.0] * 52, dtype("<f4")
+        padded = {**pyskl(1)[0], "frame_dir": "padded", "keypoint": ndarray((1, 5, 13, 2), keypoint, f4)}
+        scored = {**padded, "frame_dir": "scored", "keypoint_score": ndarray((1, 5, 13), [0.5] * 65, f4)}
+        for annotations in ([padded], [scored], [padded, scored]):
+            content = {"annotations": annotations, "split": {half: [a["frame_dir"] for a in annotations] for half in ("train", "test")}}
+            self.assertEqual(data.load(self.write("a.pkl", pickled(content))).train.length.tolist(), [3] * len(annotations))
+
     def test_names_of_a_split(self):
         """As PYSKL reads it: every annotation of a listed name, once; names of none are passed over."""
         annotations = pyskl(4)
@@ -1341,6 +1374,12 @@ class PtTest(Case):
                 self.assertFalse(frames[:, x.shape[1]:].any())
                 self.assertEqual(part.present[n].tolist(), [True, x.shape[1] == 2])
 
+    def test_tensors_with_gradients(self):
+        """What a model put out, and still asks for gradients, is data as well."""
+        x, path = torch.ones(2, 4, 1, 17, 2), os.path.join(self.folder, "a.pt")
+        torch.save(dict(x_train=[frames.clone().requires_grad_() for frames in x], y_train=[0, 1], x_test=x, y_test=[0, 1]), path)
+        self.assertFalse(data.load(path).train.frames.requires_grad)
+
     def test_bad_files_are_refused(self):
         """Nothing but plain tensors is loaded, and their shapes are checked."""
         x, y = torch.ones(2, 4, 1, 17, 2), [0, 1]
@@ -1355,6 +1394,7 @@ class PtTest(Case):
                                      ("labels", good | {"y_train": [0]}, ["y_train", "1 labels"]),
                                      ("halves differ", good | {"x_test": torch.ones(2, 4, 1, 13, 2)}, ["x_test"]),
                                      ("infinite", good | {"x_test": x / 0}, ["test[0]", "infinite"]),
+                                     ("no memory", good | {"x_train": x.to("meta")}, ["_rebuild_meta_tensor"]),
                                      ("a number", good | {"x_train": 3}, ["x_train"]),
                                      ("a dict", good | {"x_train": {"a": x}}, ["x_train"]),
                                      ("label text", good | {"y_train": "ab"}, ["y_train"]),
@@ -2795,6 +2835,13 @@ class GpuTest(ScriptCase):
         loss = model(batch.x, packing, mask)[0] if isinstance(model, SkeletonMAE) else F.cross_entropy(model(batch.x, packing), batch.label)
         loss.backward()
         return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    def test_frames_move_once(self):
+        """The halves of a pickle share their frames, on the GPU too."""
+        shared = data.load(None)
+        train, test = train_pretrain.loaders(train_pretrain.Settings(), shared, torch.device("cuda"), 0, 1)
+        self.assertTrue(train.data.frames.is_cuda)
+        self.assertEqual(train.data.frames.data_ptr(), test.data.frames.data_ptr())
 
     def test_same_batches_losses_and_gradients(self):
         """What the loader gives, and the loss and every gradient of both models, are those of the CPU."""

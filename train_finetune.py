@@ -14,11 +14,11 @@ import glob
 import os
 from dataclasses import asdict, dataclass
 
-from data import Loader, brief, reading  # before torch: it silences torch's one remark about numpy
+from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
 from train_pretrain import (STRL_SETTINGS, CommonSettings, Failure, Progress, hint_at_steps, loaders, option, parse, pick,
-                            read_checkpoint, read_data, recorded, refuse_change, replayed, resume_settings, run, save, set_up,
-                            write_atomically, write_log)
+                            read_checkpoint, read_data, recorded, refuse_change, replayed, restore, resume_settings, run, save,
+                            set_up, write_atomically)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -99,19 +99,15 @@ def metrics(outputs: dict) -> dict:
 
 def take_settings(settings: Settings, given: set, source: dict) -> set:
     """A checkpoint decides its shape and, unless told otherwise, its data. Returns the names of the settings that no flag may change."""
-    fixed = {"width", "hidden", "layers", "motion", "bone", "score", "box"}
-    if source["kind"] == "finetune":
-        fixed |= {*STRL_SETTINGS, "linear_probe"}
-    elif source["settings"].get("strl_layers"):  # the STRL layers are pre-trained too
+    finetuned = source["kind"] == "finetune"
+    fixed = {"width", "hidden", "layers", "motion", "bone", "score", "box"} | ({"linear_probe"} if finetuned else set())
+    if finetuned or source["settings"].get("strl_layers"):  # it holds STRL layers
         fixed |= {*STRL_SETTINGS}
     its_data = {"data", "split", "layout", "test_fraction", "synthetic_size"}
     before = recorded(Settings, source, settings.ckpt, fixed | its_data)
     refuse_change(settings, before, fixed & given, settings.ckpt, "leave it out")
-    for name in fixed:
+    for name in fixed | (set() if "data" in given else its_data - given):
         setattr(settings, name, before[name])
-    if "data" not in given:
-        for name in its_data - given:
-            setattr(settings, name, before[name])
     if settings.eval_only and "out" not in given:
         settings.out = os.path.dirname(settings.ckpt) or "."
     return fixed
@@ -143,8 +139,7 @@ def build(settings: Settings, data, source: dict | None) -> tuple:
 
 def main(argv=None):
     settings, given = parse(Settings, __doc__, argv)
-    path, resumed, source = os.path.join(settings.out, "finetune.pt"), None, None
-    fixed = set()  # what a checkpoint decides
+    path, resumed, source, fixed = os.path.join(settings.out, "finetune.pt"), None, None, set()  # fixed: what a checkpoint decides
     if settings.resume:
         source = resumed = read_checkpoint(path, ("finetune",))
         if settings.ckpt == "newest" and resumed["settings"].get("ckpt"):
@@ -164,9 +159,10 @@ def main(argv=None):
     start = path if resumed else settings.ckpt
     if source and (source["skeleton"], source["channels"]) != (data.skeleton, data.channels):
         raise Failure(f"{start} was trained on layout {source['layout']} in {source['channels']}D, the data are {data.layout} in "
-                      f"{data.channels}D; expected the same")
+                      f"{data.channels}D; expected the same skeleton")
     if source and source["kind"] == "finetune" and source["classes"] != data.classes:
-        raise Failure(f"{start} knows {len(source['classes'])} classes, the data have {len(data.classes)}; expected the same")
+        known, found = (f"{len(labels)} classes from {labels[0]}" for labels in (source["classes"], data.classes))
+        raise Failure(f"{start} knows {known}, the data have {found}; expected the same")
     if settings.label_fraction < 1:
         data.train = data.train.subset(label_subset(data.train.label, settings.label_fraction, settings.label_seed))
         say(f"{len(data.train)} labelled sequences, {settings.label_fraction:g} of each class, label seed {settings.label_seed}")
@@ -197,8 +193,7 @@ def main(argv=None):
         return
 
     pretrained = resumed["pretrained"] if resumed else loaded
-    groups = [{"params": [p for n, p in model.named_parameters() if (n in pretrained) == slower], "scale": scale}
-              for slower, scale in ((False, 1.0), (True, settings.encoder_lr_scale))]
+    groups = [{"params": [p for n, p in model.named_parameters() if (n in pretrained) == slower]} for slower in (False, True)]
     if settings.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
     else:
@@ -209,16 +204,10 @@ def main(argv=None):
         f"{train.steps} steps an epoch")
     if not resumed and not settings.linear_probe:
         hint_at_steps(say, train, settings, fixed, batch_size=16, optimizer="adamw", lr=3e-3, weight_decay=0.05, clip=5)
-    if settings.milestones and settings.milestones[0] >= settings.epochs > settings.warmup:
+    if settings.milestones and settings.milestones[0] >= settings.epochs > max(5, settings.warmup):
         say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones "
             f"{settings.epochs * 9 // 11},{settings.epochs * 10 // 11}")
-    first_epoch, log = 0, []
-    if resumed:
-        with reading(path, "does not fit these settings and data", "resume with the same"):
-            optimizer.load_state_dict(resumed["optimizer"])
-        first_epoch, log = resumed["epoch"] + 1, resumed["log"]
-        if rank == 0:
-            write_log(log, os.path.join(settings.out, "log.csv"))
+    first_epoch, log = restore(resumed, path, model, optimizer, rank)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     step_model = torch.compile(parallel, dynamic=True) if settings.compile else parallel
 
@@ -234,8 +223,8 @@ def main(argv=None):
     for epoch in range(first_epoch, settings.epochs):
         torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)  # dropout depends on the epoch alone: resuming is exact
         lr = learning_rate(epoch, settings.lr, settings.warmup, settings.milestones)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+        for group, scale in zip(optimizer.param_groups, (1.0, settings.encoder_lr_scale)):
+            group["lr"] = lr * scale
         model.train()
         progress.start_epoch(epoch, lr)
         for batch in train.epoch(epoch):

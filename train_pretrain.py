@@ -112,15 +112,6 @@ def bounds(f) -> tuple:
 
 def parse(settings: type, doc: str, argv=None) -> tuple:
     """The command line that a settings dataclass describes. Returns (settings, names of the flags that were given)."""
-    def number(kind, low, high):
-        def convert(text):
-            value = kind(text)
-            if not low <= value <= high:
-                raise argparse.ArgumentTypeError(f"{text} is out of range; expected {low:g} to {high:g}")
-            return value
-        convert.__name__ = kind.__name__  # argparse prints it: invalid float value
-        return convert
-
     def several(default):
         kind = type(default[0]) if default else str
         def convert(text):
@@ -145,24 +136,25 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
         elif f.type is tuple and "nargs" not in f.metadata:
             extra |= {"type": several(f.default), "metavar": "A,B"}
         elif f.type in (int, float):
-            extra |= {"type": number(f.type, *bounds(f)), "metavar": f.type.__name__.upper()}
+            extra |= {"type": f.type, "metavar": f.type.__name__.upper()}
         text = f.metadata["help"].replace("%", "%%") + (f" (default {default})" if default not in ("", None) else "")
         parser.add_argument("--" + flag(f.name), help=text, **extra)
-    given, unknown = parser.parse_known_args(argv)
+    namespace, unknown = parser.parse_known_args(argv)
+    given = vars(namespace)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [o for a in parser._actions for o in a.option_strings], 1)
         raise Failure(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists all flags"))
-    return settings(**vars(given)), set(vars(given))
-
-
-class Terminated(BaseException):
-    """SIGTERM, raised where the program stands."""
+    for f in fields(settings):
+        low, high = bounds(f)
+        if f.type in (int, float) and not low <= given.get(f.name, low) <= high:
+            parser.error(f"argument --{flag(f.name)}: {given[f.name]:g} is out of range; expected {low:g} to {high:g}")
+    return settings(**given), set(given)
 
 
 def run(main):
     """Calls main; what the user can mend is one line on stderr and exit status 2, an interrupted run says how to go on."""
     def terminate(*_):
-        raise Terminated
+        raise KeyboardInterrupt(signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, terminate)
     try:
@@ -182,8 +174,8 @@ def run(main):
             status, message = 1, f"error: another process of this job stopped ({brief(error)}); --resume goes on from the last checkpoint"
         else:
             raise
-    except (KeyboardInterrupt, Terminated) as error:
-        status = 130 if isinstance(error, KeyboardInterrupt) else 143
+    except KeyboardInterrupt as error:
+        status = 143 if error.args else 130  # `terminate` or Ctrl-C
         message = "\nstopped; epochs that ended are saved: the same command line with --resume goes on after the last of them"
     print(message, file=sys.stderr)
     sys.exit(status)
@@ -279,21 +271,21 @@ def read_data(settings: CommonSettings) -> Dataset:
 def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
     """The augmentation asked for, with what suits 2D or 3D data for what was not."""
     suits = Augmentation(scaling=0.1, shift=0.1, **({"rotation": 30} if channels == 3 else {"flip": 0.5, "noise": 0.01}))
-    asked = {f.name: getattr(settings, f.name) for f in fields(Augmentation)}
-    return Augmentation(**{name: getattr(suits, name) if value is None else value for name, value in asked.items()})
+    asked = pick(settings, *(f.name for f in fields(Augmentation)))
+    return replace(suits, **{name: value for name, value in asked.items() if value is not None})
 
 
 def loaders(settings: CommonSettings, data: Dataset, device, rank: int, world: int) -> tuple:
     """Batches of the training and of the test split. The frames move to the GPU where they fit into half of its free memory; batches
     are then built there. Loader processes cannot use a GPU: with them the frames stay."""
-    def placed(split):
-        fits = device.type == "cuda" and not settings.workers and split.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-        return split.to(device) if fits else split
-
+    train, test, frames = data.train, data.test, {data.train.frames, data.test.frames}  # of a pickle both splits share one tensor
+    if device.type == "cuda" and not settings.workers and sum(f.nbytes for f in frames) < torch.cuda.mem_get_info(device)[0] / 2:
+        train = train.to(device)
+        test = (test if len(frames) == 2 else replace(test, frames=train.frames, there=train.there)).to(device)
     common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
-    train = Loader(placed(data.train), *common, True, settings.seed, augmentation(settings, data.channels), settings.repeat,
-                   settings.workers, rank, world)
-    return train, Loader(placed(data.test), *common, False)
+    train = Loader(train, *common, True, settings.seed, augmentation(settings, data.channels), settings.repeat, settings.workers, rank,
+                   world)
+    return train, Loader(test, *common, False)
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -342,7 +334,7 @@ def read_checkpoint(path: str, kinds: tuple) -> dict:
     """A checkpoint of one of these kinds ("pretrain", "finetune"), on the CPU. Raises DataError, OSError."""
     checkpoint = read_torch(path, "is no checkpoint of these scripts", f"expected {' or '.join(kinds)}.pt")
     kind = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if not isinstance(kind, str) or kind not in kinds:
+    if kind not in kinds:
         raise Failure(f"{path} holds {kind if isinstance(kind, str) else type(checkpoint).__name__}, no {' or '.join(kinds)} checkpoint; "
                       "expected a file that these scripts wrote")
     for name, expected in (FINETUNED_FIELDS if kind == "finetune" else FIELDS).items():
@@ -353,6 +345,18 @@ def read_checkpoint(path: str, kinds: tuple) -> dict:
     with reading(path, "holds no skeleton", "expected a file that these scripts wrote"):
         checkpoint["skeleton"] = make_skeleton(**checkpoint["skeleton"])
     return checkpoint
+
+
+def restore(checkpoint: dict | None, path: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> tuple:
+    """Weights, optimiser and log of an interrupted run, if there is one. Returns (the epoch to go on with, the log)."""
+    if not checkpoint:
+        return 0, []
+    with reading(path, "does not fit these settings and data", "resume with the same"):
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if rank == 0:  # the run may have died between its checkpoint and its log
+        write_log(checkpoint["log"], os.path.join(os.path.dirname(path), "log.csv"))
+    return checkpoint["epoch"] + 1, checkpoint["log"]
 
 
 def recorded(settings: type, checkpoint: dict, path: str, names=None) -> dict:
@@ -434,7 +438,7 @@ class Progress:
             self.check(len(self.losses) - 1)
         if self.live and not self.quiet and time.monotonic() - self.drawn > 0.5:  # reading a loss waits for the GPU: twice a second
             self.drawn = time.monotonic()
-            print(self.drawn_over(self.line(float(loss))[:self.columns()]), end="", flush=True)
+            self.show(self.line(float(loss)), last=False)
 
     def check(self, first: int = 0):
         bad = (~torch.stack(self.losses[first:]).isfinite()).nonzero().flatten().tolist()
@@ -463,15 +467,14 @@ class Progress:
 
     def end_epoch(self, loss: float, note: str):
         if not self.quiet:
-            print(self.drawn_over(self.line(loss) + note) if self.live else self.line(loss) + note, flush=True)
+            self.show(self.line(loss) + note, last=True)
 
-    @staticmethod
-    def columns() -> int:
-        """Those of the terminal but the last: a live line that reaches it would wrap, and stay."""
-        return shutil.get_terminal_size().columns - 1
-
-    def drawn_over(self, line: str) -> str:
-        return "\r" + line.ljust(self.columns())
+    def show(self, line: str, last: bool):
+        """On a terminal over the line before, but for the last column: a live line that reaches it would wrap, and stay."""
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            line = "\r" + (line if last else line[:width]).ljust(width)
+        print(line, end="\n" if last else "", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- pre-training
@@ -559,14 +562,7 @@ def main(argv=None):
     masked += f", drawn anew in each of {settings.mask_segments} segments" * (settings.mask_segments > 1)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}; {train.steps} steps an epoch; "
         f"masked: {masked}")
-    first_epoch, log = 0, []
-    if checkpoint:
-        with reading(path, "does not fit these settings and data", "resume with the same"):
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        first_epoch, log = checkpoint["epoch"] + 1, checkpoint["log"]
-        if rank == 0:
-            write_log(log, os.path.join(settings.out, "log.csv"))  # the run may have died between its checkpoint and its log
+    first_epoch, log = restore(checkpoint, path, model, optimizer, rank)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     step_model = torch.compile(parallel, dynamic=True) if settings.compile else parallel
 
