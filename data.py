@@ -402,29 +402,34 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
     data = flatten(sequences, torch.tensor(labels), names, path)
     if scored:
         data.there = fill_missing(data.frames, data.start, data.length)
+    return *divide(data, splits, split, test_fraction, path), scored
+
+
+def divide(data: Sequences, splits: dict | None, wanted: str | None, test_fraction: float, path: str) -> tuple:
+    """Training half, test half and how they were told apart: by the splits of the file or, where it has none, at random."""
     if splits is None:
-        if split:
-            raise DataError(f"{path} has no splits, so --split {split} cannot be found; leave it out and set --test-fraction")
+        if wanted:
+            raise DataError(f"{path} has no splits, so --split {wanted} cannot be found; leave it out and set --test-fraction")
         if not 0 < test_fraction < 1:
             raise DataError(f"test fraction {test_fraction}; expected more than 0 and less than 1")
         if len(data) < 2:
             raise DataError(f"{path} holds one sequence and no split; expected at least two")
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # the same halves for every --seed
         cut = min(max(round(test_fraction * len(data)), 1), len(data) - 1)
-        return data.subset(order[cut:]), data.subset(order[:cut]), f"a random {test_fraction:g} for testing", scored
+        return data.subset(order[cut:]), data.subset(order[:cut]), f"a random {test_fraction:g} for testing"
     if not isinstance(splits, dict):
         raise DataError(f"{path}: split is {type(splits).__name__}; expected a dict of name -> list of frame_dir")
-    train_name, test_name = find_split(list(splits), split, path)
+    train_name, test_name = find_split(list(splits), wanted, path)
     positions, halves = {}, []
-    for i, name in enumerate(names):
+    for i, name in enumerate(data.names):
         positions.setdefault(name, []).append(i)
     for half in (train_name, test_name):
         listed = splits[half] if isinstance(splits[half], (list, tuple)) else []
         listed = [str(name) for name in listed if is_name(name) and str(name) in positions]
-        if not listed or len(listed) > len(names):
+        if not listed or len(listed) > len(data.names):
             raise DataError(f"{path}: split {half} is empty, names no annotation, or more than there are; expected a list of frame_dir")
         halves.append(data.subset([i for name in dict.fromkeys(listed) for i in positions[name]]))
-    return *halves, f"{train_name} / {test_name}", scored
+    return *halves, f"{train_name} / {test_name}"
 
 
 def find_split(names: list, wanted: str | None, path: str) -> tuple:
@@ -547,9 +552,10 @@ def read_torch(path: str, fault: str, mend: str):
 
 def from_pt(path: str) -> tuple:
     """A dict saved by torch: x_train, x_test lists of tensors (T, M, V, C) (or one tensor (N, T, M, V, C)), y_train, y_test labels."""
-    content, halves = read_torch(path, "is no .pt file of plain tensors", "save a dict of tensors with torch.save"), {}
+    content = read_torch(path, "is no .pt file of plain tensors", "save a dict of tensors with torch.save")
+    content, halves = content if isinstance(content, dict) else {}, {}
     for half in ("train", "test"):
-        x, y = (content.get(f"{key}_{half}") for key in "xy") if isinstance(content, dict) else (None, None)
+        x, y = content.get(f"x_{half}"), content.get(f"y_{half}")
         if not all(isinstance(v, (list, tuple)) or isinstance(v, Tensor) and v.dim() for v in (x, y)) or len(x) == 0:
             raise DataError(f"{path} has no list x_{half} with its y_{half}; expected a dict of x_train, y_train, x_test, y_test")
         check_size(path, sum(v.numel() + 50 for v in ([x] if isinstance(x, Tensor) else x) if isinstance(v, Tensor)))

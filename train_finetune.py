@@ -67,11 +67,11 @@ def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def newest_pretraining() -> str:
-    found = sorted(glob.glob("runs/*/pretrain.pt"), key=os.path.getmtime)
-    if not found:
+    newest = max(glob.glob("runs/*/pretrain.pt"), key=os.path.getmtime, default="")
+    if not newest:
         raise Failure("--ckpt without a value takes the newest runs/*/pretrain.pt, and there is none; "
                       "run train_pretrain.py first or name a file")
-    return found[-1]
+    return newest
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def main(argv=None):
         source = resumed = read_checkpoint(path, ("finetune",))
         if settings.ckpt == "newest" and resumed["settings"].get("ckpt"):
             given = given - {"ckpt"}  # what was newest then, this checkpoint names
-        settings = resume_settings(Settings, given, settings, resumed, path)
+        settings = resume_settings(settings, given, resumed, path)
     elif settings.ckpt:
         settings.ckpt = newest_pretraining() if settings.ckpt == "newest" else settings.ckpt
         source = read_checkpoint(settings.ckpt, ("finetune",) if settings.eval_only else ("pretrain", "finetune"))

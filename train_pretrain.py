@@ -114,6 +114,7 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
     """The command line that a settings dataclass describes. Returns (settings, names of the flags that were given)."""
     def several(default):
         kind = type(default[0]) if default else str
+
         def convert(text):
             try:
                 return tuple(kind(part.strip()) for part in text.split(","))
@@ -389,15 +390,15 @@ def refuse_change(asked, before: dict, names: set, path: str, mend: str):
             raise Failure(f"--{flag(name)} {getattr(asked, name)} differs from {before[name]} of {path}; {mend}")
 
 
-def resume_settings(settings: type, given: set, asked, checkpoint: dict, path: str):
+def resume_settings(asked: CommonSettings, given: set, checkpoint: dict, path: str) -> CommonSettings:
     """The settings of the interrupted run; a flag that would change the run is refused by name."""
     free = {"epochs", "resume", "out", "workers", "device", "eval_every", "graphs"}
-    before = recorded(settings, checkpoint, path)
+    before = recorded(type(asked), checkpoint, path)
     if "epochs" in given and asked.epochs <= checkpoint["epoch"]:
         raise Failure(f"--epochs {asked.epochs}: {path} has {checkpoint['epoch'] + 1} epochs behind it; expected at least as many")
     refuse_change(asked, before, given - free, path, "resume without it, or start anew with another --out")
-    asked_now = given & free | {"resume", "out", "graphs"}  # graphs: they depend on the machine, not on the run
-    return replace(asked, **{name: value for name, value in before.items() if name not in asked_now})
+    kept = given & free | {"resume", "out", "graphs"}  # graphs: they depend on the machine, not on the run
+    return replace(asked, **{name: value for name, value in before.items() if name not in kept})
 
 
 # ---------------------------------------------------------------------------------------------- progress
@@ -531,7 +532,7 @@ def main(argv=None):
     path, checkpoint = os.path.join(settings.out, "pretrain.pt"), None
     if settings.resume:
         checkpoint = read_checkpoint(path, ("pretrain",))
-        settings = resume_settings(Settings, given, settings, checkpoint, path)
+        settings = resume_settings(settings, given, checkpoint, path)
     device, amp, rank, world = set_up(settings)
     say = print if rank == 0 else lambda *_: None
 
