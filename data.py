@@ -123,32 +123,32 @@ def unpadded(someone: Tensor) -> Tensor:
     return (someone * torch.arange(1, someone.shape[1] + 1, device=someone.device)).amax(1).clamp(min=1)
 
 
-def scan(x: Tensor, names: list, what: str) -> tuple:
-    """Length and presence of padded sequences x (N, T, M, V, C): trailing all-zero frames are cut, a person without any
-    non-zero coordinate is absent. In chunks, so that a memory-mapped array is never copied. Returns (length (N,), present
-    (N, M), there (N, T, M))."""
+def scan(x: Tensor, names: list, what: str, scored: bool = False) -> tuple:
+    """Length and presence of padded sequences x (N, T, M, V, C), or C + 1 with the joint score last: trailing frames whose coordinates
+    are all zero are cut, a person without any non-zero coordinate is absent. In chunks, so that a memory-mapped array is never
+    copied. Returns (length (N,), present (N, M), there (N, T, M))."""
     theres = []
-    for first in range(0, len(x), 128):
-        peak = torch.linalg.vector_norm(x[first:first + 128].flatten(3).float(), math.inf, dim=-1)  # (n, T, M)
+    for first, part in zip(range(0, len(x), 128), x.split(128)):
+        peak = torch.linalg.vector_norm(part.flatten(3).float(), math.inf, dim=-1)  # (n, T, M)
         wrong = (~(peak < MAX_COORDINATE)).flatten(1).any(1)
         if wrong.any():
             raise DataError(f"{what}: sequence {names[first + int(wrong.int().argmax())]} holds NaN, infinite or absurd coordinates; "
                             f"expected finite numbers below {MAX_COORDINATE:g}, repair or drop it")
-        theres.append(peak > 0)
+        theres.append((part[..., :-1] != 0).flatten(3).any(3) if scored else peak > 0)
     there = torch.cat(theres)
     present = there.any(1)
     present[:, 0] |= ~present.any(1)  # a sequence without anyone still holds one (empty) first person
     return unpadded(there.any(2)), present, there
 
 
-def flatten(sequences: list, labels: Tensor, names: list, what: str, persons: int = 1) -> Sequences:
-    """A list of (T, M, V, C) tensors, T and M may differ, in the one flat form of at least `persons` persons."""
+def flatten(sequences: list, labels: Tensor, names: list, what: str, persons: int = 1, scored: bool = False) -> Sequences:
+    """A list of (T, M, V, C) tensors, or C + 1, T and M may differ, in the one flat form of at least `persons` persons."""
     persons = max(persons, *(s.shape[1] for s in sequences))
 
     def widened(masks):  # each (1 or T, its persons) -> all of them, one after the other, (..., persons)
         return torch.cat([pad(mask, (0, persons - mask.shape[1])) for mask in masks])
 
-    lengths, presents, theres = zip(*(scan(sequence[None], [name], what) for sequence, name in zip(sequences, names)))
+    lengths, presents, theres = zip(*(scan(sequence[None], [name], what, scored) for sequence, name in zip(sequences, names)))
     length, present = torch.cat(lengths), widened(presents)
     there = widened(there[0, :int(n)] for there, n in zip(theres, lengths))
     frames = torch.zeros(len(there), persons, *sequences[0].shape[2:])
@@ -367,8 +367,7 @@ def read_annotation(annotation: dict, scored: bool, what: str) -> Tensor:
         if len(keypoint) > 1:
             there &= (keypoint[..., -1] > 0).flatten(1).any(1)
         keypoint = keypoint * there[:, None, None, None]
-    shown = (keypoint[..., :keypoint.shape[3] - scored] != 0).flatten(2).any(2).any(0)  # (T,): padding may have scores, it is cut here
-    return keypoint[:, :int(unpadded(shown[None]))].transpose(0, 1)
+    return keypoint.transpose(0, 1)
 
 
 def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
@@ -399,7 +398,7 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
         names.append(str(name))
         sequences.append(sequence)
         labels.append(label)
-    data = flatten(sequences, torch.tensor(labels), names, path)
+    data = flatten(sequences, torch.tensor(labels), names, path, scored=scored)
     if scored:
         data.there = fill_missing(data.frames, data.start, data.length)
     return *divide(data, splits, split, test_fraction, path), scored

@@ -578,8 +578,10 @@ class PretrainingTest(Seeded):
         x[1, 1] = float("nan")  # what an absent person's coordinates hold does not matter
         for who in (present, Packing(present, "cpu")):
             close(model.reconstruct(x, who, hidden)[0], expected)
+        model.encoder.layers[0].norm.eval()
         self.assertRaises(ValueError, model.reconstruct, x[..., :4, :])
-        self.assertTrue(model.training)  # a refused x does not change the mode either
+        self.assertRaises(ValueError, model.reconstruct, x, mask=hidden[:2])
+        self.assertEqual([name for name, module in model.named_modules() if not module.training], ["encoder.layers.0.norm"])
 
     def test_absent_persons(self):
         """Three persons in two sequences equal three sequences of one, loss and running statistics (METHOD, Presence); it does not
@@ -649,7 +651,7 @@ class FinetuningTest(Seeded):
                 with self.assertRaisesRegex(ValueError, rf"present of shape \(3, 2\), got {re.escape(str(shape))}"):
                     model(x, who)
         for mask in (torch.ones(5, 3) > 0, torch.ones(6, 5) > 0, torch.ones(3, 2, 5) > 0, torch.ones(3, 5)):
-            with self.assertRaisesRegex(ValueError, r"bool mask \(N, V\) or \(N, T, V\)"):
+            with self.assertRaisesRegex(ValueError, r"bool mask \(N, V\) or \(N, 1 or T, V\)"):
                 model(x, mask=mask)
         with self.assertRaisesRegex(ValueError, "3 persons a sequence; expected 1 or 2"):
             tiny_classifier(STAR, 2, 3, persons=3)
@@ -1184,7 +1186,13 @@ class PickleTest(Case):
         scored = {**padded, "frame_dir": "scored", "keypoint_score": ndarray((1, 5, 13), [0.5] * 65, f4)}
         for annotations in ([padded], [scored], [padded, scored]):
             content = {"annotations": annotations, "split": {half: [a["frame_dir"] for a in annotations] for half in ("train", "test")}}
-            self.assertEqual(data.load(self.write("a.pkl", pickled(content))).train.length.tolist(), [3] * len(annotations))
+            train = data.load(self.write("a.pkl", pickled(content))).train
+            self.assertEqual(train.length.tolist(), [3] * len(annotations))
+            self.assertEqual(train.frames[:3, 0, 0, 0].tolist(), [2, 0, 2])
+        two = {**pyskl(1)[0], "keypoint": ndarray((2, 3, 13, 2), [2.0] * 26 + [0.0] * 52 + [2.0] * 52 + [0.0] * 26, f4),
+               "keypoint_score": ndarray((2, 3, 13), [0.5] * 78, f4)}
+        train = data.load(self.write("a.pkl", pickled({"annotations": [two], "split": {"train": ["a0"], "test": ["a0"]}}))).train
+        self.assertEqual((train.length.tolist(), train.there.tolist()), ([2], [[True, True], [False, True]]))
 
     def test_names_of_a_split(self):
         """As PYSKL reads it: every annotation of a listed name, once; names of none are passed over."""
@@ -1766,6 +1774,29 @@ class SettingsTest(Case):
                          (0.1, 0.9, 0.005, 128, 110, 5, (90, 100), 0.1))
         self.assertEqual((second.dropout, second.attention_dropout, second.strl_layers, second.layers, second.frames), (0.2, 0.1, 3, 3, 64))
 
+    def test_frames_that_fit_move_to_the_gpu(self):
+        """Each half moves where it fits into half of the free memory; halves that share their frames share them there too."""
+        def moved(read, free):
+            frames = []
+
+            def to(half, device):
+                frames.append(half.frames)
+                return data.replace(half, frames=half.frames.clone(), there=half.there.clone())
+
+            with (unittest.mock.patch.object(data.Sequences, "to", to),
+                  unittest.mock.patch("torch.cuda.mem_get_info", lambda device: (free, 0))):
+                train, test = train_pretrain.loaders(train_pretrain.Settings(), read, torch.device("cuda"), 0, 1)
+            return [half for half, loader in ((read.train, train), (read.test, test)) if any(half.frames is f for f in frames)], frames
+
+        shared = data.load(None, synthetic_size=64)
+        size, apart = shared.train.frames.nbytes, copy.deepcopy(shared)
+        apart.test.frames = apart.test.frames[:len(apart.test.frames) // 2].clone()
+        for free, expected in ((2 * size + 2, [apart.train, apart.test]), (2 * size - 2, [apart.test]), (100, [])):
+            self.assertEqual([id(half) for half in moved(apart, free)[0]], [id(half) for half in expected])
+        frames = moved(shared, 2 * size + 2)[1]
+        self.assertIs(frames[0], shared.train.frames)
+        self.assertFalse(any(f is shared.test.frames for f in frames[1:]))  # what moved is used again
+
     def test_parse(self):
         """Flags are typed and checked; a misspelled one names the nearest; nothing is abbreviated."""
         flags = "--milestones 3,5 --no-amp --nesterov --ckpt --label-fraction 0.5"
@@ -1777,6 +1808,8 @@ class SettingsTest(Case):
                             ("--lable-fraction=1", ["--label-fraction"]),
                             ("--zzz", ["--zzz"]),
                             ("--epochs 0", ["--epochs", "out of range"]),
+                            ("--seed 2147483649", ["--seed", "2147483649 is out of range"]),
+                            ("--epochs 1" + 400 * "0", ["--epochs", "out of range"]),
                             ("--lr nan", ["--lr"]),
                             ("--momentum 1.5", ["0 to 1"]),
                             ("--epochs many", ["--epochs", "many"]),
@@ -2302,6 +2335,8 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         torch.save({**self.content, **{f"x_{h}": [x[..., :2] for x in self.content[f"x_{h}"]] for h in ("train", "test")}}, "flat.pt")
         torch.save({"kind": "finetune"}, "hollow.pt")
         torch.save({**self.content, "x_train": self.content["x_train"][:1], "y_train": [0]}, "one.pt")
+        torch.save({**self.content, **{f"y_{h}": [y + 1 for y in self.content[f"y_{h}"]] for h in ("train", "test")}}, "shifted.pt")
+        torch.save(torch.load("runs/finetune/finetune.pt", weights_only=True) | {"classes": []}, "classless.pt")
         torch.save([1, 2], "list.pt")
         self.write("splits.pkl", pickled({"annotations": pyskl(), "split": {"a_train": ["a0"], "a_val": ["a1"]}}))
         self.write("text.txt", b"hello"), self.write("hostile.pt", pickled(Made("os.system", "touch ran"), 2))
@@ -2336,6 +2371,8 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                 (finetune, "--ckpt PRE --data splits.pkl --split a", ["five.json", "penn13"]),
                 (finetune, "--ckpt PRE --width 16", ["--width"]),
                 (finetune, "--ckpt FINE --data four.pt --layout five.json --eval-only", ["3 classes", "4"]),
+                (finetune, "--ckpt FINE --data shifted.pt --layout five.json --eval-only", ["[0, 1, 2]", "[1, 2, 3]"]),
+                (finetune, "--ckpt classless.pt --eval-only", ["0 classes"]),
                 (finetune, "--ckpt text.txt", ["text.txt", "checkpoint"]),
                 (finetune, "--ckpt list.pt", ["list.pt"]),
                 (finetune, "--ckpt tiny.pt", ["tiny.pt"]),
@@ -2617,6 +2654,8 @@ class ReliabilityTest(ScriptCase):
         made = lambda shape: get(1) + b"(" + get(0) + get(9) + shape + text(b"C") + b"tR"
         annotation = b"}(" + text(b"keypoint") + made(b"(K\1K\1K\x0dK\2t") + text(b"label") + b"K\1u" + put(7)
         head = function["numeric\n_frombuffer"]
+        one_array = lambda value: (head + b"B" + long(4 * 65_000) + raw("<f4", [value]) * 65_000 + put(0)
+                                   + b"](" + annotation.replace(b"(K\1K\1", b"(K\1M\xc4\x09") + get(7) * 20_000 + b"e.")
         doubling = b")q\0" + b"".join(get(i) + get(i) + b"\x86" + put(i + 1) for i in range(60))
         encode = (b"\x80\2" + text(b"a" * K) + put(0) + text(b"latin1") + put(3) + b"c_codecs\nencode\n" + put(1)
                   + b"](" + (get(1) + get(0) + get(3) + b"\x86R") * 2000 + b"e.")
@@ -2637,8 +2676,7 @@ class ReliabilityTest(ScriptCase):
                               + b"b" + (get(1) + b"b") * 300_000 + b".",
                  "shape.pkl": head + four + b"](" + b"K\1" * K + b"e" + put(3) + b"](" + made(get(3)) * 10_000 + b"e.",
                  "one annotation.pkl": head + four + b"](" + annotation + get(7) * 300_000 + b"e.",
-                 "one array.pkl": head + b"B" + long(4 * 65_000) + raw("<f4", [1.0]) * 65_000 + put(0)
-                                  + b"](" + annotation.replace(b"(K\1K\1", b"(K\1M\xc4\x09") + get(7) * 20_000 + b"e.",
+                 "one array.pkl": one_array(1.0), "padding.pkl": one_array(0.0),
                  "split.pkl": head + four + b"}(" + text(b"annotations") + b"](" + annotation + get(7) * 3 + b"e"
                               + text(b"split") + b"}(" + text(b"train") + b"](" + b"K\1" * K + b"e"
                               + text(b"test") + b"](K\2euu.",

@@ -161,7 +161,7 @@ def main(argv=None):
         raise Failure(f"{start} was trained on layout {source['layout']} in {source['channels']}D, the data are {data.layout} in "
                       f"{data.channels}D; expected the same skeleton")
     if source and source["kind"] == "finetune" and source["classes"] != data.classes:
-        known, found = (f"{len(labels)} classes from {labels[0]}" for labels in (source["classes"], data.classes))
+        known, found = (f"{len(labels)} classes {str(labels):.40}" for labels in (source["classes"], data.classes))
         raise Failure(f"{start} knows {known}, the data have {found}; expected the same")
     if settings.label_fraction < 1:
         data.train = data.train.subset(label_subset(data.train.label, settings.label_fraction, settings.label_seed))
@@ -204,7 +204,7 @@ def main(argv=None):
         f"{train.steps} steps an epoch")
     if not resumed and not settings.linear_probe:
         hint_at_steps(say, train, settings, fixed, batch_size=16, optimizer="adamw", lr=3e-3, weight_decay=0.05, clip=5)
-    if settings.milestones and settings.milestones[0] >= settings.epochs > max(5, settings.warmup):
+    if settings.milestones and settings.milestones[0] >= settings.epochs > max(1, settings.warmup):
         say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones "
             f"{settings.epochs * 9 // 11},{settings.epochs * 10 // 11}")
     first_epoch, log = restore(resumed, path, model, optimizer, rank)

@@ -148,7 +148,7 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
     for f in fields(settings):
         low, high = bounds(f)
         if f.type in (int, float) and not low <= given.get(f.name, low) <= high:
-            parser.error(f"argument --{flag(f.name)}: {given[f.name]:g} is out of range; expected {low:g} to {high:g}")
+            parser.error(f"argument --{flag(f.name)}: {given[f.name]} is out of range; expected {low:g} to {high:g}")
     return settings(**given), set(given)
 
 
@@ -279,14 +279,18 @@ def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
 def loaders(settings: CommonSettings, data: Dataset, device, rank: int, world: int) -> tuple:
     """Batches of the training and of the test split. The frames move to the GPU where they fit into half of its free memory; batches
     are then built there. Loader processes cannot use a GPU: with them the frames stay."""
-    train, test, frames = data.train, data.test, {data.train.frames, data.test.frames}  # of a pickle both splits share one tensor
-    if device.type == "cuda" and not settings.workers and sum(f.nbytes for f in frames) < torch.cuda.mem_get_info(device)[0] / 2:
-        train = train.to(device)
-        test = (test if len(frames) == 2 else replace(test, frames=train.frames, there=train.there)).to(device)
+    def placed(split):
+        fits = split.frames.is_cuda or (device.type == "cuda" and not settings.workers
+                                        and split.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2)
+        return split.to(device) if fits else split
+
+    train, test = placed(data.train), data.test
+    if test.frames is data.train.frames:  # the splits of a pickle share one tensor: it moves once
+        test = replace(test, frames=train.frames, there=train.there)
     common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
     train = Loader(train, *common, True, settings.seed, augmentation(settings, data.channels), settings.repeat, settings.workers, rank,
                    world)
-    return train, Loader(test, *common, False)
+    return train, Loader(placed(test), *common, False)
 
 
 # ---------------------------------------------------------------------------------------------- files
