@@ -152,10 +152,14 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
     return settings(**given), set(given)
 
 
+class Terminated(BaseException):
+    """SIGTERM, raised where the program stands."""
+
+
 def run(main):
     """Calls main; what the user can mend is one line on stderr and exit status 2, an interrupted run says how to go on."""
     def terminate(*_):
-        raise KeyboardInterrupt(signal.SIGTERM)
+        raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
     try:
@@ -175,8 +179,8 @@ def run(main):
             status, message = 1, f"error: another process of this job stopped ({brief(error)}); --resume goes on from the last checkpoint"
         else:
             raise
-    except KeyboardInterrupt as error:
-        status = 143 if error.args else 130  # `terminate` or Ctrl-C
+    except (KeyboardInterrupt, Terminated) as error:
+        status = 130 if isinstance(error, KeyboardInterrupt) else 143
         message = "\nstopped; epochs that ended are saved: the same command line with --resume goes on after the last of them"
     print(message, file=sys.stderr)
     sys.exit(status)
