@@ -128,13 +128,14 @@ def scan(x: Tensor, names: list, what: str, scored: bool = False) -> tuple:
     are all zero are cut, a person without any non-zero coordinate is absent. In chunks, so that a memory-mapped array is never
     copied. Returns (length (N,), present (N, M), there (N, T, M))."""
     theres = []
-    for first, part in zip(range(0, len(x), 128), x.split(128)):
+    for first in range(0, len(x), 128):
+        part = x[first:first + 128]
         peak = torch.linalg.vector_norm(part.flatten(3).float(), math.inf, dim=-1)  # (n, T, M)
         wrong = (~(peak < MAX_COORDINATE)).flatten(1).any(1)
         if wrong.any():
             raise DataError(f"{what}: sequence {names[first + int(wrong.int().argmax())]} holds NaN, infinite or absurd coordinates; "
                             f"expected finite numbers below {MAX_COORDINATE:g}, repair or drop it")
-        theres.append((part[..., :-1] != 0).flatten(3).any(3) if scored else peak > 0)
+        theres.append((part[..., :-1] != 0).flatten(3).any(3) if scored else peak > 0)  # peak saves a pass
     there = torch.cat(theres)
     present = there.any(1)
     present[:, 0] |= ~present.any(1)  # a sequence without anyone still holds one (empty) first person

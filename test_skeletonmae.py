@@ -1776,7 +1776,7 @@ class SettingsTest(Case):
 
     def test_frames_that_fit_move_to_the_gpu(self):
         """Each half moves where it fits into half of the free memory; halves that share their frames share them there too."""
-        def moved(read, free):
+        def moved(read, free):  # the frames that were asked to move
             frames = []
 
             def to(half, device):
@@ -1785,15 +1785,15 @@ class SettingsTest(Case):
 
             with (unittest.mock.patch.object(data.Sequences, "to", to),
                   unittest.mock.patch("torch.cuda.mem_get_info", lambda device: (free, 0))):
-                train, test = train_pretrain.loaders(train_pretrain.Settings(), read, torch.device("cuda"), 0, 1)
-            return [half for half, loader in ((read.train, train), (read.test, test)) if any(half.frames is f for f in frames)], frames
+                train_pretrain.loaders(train_pretrain.Settings(), read, torch.device("cuda"), 0, 1)
+            return frames
 
         shared = data.load(None, synthetic_size=64)
         size, apart = shared.train.frames.nbytes, copy.deepcopy(shared)
         apart.test.frames = apart.test.frames[:len(apart.test.frames) // 2].clone()
         for free, expected in ((2 * size + 2, [apart.train, apart.test]), (2 * size - 2, [apart.test]), (100, [])):
-            self.assertEqual([id(half) for half in moved(apart, free)[0]], [id(half) for half in expected])
-        frames = moved(shared, 2 * size + 2)[1]
+            self.assertEqual([id(frames) for frames in moved(apart, free)], [id(half.frames) for half in expected])
+        frames = moved(shared, 2 * size + 2)
         self.assertIs(frames[0], shared.train.frames)
         self.assertFalse(any(f is shared.test.frames for f in frames[1:]))  # what moved is used again
 

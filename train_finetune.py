@@ -99,15 +99,19 @@ def metrics(outputs: dict) -> dict:
 
 def take_settings(settings: Settings, given: set, source: dict) -> set:
     """A checkpoint decides its shape and, unless told otherwise, its data. Returns the names of the settings that no flag may change."""
-    finetuned = source["kind"] == "finetune"
-    fixed = {"width", "hidden", "layers", "motion", "bone", "score", "box"} | ({"linear_probe"} if finetuned else set())
-    if finetuned or source["settings"].get("strl_layers"):  # it holds STRL layers
+    fixed = {"width", "hidden", "layers", "motion", "bone", "score", "box"}
+    if source["kind"] == "finetune":
+        fixed |= {*STRL_SETTINGS, "linear_probe"}
+    elif source["settings"].get("strl_layers"):  # the STRL layers are pre-trained too
         fixed |= {*STRL_SETTINGS}
     its_data = {"data", "split", "layout", "test_fraction", "synthetic_size"}
     before = recorded(Settings, source, settings.ckpt, fixed | its_data)
     refuse_change(settings, before, fixed & given, settings.ckpt, "leave it out")
-    for name in fixed | (set() if "data" in given else its_data - given):
+    for name in fixed:
         setattr(settings, name, before[name])
+    if "data" not in given:
+        for name in its_data - given:
+            setattr(settings, name, before[name])
     if settings.eval_only and "out" not in given:
         settings.out = os.path.dirname(settings.ckpt) or "."
     return fixed
@@ -139,7 +143,8 @@ def build(settings: Settings, data, source: dict | None) -> tuple:
 
 def main(argv=None):
     settings, given = parse(Settings, __doc__, argv)
-    path, resumed, source, fixed = os.path.join(settings.out, "finetune.pt"), None, None, set()  # fixed: what a checkpoint decides
+    path, resumed, source = os.path.join(settings.out, "finetune.pt"), None, None
+    fixed = set()  # what a checkpoint decides
     if settings.resume:
         source = resumed = read_checkpoint(path, ("finetune",))
         if settings.ckpt == "newest" and resumed["settings"].get("ckpt"):
@@ -207,7 +212,7 @@ def main(argv=None):
     if settings.milestones and settings.milestones[0] >= settings.epochs > max(1, settings.warmup):
         say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones "
             f"{settings.epochs * 9 // 11},{settings.epochs * 10 // 11}")
-    first_epoch, log = restore(resumed, path, model, optimizer, rank)
+    first_epoch, log = restore(resumed, path, rank, optimizer=optimizer)  # build has loaded the weights
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     step_model = torch.compile(parallel, dynamic=True) if settings.compile else parallel
 

@@ -356,13 +356,13 @@ def read_checkpoint(path: str, kinds: tuple) -> dict:
     return checkpoint
 
 
-def restore(checkpoint: dict | None, path: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> tuple:
-    """Weights, optimiser and log of an interrupted run, if there is one. Returns (the epoch to go on with, the log)."""
+def restore(checkpoint: dict | None, path: str, rank: int, **parts) -> tuple:
+    """Takes an interrupted run up again, if there is one: parts are its model or optimizer. Returns (the epoch to go on with, the log)."""
     if not checkpoint:
         return 0, []
     with reading(path, "does not fit these settings and data", "resume with the same"):
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
     if rank == 0:  # the run may have died between its checkpoint and its log
         write_log(checkpoint["log"], os.path.join(os.path.dirname(path), "log.csv"))
     return checkpoint["epoch"] + 1, checkpoint["log"]
@@ -571,7 +571,7 @@ def main(argv=None):
     masked += f", drawn anew in each of {settings.mask_segments} segments" * (settings.mask_segments > 1)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}; {train.steps} steps an epoch; "
         f"masked: {masked}")
-    first_epoch, log = restore(checkpoint, path, model, optimizer, rank)
+    first_epoch, log = restore(checkpoint, path, rank, model=model, optimizer=optimizer)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     step_model = torch.compile(parallel, dynamic=True) if settings.compile else parallel
 
