@@ -22,7 +22,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from skeletonmae import SKELETONS, make_skeleton  # before torch: it silences torch's one remark about numpy
+from skeletonmae import SKELETONS, find_present, make_skeleton  # before torch: it silences torch's one remark about numpy
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -348,6 +348,11 @@ def is_name(value) -> bool:
     return type(value) is str and len(value) <= 1000 or type(value) is int and -2**63 < value < 2**63
 
 
+def without_absent(x: Tensor) -> Tensor:
+    """x (N, M, T, V, C + 1), the joint score last, in which a person who is absent, as find_present has it, is all zero."""
+    return x * find_present(x, x.shape[-1] - 1).to(x.device)[..., None, None, None]
+
+
 def read_annotation(annotation: dict, scored: bool, what: str) -> Tensor:
     """The sequence (T, M, V, C), with the joint score last where the file has scores, of at most two persons."""
     keypoint = _as_tensor(annotation.get("keypoint"), f"{what}: keypoint")
@@ -363,12 +368,7 @@ def read_annotation(annotation: dict, scored: bool, what: str) -> Tensor:
     if len(keypoint) > 2:
         rank = keypoint[..., -1].mean((1, 2)) if scored else keypoint.diff(dim=1).abs().mean((1, 2, 3))
         keypoint = keypoint[rank.topk(2).indices.sort().values]
-    if scored:  # without coordinates, or beside others without any score, a person is not there
-        there = (keypoint[..., :-1] != 0).flatten(1).any(1)
-        if len(keypoint) > 1:
-            there &= (keypoint[..., -1] > 0).flatten(1).any(1)
-        keypoint = keypoint * there[:, None, None, None]
-    return keypoint.transpose(0, 1)
+    return (without_absent(keypoint[None])[0] if scored else keypoint).transpose(0, 1)
 
 
 def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
@@ -682,9 +682,10 @@ def find_placement(frames: Tensor, there: Tensor, owner: Tensor, num: int, skele
     """How each of `num` sequences is normalised: x -> linear (x - origin).
 
     The origin is the centre joint, averaged over frames and persons: one origin for both persons, or their distance would
-    vanish. The unit is the root mean square distance of the seen joints (score above 0) from it: the size of the body and
-    of its path. In 3D (y is vertical), if `turned`, the sequence is turned about the vertical so that the first present person's
-    left and right torso joints (shoulders, hips) lie along x on the average over frames: what the camera's place adds is gone.
+    vanish. The unit is the root mean square distance of the seen joints (score above 0; all, where a sequence has none) from it,
+    at least 1e-6: the size of the body and of its path. In 3D (y is vertical), if `turned`, the sequence is turned about the
+    vertical so that the first present person's left and right torso joints (shoulders, hips) lie along x, the left at larger x, on
+    the average over frames: what the camera's place adds is gone.
 
     frames: (F, M, V, C [+ score]); there: bool (F, M); owner: (F,) the sequence of each frame. Returns (linear (num, C, C),
     origin (num, C), unit (num,)): linear is the turn divided by the unit.
@@ -756,10 +757,13 @@ def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False, frame
     """Raw whole sequences x (N, M, any T, V, C [+ score]) as a model is tested on them: joints that nobody saw filled in as by
     fill_missing, where scores tell; centred, scaled, and in 3D turned to face the viewer, as find_placement describes, or else
     `boxed`; of each as many frames as asked for, spread evenly over those before the padding at its end, else all T. Persons
-    who are all zero and padding stay zero. Returns (x, origin (N, C), unit (N,), or (N, C) for the axes of what was boxed)."""
+    who are all zero and padding stay zero, as do those of whom nothing was seen beside another (find_present). Returns (x, origin
+    (N, C), unit (N,), or (N, C) for the axes of what was boxed); the turn, and the middle of the box, are not returned."""
+    scored = x.shape[-1] > channels
+    x = without_absent(x) if scored else x
     there = (x[..., :channels] != 0).flatten(3).any(3)
     length = unpadded(there.any(1))
-    if x.shape[-1] > channels:
+    if scored:
         flat, each = x.transpose(1, 2).flatten(0, 1).clone(), torch.full_like(length, x.shape[2])
         there = fill_missing(flat, each.cumsum(0) - each, each)
         x, there = (t.unflatten(0, (len(x), -1)).transpose(1, 2) for t in (flat, there))

@@ -274,9 +274,9 @@ def windows(x: Tensor, dilation: int, stride: int) -> list:
 class TemporalPooling(nn.Module):
     """Multi-scale temporal pooling after the dilated multi-branch temporal convolution of CTR-GCN, whose kernels span 5 frames, not 3.
 
-    A 1x1 convolution, whose channels then split into four branches: three frames, three frames at dilation 2, the maximum
-    of three frames, and the frame itself; and a residual. A convolution over frames is one matrix product of the three side by side: cuDNN
-    would plan anew for every number of persons, 35 times as long as the whole step takes.
+    A 1x1 convolution with batch norm and ReLU, whose channels then split into four branches: three frames, three frames at dilation
+    2, the maximum of three frames, and the frame itself; joined, batch norm again, plus the input, ReLU. A convolution over frames is
+    one matrix product of the three side by side: cuDNN would plan anew for every number of persons, 35 times as long as the step takes.
     Shape: (V, P, T, D) -> (V, P, ceil(T / stride), D).
     """
 
@@ -349,9 +349,10 @@ class Packing:
 class JointEmbedding(nn.Module):
     """Paper 3.1.1: a joint's coordinates, mapped linearly to D features, plus a learnable embedding of which joint it is.
 
-    The input streams are batch-normalised per joint and channel. Motion (the difference of successive frames) and bones (to
-    the parent joint) are derived here. A bone or a motion with a masked end is zero, for it would give that end away; a masked
-    joint's own features are replaced by the mask token. Both happen after the norm, whose statistics stay those of real joints.
+    The input streams are batch-normalised per joint and channel: coordinates, motion (x[t + 1] - x[t], zero in the last frame), bones
+    (x - x of the parent joint) and score, in this order; motion and bones are derived here. A bone or a motion with a masked end is
+    zero, for it would give that end away; a masked joint's own features are replaced by the mask token. Both happen after the norm,
+    whose statistics stay those of real joints.
     Shape: (V, P, T, C) and a mask (V, P), (V, P, T) or None -> (V, P, T, D).
     """
 
@@ -394,11 +395,12 @@ class JointEmbedding(nn.Module):
 
 
 def find_present(x: Tensor, channels: int) -> Tensor:
-    """Who is present, bool (N, M) on the CPU. A person is absent whose coordinates are all zero or, where x has scores, whose scores
-    are. A sequence without anyone keeps its first person."""
+    """Who is present, bool (N, M) on the CPU. A person is absent whose coordinates are all zero or, where x has scores, none of whose
+    scores is above 0 beside another who has one. A sequence without anyone keeps its first person."""
     present = (x[..., :channels] != 0).flatten(2).any(2)
     if x.shape[-1] > channels:
-        present &= (x[..., channels:] > 0).flatten(2).any(2)
+        scored = present & (x[..., channels:] > 0).flatten(2).any(2)
+        present = torch.where(scored.any(1, keepdim=True), scored, present)
     present[:, 0] |= ~present.any(1)
     return present.cpu()
 
@@ -504,8 +506,8 @@ class SkeletonMAE(nn.Module):
         """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or a Packing, found from x where
         not given; mask: bool (N, V), or (N, 1 or T, V) where frames differ, True is masked, drawn where not given.
 
-        Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1) in units of s, zero for absent persons;
-        the mask (N, 1 or T, V).
+        Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1) in units of s, float32, zero for absent
+        persons (with the squared loss their last entry is 1, not predicted); the mask (N, 1 or T, V).
         """
         C = self.channels
         packing = packing_of(x, self.embedding, present)
@@ -594,7 +596,7 @@ class STRL(nn.Module):
 class STRLStack(nn.Module):
     """A learnable temporal position, then M_l STRL layers with a temporal stride after each but the last.
 
-    persons: M, 1 or 2; frames: T of the position table (another T at run time is interpolated).
+    persons: M, 1 or 2; frames: T of the position table (for another T at run time it is interpolated linearly, ends on ends).
     Shape: (V, P, T, D) -> (V, P, T / stride, D), where `stride` is that of all layers together.
     """
 
@@ -620,10 +622,10 @@ class STRLStack(nn.Module):
 
 
 class SkeletonClassifier(nn.Module):
-    """The paper's Skeleton Sequence Learning model (SSL): joint embedding, temporal position, M_l STRL layers, MLP.
+    """The paper's Skeleton Sequence Learning model (SSL): joint embedding, STRLStack, pooling, and an MLP of one hidden layer, 2 H wide.
 
-    persons: M, 1 or 2; frames: T of the position table (another T at run time is interpolated). About 1.5 M parameters
-    (S A) for 60 classes, most of them in the attention blocks, which see one token a frame where the encoder sees V.
+    persons, frames: see STRLStack. About 1.5 M parameters (S A) for 60 classes, most of them in the attention blocks, which see one
+    token a frame where the encoder sees V.
     """
 
     def __init__(self, skeleton: dict, channels: int, classes: int, persons: int = 1, frames: int = 64, width: int = 64,

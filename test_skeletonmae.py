@@ -1635,20 +1635,24 @@ class BatchTest(Case):
         self.assertTrue(torch.equal(there, expected[..., :2].any(-1).any(-1)))
 
     def test_normalise_is_what_the_scripts_do(self):
-        """Raw arrays with scores, placeholders, gaps and padding come out of normalise as from the file and the test loader."""
+        """Raw arrays with scores, placeholders, gaps, padding and persons of whom nothing was seen come out of normalise as from the file
+        and the test loader, and the model finds the same persons in them."""
         draw, skeleton = torch.Generator().manual_seed(0), SKELETONS["penn13"]
-        raw_x = 100 * torch.rand(4, 2, 9, 13, 3, generator=draw)  # (N, M, T, V, C + 1)
-        raw_x[..., 2] = (torch.rand(4, 2, 9, 13, generator=draw) > 0.4).float()
-        raw_x[..., :2] = torch.where((raw_x[..., 2:] == 0) & (torch.rand(4, 2, 9, 13, 1, generator=draw) > 0.5),
-                                     torch.randint(2, (4, 2, 9, 13, 1), generator=draw), raw_x[..., :2])
+        raw_x = 100 * torch.rand(6, 2, 9, 13, 3, generator=draw)  # (N, M, T, V, C + 1)
+        raw_x[..., 2] = (torch.rand(6, 2, 9, 13, generator=draw) > 0.4).float()
+        raw_x[4, 1, ..., 2], raw_x[5, ..., 2] = 0, 0  # one person, and both, without any score: guesses and placeholders alone
+        raw_x[..., :2] = torch.where((raw_x[..., 2:] == 0) & (torch.rand(6, 2, 9, 13, 1, generator=draw) > 0.5),
+                                     torch.randint(2, (6, 2, 9, 13, 1), generator=draw), raw_x[..., :2])
         raw_x[0, :, 6:], raw_x[1, 1], raw_x[2, 0, 3], raw_x[3, 1, 5:] = 0, 0, 0, 0
         listed = [dict(frame_dir=str(n), label=n % 2, keypoint=ndarray((2, 9, 13, 2), x[..., :2].flatten().tolist(), dtype("<f4")),
                        keypoint_score=ndarray((2, 9, 13), x[..., 2].flatten().tolist(), dtype("<f4"))) for n, x in enumerate(raw_x)]
-        path = self.write("a.pkl", pickled({"split": {"train": ["0"], "test": list("0123")}, "annotations": listed}))
+        path = self.write("a.pkl", pickled({"split": {"train": ["0"], "test": list("012345")}, "annotations": listed}))
         for box in (False, True):
-            batch = Loader(data.load(path, box=box).test, skeleton, 2, 4, 7, False).batch((torch.arange(4), 0))
+            batch = Loader(data.load(path, box=box).test, skeleton, 2, 6, 7, False).batch((torch.arange(6), 0))
             x, _, unit = data.normalise(raw_x, skeleton, 2, box, 7)
             self.close(x, batch.x), self.close(unit, batch.unit)
+            for present in (find_present(x, 2), batch.present):
+                self.assertEqual(present.tolist(), [[True, n not in (1, 4)] for n in range(6)])
         self.assertFalse(data.normalise(raw_x, skeleton, 2)[0][0, :, 6:, :, :2].any())  # padding stays zero
 
 
