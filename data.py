@@ -43,10 +43,10 @@ class DataError(ValueError):
 
 
 def brief(error: Exception) -> str:
-    """What an exception says, on one line of at most 160 characters."""
+    """What an exception says, on one line of at most 300 characters."""
     culprit = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch.load names it amid advice to trust the file
     text = f"it asks for {culprit[1]}, which is never loaded" if culprit else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:160]
+    return " ".join(text.split())[:300]
 
 
 @contextmanager
@@ -133,7 +133,8 @@ def scan(x: Tensor, names: list, what: str, scored: bool = False) -> tuple:
         peak = torch.linalg.vector_norm(part.flatten(3).float(), math.inf, dim=-1)  # (n, T, M)
         wrong = (~(peak < MAX_COORDINATE)).flatten(1).any(1)
         if wrong.any():
-            raise DataError(f"{what}: sequence {names[first + int(wrong.int().argmax())]} holds NaN, infinite or absurd coordinates; "
+            raise DataError(f"{what}: sequence {names[first + int(wrong.int().argmax())]} holds NaN, infinite or absurd coordinates"
+                            f"{' or scores' * scored}; "
                             f"expected finite numbers below {MAX_COORDINATE:g}, repair or drop it")
         theres.append((part[..., :-1] != 0).flatten(3).any(3) if scored else peak > 0)  # peak saves a pass
     there = torch.cat(theres)
@@ -162,7 +163,8 @@ def check_size(path: str, claimed: int, rate: int = 1, spare: int = 2**22):
     """A few bytes can name one array a million times, or deflate zeros without end: what a file unfolds to may not outgrow it."""
     size = os.path.getsize(path)
     if claimed > rate * size + spare:
-        raise DataError(f"{path} claims {claimed} values, too many for a file of {size} bytes; it repeats itself or is damaged")
+        raise DataError(f"{path} claims {claimed} values, too many for a file of {size} bytes; it repeats itself (of overlapping "
+                        "windows save copies, window.clone()) or is damaged")
 
 
 # ---------------------------------------------------------------------------------------------- .npy and .npz by hand
@@ -255,8 +257,7 @@ class _DType:
 class _Unpickler(pickle._Unpickler):
     """The one written in Python: its memo is a dict, which a damaged index cannot blow up, and its opcodes can be chosen. The
     stand-ins and functions in `allowed` are all that a pickle can call."""
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
-                if code not in (pickle.EMPTY_SET[0], pickle.ADDITEMS[0], pickle.FROZENSET[0])}
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file, size: int):
         super().__init__(file)
@@ -323,7 +324,12 @@ class _Unpickler(pickle._Unpickler):
             raise DataError(f"the pickle promises {size} bytes in a file of {self.size}; it is truncated or damaged")
         self.append(bytearray(self.read(size)))
 
+    def load_set(self):
+        raise DataError("the pickle holds a set; expected arrays, numbers, strings, lists and dicts alone")
+
     dispatch[pickle.BYTEARRAY8[0]], dispatch[pickle.BUILD[0]] = load_bytearray8, load_build
+    for _code in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):
+        dispatch[_code[0]] = load_set
     for _code in (pickle.SETITEM, pickle.SETITEMS, pickle.DICT):
         dispatch[_code[0]] = lambda self, load=dispatch[_code[0]]: self.load_pairs(load)
     for _code in (pickle.MARK, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.LIST, pickle.DICT, pickle.MEMOIZE, pickle.TUPLE,
@@ -420,7 +426,7 @@ def divide(data: Sequences, splits: dict | None, wanted: str | None, test_fracti
     if not isinstance(splits, dict):
         raise DataError(f"{path}: split is {type(splits).__name__}; expected a dict of name -> list of frame_dir")
     train_name, test_name = find_split(list(splits), wanted, path)
-    positions, halves = {}, []
+    positions, halves, unknown = {}, [], 0
     for i, name in enumerate(data.names):
         positions.setdefault(name, []).append(i)
     for half in (train_name, test_name):
@@ -428,8 +434,9 @@ def divide(data: Sequences, splits: dict | None, wanted: str | None, test_fracti
         listed = [str(name) for name in listed if is_name(name) and str(name) in positions]
         if not listed or len(listed) > len(data.names):
             raise DataError(f"{path}: split {half} is empty, names no annotation, or more than there are; expected a list of frame_dir")
+        unknown += len(splits[half]) - len(listed)
         halves.append(data.subset([i for name in dict.fromkeys(listed) for i in positions[name]]))
-    return *halves, f"{train_name} / {test_name}"
+    return *halves, f"{train_name} / {test_name}" + f", {unknown} of their names without an annotation" * (unknown > 0)
 
 
 def find_split(names: list, wanted: str | None, path: str) -> tuple:
@@ -498,8 +505,8 @@ def divide_columns(columns: int, layout: str | None, own: dict | None, path: str
             if M * len(s["joints"]) * C == columns and (own or (C == 3) == (name in NATIVE_3D))]
     if not fits:
         sizes = ", ".join(f"{len(s['joints'])} ({name})" for name, s in known.items())
-        raise DataError(f"{path}: {columns} columns do not divide into persons (1 or 2) x joints x coordinates (2 or 3); "
-                        f"known joint numbers are {sizes}; name another with --layout")
+        raise DataError(f"{path}: {columns} columns are not persons (1 or 2) x joints x coordinates (2 or 3) of a layout as its data "
+                        f"usually come; known joint numbers are {sizes}; name one of these, or a file with your own, with --layout")
     return fits[0]
 
 
@@ -631,6 +638,8 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     skeleton = own or SKELETONS[layout]
     if len(skeleton["joints"]) != V:
         raise DataError(f"{path} has {V} joints, layout {layout} has {len(skeleton['joints'])}; expected the same, choose another --layout")
+    if not train.there.any():
+        raise DataError(f"{path}: every coordinate of the training sequences is zero; expected skeletons")
     labels = torch.cat([train.label, test.label])
     first = int(labels.min())  # labels that do not start at 0 are shifted
     for half in (train, test):

@@ -47,6 +47,9 @@ def make_skeleton(joints, edges, parts, centre, pairs=None) -> dict:
     used = [j for group in (*edges, *parts.values(), *pairs, centre) for j in group]
     if not all(isinstance(j, int) and 0 <= j < len(names) for j in used):
         raise ValueError(f"a skeleton of {len(names)} joints needs indices from 0 to {len(names) - 1} in edges, parts, pairs and centre")
+    paired = [j for pair in pairs for j in pair]
+    if len(set(paired)) < len(paired):
+        raise ValueError("a skeleton needs pairs of two different joints, and no joint in two of them")
     if len(set(names)) < len(names) or any(i == j for i, j in edges):
         raise ValueError("a skeleton needs joint names that differ, and edges between two different joints")
     if not parts or not all(parts.values()) or not centre:

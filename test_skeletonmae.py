@@ -18,6 +18,7 @@ import copyreg
 import csv
 import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -287,6 +288,9 @@ class SkeletonTest(Seeded):
                                      ([(0, 1)], {"a": [0]}, []),
                                      ([(0, 1)], {"a": [0]}, 2)):
             self.assertRaises(ValueError, make_skeleton, "a b", edges, parts, centre)
+        for pairs in ([(0, 1), (1, 2)], [(0, 0)]):  # a mirror would lose a joint
+            with self.assertRaisesRegex(ValueError, "pairs"):
+                make_skeleton("a b c", [(0, 1)], {"a": [0]}, 0, pairs)
 
     def masked(self, num=60, layout=COCO, **how):
         """The set of masked joints (True, not False) of every sequence."""
@@ -1195,11 +1199,13 @@ class PickleTest(Case):
         self.assertEqual((train.length.tolist(), train.there.tolist()), ([2], [[True, True], [False, True]]))
 
     def test_names_of_a_split(self):
-        """As PYSKL reads it: every annotation of a listed name, once; names of none are passed over."""
+        """As PYSKL reads it: every annotation of a listed name, once; names of none are passed over and counted."""
         annotations = pyskl(4)
         annotations[3]["frame_dir"] = "a0"
         content = {"annotations": annotations, "split": {"train": ["a2", "a0", "a2", "gone"], "test": ["a1"]}}
-        self.assertEqual(data.load(self.write("a.pkl", pickled(content))).train.names, ["a2", "a0", "a0"])
+        loaded = data.load(self.write("a.pkl", pickled(content)))
+        self.assertEqual(loaded.train.names, ["a2", "a0", "a0"])
+        self.assertEqual(loaded.split, "train / test, 1 of their names without an annotation")
 
     def test_two_persons_are_kept(self):
         """Of up to four persons the two of the highest mean score stay, in their order; without scores the two that move most."""
@@ -1261,7 +1267,10 @@ class PickleTest(Case):
                 ("joints", one(keypoint=ndarray((1, 2, 14, 2), [1.0] * 56, f4)), ["bad", "14"]),
                 ("score", one(keypoint_score=ndarray((1, 1, 13), [1.0] * 13, f4)), ["bad", "keypoint_score"]),
                 ("NaN", one(keypoint=ndarray((1, 2, 13, 2), [math.nan] * 52, f4)), ["bad", "NaN"]),
+                ("NaN score", one(keypoint_score=ndarray((1, 2, 13), [math.nan] * 26, f4)), ["bad", "NaN", "scores"]),
                 ("label text", one(label="run"), ["bad", "str"]),
+                ("a set", pickle.dumps({1, 2}, 4), ["set", "expected arrays"]),
+                ("a frozen set", pickle.dumps(frozenset([1, 2]), 4), ["set", "expected arrays"]),
                 ("label below 0", one(label=-1), ["bad", "-1"]),
                 ("label 10^30", one(label=10**30), ["bad"]),
                 ("label 2^62", one(label=2**62), []),
@@ -1390,7 +1399,7 @@ class PtTest(Case):
 
     def test_bad_files_are_refused(self):
         """Nothing but plain tensors is loaded, and their shapes are checked."""
-        x, y = torch.ones(2, 4, 1, 17, 2), [0, 1]
+        x, y, long = torch.ones(2, 4, 1, 17, 2), [0, 1], torch.ones(3000, 1, 17, 2)
         good = dict(x_train=x, y_train=y, x_test=x, y_test=y)
         for what, content, words in (("a module", torch.nn.Linear(1, 1), ["tensors"]),
                                      ("a list", [x], ["x_train"]),
@@ -1402,6 +1411,8 @@ class PtTest(Case):
                                      ("labels", good | {"y_train": [0]}, ["y_train", "1 labels"]),
                                      ("halves differ", good | {"x_test": torch.ones(2, 4, 1, 13, 2)}, ["x_test"]),
                                      ("infinite", good | {"x_test": x / 0}, ["test[0]", "infinite"]),
+                                     ("all zero", good | {"x_train": 0 * x}, ["zero", "expected skeletons"]),
+                                     ("overlapping windows", good | {"x_train": [long[i:i + 64] for i in range(2900)]}, ["clone()"]),
                                      ("no memory", good | {"x_train": x.to("meta")}, ["_rebuild_meta_tensor"]),
                                      ("a number", good | {"x_train": 3}, ["x_train"]),
                                      ("a dict", good | {"x_train": {"a": x}}, ["x_train"]),
@@ -1816,6 +1827,7 @@ class SettingsTest(Case):
                             ("--epochs 1" + 400 * "0", ["--epochs", "out of range"]),
                             ("--lr nan", ["--lr"]),
                             ("--momentum 1.5", ["0 to 1"]),
+                            ("--milestones 3,-1", ["--milestones", "-1 is out of range"]),
                             ("--epochs many", ["--epochs", "many"]),
                             ("--batch-size", ["--batch-size"]),
                             ("stray", ["stray"])):
@@ -1834,6 +1846,8 @@ class SettingsTest(Case):
         settings = train_pretrain.Settings(shift=0.3, noise=0)
         self.assertEqual(train_pretrain.augmentation(settings, 3), Augmentation(rotation=30, scaling=0.1, shift=0.3))
         self.assertEqual(train_pretrain.augmentation(settings, 2), Augmentation(scaling=0.1, shift=0.3, flip=0.5))
+        with self.assertRaisesRegex(train_pretrain.Failure, "--rotation 60"):
+            train_pretrain.augmentation(train_pretrain.Settings(rotation=60.0), 2)
 
 
 class MeasureTest(Case):
@@ -2215,6 +2229,8 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         after = torch.load("probe/finetune.pt", weights_only=True)["model"]
         self.same({name: after["pretrained." + name] for name in before}, dict(before))
         self.assertIn("head.weight", after)
+        self.finetune("--ckpt --linear-probe --epochs 2 --encoder-lr-scale 0 --out probe")  # of the encoder, which is frozen anyway
+        self.same(torch.load("probe/finetune.pt", weights_only=True)["model"], after)
         self.finetune("--ckpt probe/finetune.pt --eval-only --out probe")
         self.assertIn("6 labelled sequences", self.finetune("--ckpt --label-fraction 0.25 --epochs 1 --batch-size 8"))
         self.assertEqual(torch.load("runs/finetune/test_outputs.pt", weights_only=True)["train_counts"].tolist(), [2, 2, 2])
@@ -2351,7 +2367,7 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         before = kept()
         pretrain, finetune = self.pretrain, self.finetune
         for module, line, words in (
-                (pretrain, "--data absent.npz", ["absent.npz"]),
+                (pretrain, "--data absent.npz", ["absent.npz", "expected"]),
                 (pretrain, "--data text.txt", ["text.txt"]),
                 (pretrain, "--data .", ["."]),
                 (pretrain, "--data tiny.pt", ["--layout"]),
@@ -2368,6 +2384,9 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                 (pretrain, f"{self.data} --out text.txt/deeper --epochs 1", ["text.txt"]),
                 (pretrain, f"{self.data} --lr -1", ["--lr"]),
                 (finetune, f"{self.data} --lr inf", ["--lr", "inf"]),
+                (finetune, f"{self.data} --nesterov --optimizer adamw", ["--nesterov", "expected"]),
+                (finetune, f"{self.data} --nesterov --momentum 0", ["--nesterov", "expected"]),
+                (finetune, f"{self.data} --device hpu", ["device", "hpu"]),
                 (pretrain, f"{self.data} --batch-size {10**20}", ["--batch-size"]),
                 (finetune, "--data one.pt --layout five.json --linear-probe", ["--linear-probe", "two"]),
                 (finetune, f"{self.data} --optimizer adam", ["--optimizer", "adamw"]),
@@ -2418,6 +2437,48 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                 with self.assertRaisesRegex(train_pretrain.Failure,
                                             f"weights are not finite in epoch {epoch + 1}, step 1, sequences b; try a lower --lr{kept}$"):
                     progress.row(model)
+
+    def test_rate_is_that_of_training(self):
+        """Sequences per second, while an epoch runs and at its end, leave out what is measured and saved after its last step."""
+        clock, said = unittest.mock.patch("time.monotonic", side_effect=itertools.count(100)), io.StringIO()
+        with clock as clock, contextlib.redirect_stdout(said):
+            progress = train_pretrain.Progress(9, 1, 0, list("abcdef"), "file", 0, 1)
+            progress.start_epoch(0, 0.1)
+            progress.step(torch.tensor(0.5), torch.arange(6))
+            begun = progress.epoch_begin
+            progress.row(torch.nn.Linear(2, 2))
+            spent, clock.side_effect = progress.epoch_end - begun, itertools.count(1000)
+            progress.end_epoch(0.5, "")
+        self.assertLess(spent, 10)
+        self.assertIn(f"{6 / spent:.0f} seq/s", said.getvalue())
+
+    def test_data_and_checkpoint_must_fit(self):
+        """Other data than a checkpoint's are refused by what differs: persons, joint scores, edges; and a test of other data does not
+        replace the run's own outputs."""
+        torch.save({key: [x[:, :1] for x in value] if key.startswith("x") else value for key, value in self.content.items()}, "one.pt")
+        shutil.copy("one.pt", "moved.pt")
+        self.pretrain(f"--data one.pt --layout five.json --epochs 1{STACK}")
+        self.finetune("--ckpt --epochs 1")
+        files = [Path("runs", name) for name in ("pretrain/pretrain.pt", "finetune/test_outputs.pt")]
+        before = [path.read_bytes() for path in files]
+        for line in ("--ckpt --epochs 1", "--ckpt runs/finetune/finetune.pt --eval-only --out other"):
+            message = self.finetune(f"{line} {self.data}", 2)
+            self.assertTrue("1 person," in message and "the data have 2" in message, message)
+        line = "--ckpt runs/finetune/finetune.pt --eval-only --data moved.pt --layout five.json"
+        self.assertIn("--out", self.finetune(line, 2))
+        self.assertIn("top-1", self.finetune(f"{line} --out other"))
+        for script in (self.pretrain, self.finetune):
+            self.assertIn("joint scores", script(f"{self.data} --score", 2))
+        Path("five.json").write_text(json.dumps(FIVE | {"edges": [[0, 1]]}))
+        self.assertIn("expected the same skeleton", self.pretrain("--resume --epochs 2", 2))
+        self.assertEqual([path.read_bytes() for path in files], before)
+
+    def test_a_sequence_left_over_joins_its_neighbours(self):
+        """Batch norm never sees one sequence alone: of 25, with micro-batches of 8, the last pass has nine."""
+        seen, forward = [], SkeletonMAE.forward
+        with unittest.mock.patch.object(SkeletonMAE, "forward", lambda self, x, *rest: (seen.append(len(x)), forward(self, x, *rest))[1]):
+            self.pretrain(f"{self.data} --epochs 1 --micro-batch 8 --eval-every 9")
+        self.assertEqual(seen[:3], [8, 8, 9])
 
     def test_live_line_fits_the_terminal(self):
         """On a terminal the line is drawn over itself: it fills the terminal's width but for the last column, where it would wrap."""

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
-from train_pretrain import (STRL_SETTINGS, CommonSettings, Failure, Progress, hint_at_steps, loaders, option, parse, pick,
+from train_pretrain import (STRL_SETTINGS, CommonSettings, Failure, Progress, check_fit, hint_at_steps, loaders, option, parse, pick,
                             read_checkpoint, read_data, recorded, refuse_change, replayed, restore, resume_settings, run, save,
                             set_up, write_atomically)
 import torch
@@ -39,7 +39,7 @@ class Settings(CommonSettings):
     nesterov: bool = option(False, "Nesterov's momentum in SGD")
     weight_decay: float = option(0.005, "supplement A: 0.005", low=0)
     warmup: int = option(5, "epochs of linear warm-up, supplement A: 5", low=0)
-    milestones: tuple = option((90, 100), "epochs at which the learning rate is divided by 10, supplement A: 90,100")
+    milestones: tuple = option((90, 100), "epochs at which the learning rate is divided by 10, supplement A: 90,100", low=0)
     clip: float = option(0.0, "largest gradient norm; 0: none", low=0)
     label_smoothing: float = option(0.1, "supplement A: 0.1", low=0, high=1)
     encoder_lr_scale: float = option(1.0, "the pre-trained weights' share of the learning rate", low=0)
@@ -50,6 +50,9 @@ class Settings(CommonSettings):
     strl_layers: int = option(3, "M_l, STRL layers", low=1, high=100)
     attention_dropout: float = option(0.1, "supplement A: 0.1", low=0, high=0.99)
     head_dropout: float = option(0.0, "dropout before the classifier", low=0, high=0.99)
+
+
+DATA_SETTINGS = {"data", "split", "layout", "test_fraction", "synthetic_size"}  # what a checkpoint was trained on
 
 
 def learning_rate(epoch: int, base: float, warmup: int, milestones: tuple) -> float:
@@ -104,13 +107,12 @@ def take_settings(settings: Settings, given: set, source: dict) -> set:
         fixed |= {*STRL_SETTINGS, "linear_probe"}
     elif source["settings"].get("strl_layers"):  # the STRL layers are pre-trained too
         fixed |= {*STRL_SETTINGS}
-    its_data = {"data", "split", "layout", "test_fraction", "synthetic_size"}
-    before = recorded(Settings, source, settings.ckpt, fixed | its_data)
+    before = recorded(Settings, source, settings.ckpt, fixed | DATA_SETTINGS)
     refuse_change(settings, before, fixed & given, settings.ckpt, "leave it out")
     for name in fixed:
         setattr(settings, name, before[name])
     if "data" not in given:
-        for name in its_data - given:
+        for name in DATA_SETTINGS - given:
             setattr(settings, name, before[name])
     if settings.eval_only and "out" not in given:
         settings.out = os.path.dirname(settings.ckpt) or "."
@@ -120,8 +122,8 @@ def take_settings(settings: Settings, given: set, source: dict) -> set:
 def build(settings: Settings, data, source: dict | None) -> tuple:
     """The model that the settings ask for, with the weights of a checkpoint where there is one.
     Returns (model, its arguments, names of the loaded tensors)."""
-    arguments = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}
-    arguments |= pick(settings, "width", "hidden", "layers", "dropout", "motion", "bone")
+    arguments = {"skeleton": data.skeleton, "channels": data.channels}
+    arguments |= pick(settings, "width", "hidden", "layers", "dropout", "motion", "bone", "score")
     kind, loaded = (source["kind"], list(source["model"])) if source else ("", [])
     if settings.linear_probe:
         before = source["model_settings"] if source else {}
@@ -129,6 +131,7 @@ def build(settings: Settings, data, source: dict | None) -> tuple:
         encoder = SkeletonMAE(**arguments, mask_ratio=0.5)  # it masks nothing, but the default parts may not exist
         if kind == "pretrain":
             encoder.load_state_dict(source["model"])
+            loaded = ["pretrained." + name for name in loaded]  # by their names in the probe
         model = LinearProbe(encoder, len(data.classes))
     else:
         arguments |= {"classes": len(data.classes), "persons": data.persons}
@@ -156,18 +159,21 @@ def main(argv=None):
         fixed = take_settings(settings, given, source)
     elif settings.eval_only:
         raise Failure("--eval-only needs --ckpt with a fine-tuned checkpoint, as in --ckpt runs/finetune/finetune.pt")
+    if settings.nesterov and (settings.optimizer != "sgd" or not settings.momentum):
+        raise Failure("--nesterov is a kind of momentum, of SGD; expected --optimizer sgd and a --momentum above 0, or leave it out")
     device, amp, rank, world = set_up(settings)
     say = print if rank == 0 else lambda *_: None
 
     data = read_data(settings)
     say(f"{settings.data or 'stick figures'}: {data}")
     start = path if resumed else settings.ckpt
-    if source and (source["skeleton"], source["channels"]) != (data.skeleton, data.channels):
-        raise Failure(f"{start} was trained on layout {source['layout']} in {source['channels']}D, the data are {data.layout} in "
-                      f"{data.channels}D; expected the same skeleton")
+    if source:
+        check_fit(source, start, data)
     if source and source["kind"] == "finetune" and source["classes"] != data.classes:
         known, found = (f"{len(labels)} classes {str(labels):.40}" for labels in (source["classes"], data.classes))
         raise Failure(f"{start} knows {known}, the data have {found}; expected the same")
+    if settings.eval_only and "out" not in given and any(getattr(settings, name) != source["settings"].get(name) for name in DATA_SETTINGS):
+        raise Failure(f"--eval-only would replace the test outputs of {start} by those of other data; expected an --out of their own")
     if settings.label_fraction < 1:
         data.train = data.train.subset(label_subset(data.train.label, settings.label_fraction, settings.label_seed))
         say(f"{len(data.train)} labelled sequences, {settings.label_fraction:g} of each class, label seed {settings.label_seed}")
@@ -203,15 +209,15 @@ def main(argv=None):
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
     else:
         optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
-                                    nesterov=settings.nesterov and settings.momentum > 0)
+                                    nesterov=settings.nesterov)
     described = "linear probe, " * settings.linear_probe + (f"from {settings.ckpt}" if settings.ckpt else "from random weights")
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}, {described}; "
         f"{train.steps} steps an epoch")
     if not resumed and not settings.linear_probe:
         hint_at_steps(say, train, settings, fixed, batch_size=16, optimizer="adamw", lr=3e-3, weight_decay=0.05, clip=5)
-    if settings.milestones and settings.milestones[0] >= settings.epochs > max(1, settings.warmup):
-        say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones "
-            f"{settings.epochs * 9 // 11},{settings.epochs * 10 // 11}")
+    if settings.milestones and min(settings.milestones) >= settings.epochs > max(1, settings.warmup):
+        near_the_end = sorted({settings.epochs * 9 // 11, settings.epochs * 10 // 11})
+        say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones {','.join(map(str, near_the_end))}")
     first_epoch, log = restore(resumed, path, rank, optimizer=optimizer)  # build has loaded the weights
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     step_model = torch.compile(parallel, dynamic=True) if settings.compile else parallel

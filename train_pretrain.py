@@ -16,6 +16,7 @@ import ctypes
 import difflib
 import glob
 import io
+import itertools
 import math
 import os
 import shutil
@@ -64,11 +65,11 @@ class CommonSettings:
     stride: int = option(2, "temporal stride between STRL layers", low=1, high=100)
     motion: bool = option(False, "motion as further input channels")
     bone: bool = option(False, "bones as further input channels")
-    score: bool = option(False, "joint score as a further input channel, where the data have one")
+    score: bool = option(False, "joint score as a further input channel")
     eval_every: int = option(10, "epochs between measurements on the test split", low=1)
     seed: int = option(0, "seed of weights, order, masks and augmentation", low=0, high=2**31)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
-    amp: bool = option(None, "bfloat16 autocast; default on GPUs that have bfloat16, off on CPUs")
+    amp: bool = option(None, "bfloat16 autocast; default on GPUs that have bfloat16 themselves, off on CPUs")
     compile: bool = option(False, "torch.compile; needs a C++ compiler on CPUs")
     graphs: bool = option(None, "CUDA graphs; default: on one GPU, where a pass has at most 128 sequences")
     resume: bool = option(False, "go on from the checkpoint in --out, with its settings")
@@ -80,7 +81,7 @@ class Settings(CommonSettings):
     out: str = option("runs/pretrain", "folder for checkpoint and log")
     epochs: int = option(50, "supplement A: 50", low=1)
     batch_size: int = option(1024, "sequences per optimiser step, supplement A: 1024", low=2)
-    micro_batch: int = option(256, "sequences per forward pass; bounds memory, batch norm sees this many", low=1)
+    micro_batch: int = option(256, "sequences per forward pass; bounds memory, batch norm sees at most so many", low=1)
     lr: float = option(1.5e-4, "Adam's learning rate, supplement A: 1.5e-4", low=0)
     beta: float = option(2.0, "power of the re-weighted cosine error", low=1)
     mask_parts: tuple = option(("right_arm", "right_leg"), "body parts to mask, with commas")
@@ -147,8 +148,10 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
         raise Failure(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists all flags"))
     for f in fields(settings):
         low, high = bounds(f)
-        if f.type in (int, float) and not low <= given.get(f.name, low) <= high:
-            parser.error(f"argument --{flag(f.name)}: {given[f.name]} is out of range; expected {low:g} to {high:g}")
+        value = given.get(f.name, ())
+        for number in value if type(value) is tuple else (value,):
+            if (f.type in (int, float) or "low" in f.metadata) and not low <= number <= high:
+                parser.error(f"argument --{flag(f.name)}: {number} is out of range; expected {low:g} to {high:g}")
     return settings(**given), set(given)
 
 
@@ -167,7 +170,8 @@ def run(main):
     except DataError as error:
         status, message = 2, f"error: {error}"
     except OSError as error:
-        status, message = 2, f"error: {error.filename or 'file'}: {error.strerror or error}"
+        mend = "; expected the path of something that exists" if isinstance(error, FileNotFoundError) else ""
+        status, message = 2, f"error: {error.filename or 'file'}: {error.strerror or error}{mend}"
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             status, message = 2, (f"error: the GPU's memory is full ({brief(error)}); try a smaller --micro-batch (pre-training) or "
@@ -191,8 +195,8 @@ def run(main):
 def set_up(settings: CommonSettings) -> tuple:
     """Device, whether to use bfloat16, and this process's place among those of torchrun: (device, amp, rank, world).
     What would only fail after the first epoch fails here: a folder that cannot be written, a batch too small to share."""
-    os.makedirs(settings.out, exist_ok=True)
-    tempfile.TemporaryFile(dir=settings.out).close()
+    os.makedirs(settings.out or ".", exist_ok=True)
+    tempfile.TemporaryFile(dir=settings.out or ".").close()
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = settings.device
     if name == "auto":
@@ -202,7 +206,7 @@ def set_up(settings: CommonSettings) -> tuple:
     try:
         device = torch.device(name)
         float(torch.zeros(1, device=device))
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         expected = "auto, cpu, cuda" if torch.cuda.is_available() else "auto, cpu"
         raise Failure(f"device {name} cannot be used here ({brief(error)}); expected {expected}") from None
     if settings.batch_size < 2 * world:
@@ -216,7 +220,8 @@ def set_up(settings: CommonSettings) -> tuple:
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
-    amp = settings.amp if settings.amp is not None else device.type == "cuda" and torch.cuda.is_bf16_supported()
+    amp = settings.amp if settings.amp is not None else (device.type == "cuda"
+                                                                   and torch.cuda.is_bf16_supported(including_emulation=False))
     return device, amp, rank, world
 
 
@@ -269,12 +274,18 @@ def replayed(step, settings: CommonSettings, device, world: int, sequences: int)
 
 
 def read_data(settings: CommonSettings) -> Dataset:
-    return load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.synthetic_size,
+    data = load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.synthetic_size,
                 settings.box)
+    if settings.score and not data.score:
+        raise Failure(f"joint scores were asked for, by --score or by the checkpoint, and {settings.data or 'the built-in set'} has none; "
+                      "leave --score out, or take data with scores")
+    return data
 
 
 def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
     """The augmentation asked for, with what suits 2D or 3D data for what was not."""
+    if settings.rotation and channels == 2:
+        raise Failure(f"--rotation {settings.rotation:g} turns a body in 3D, and these data are 2D; leave it out")
     suits = Augmentation(scaling=0.1, shift=0.1, **({"rotation": 30} if channels == 3 else {"flip": 0.5, "noise": 0.01}))
     asked = pick(settings, *(f.name for f in fields(Augmentation)))
     return replace(suits, **{name: value for name, value in asked.items() if value is not None})
@@ -368,6 +379,18 @@ def restore(checkpoint: dict | None, path: str, rank: int, **parts) -> tuple:
     return checkpoint["epoch"] + 1, checkpoint["log"]
 
 
+def check_fit(checkpoint: dict, path: str, data: Dataset):
+    """The data must have the skeleton of a checkpoint, its coordinates and, where its layers depend on them, its persons."""
+    if (checkpoint["skeleton"], checkpoint["channels"]) != (data.skeleton, data.channels):
+        raise Failure(f"{path} was trained on layout {checkpoint['layout']} in {checkpoint['channels']}D, the data are {data.layout} in "
+                      f"{data.channels}D; expected the same skeleton")
+    shape = checkpoint["model_settings"]
+    persons = (shape["strl"] if isinstance(shape.get("strl"), dict) else shape).get("persons")
+    if isinstance(persons, int) and persons != data.persons:
+        raise Failure(f"{path} was trained on sequences of {persons} person{'s' * (persons > 1)}, the data have {data.persons}; "
+                      "expected as many")
+
+
 def recorded(settings: type, checkpoint: dict, path: str, names=None) -> dict:
     """The settings in a checkpoint, all of them or those in `names`; a value that no command line could have set is refused."""
     before = {}
@@ -437,7 +460,8 @@ class Progress:
         self.total, self.done, self.live = (epochs - first_epoch) * steps, 0, sys.stdout.isatty()
 
     def start_epoch(self, epoch: int, lr: float):
-        self.epoch, self.lr, self.losses, self.indices, self.epoch_begin = epoch, lr, [], [], time.monotonic()
+        self.epoch, self.lr, self.losses, self.indices = epoch, lr, [], []
+        self.epoch_begin, self.epoch_end = time.monotonic(), None
 
     def step(self, loss: Tensor, index: Tensor):
         self.losses.append(loss)
@@ -463,6 +487,7 @@ class Progress:
     def row(self, model: torch.nn.Module) -> dict:
         """What the epoch adds to the log. Its last step can still have ruined the weights: no loss has seen them yet."""
         self.check()
+        self.epoch_end = time.monotonic()  # measuring on the test split and saving, which follow, are not training
         if not torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all():
             raise self.failure("weights are not finite", len(self.losses) - 1)
         return {"epoch": self.epoch + 1, "loss": float(torch.stack(self.losses).mean()), "lr": self.lr}
@@ -470,7 +495,7 @@ class Progress:
     def line(self, loss: float) -> str:
         now = time.monotonic()
         left = (now - self.begin) / max(self.done, 1) * (self.total - self.done)
-        rate = sum(map(len, self.indices)) * self.world / max(now - self.epoch_begin, 1e-9)
+        rate = sum(map(len, self.indices)) * self.world / max((self.epoch_end or now) - self.epoch_begin, 1e-9)
         return (f"epoch {self.epoch + 1}/{self.epochs}  loss {loss:.4g}  lr {self.lr:.3g}  {rate:.0f} seq/s  "
                 f"{left // 60:.0f}m{left % 60:02.0f}s left")
 
@@ -546,6 +571,8 @@ def main(argv=None):
 
     data = read_data(settings)
     say(f"{settings.data or 'stick figures'}: {data}")
+    if checkpoint:
+        check_fit(checkpoint, path, data)
     train, held_out = loaders(settings, data, device, rank, world)
     if not checkpoint:
         hint_at_steps(say, train, settings, batch_size=32, lr=1e-3)
@@ -554,9 +581,9 @@ def main(argv=None):
             f"{settings.width} and {settings.hidden}")
 
     torch.manual_seed(settings.seed)
-    arguments = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}
+    arguments = {"skeleton": data.skeleton, "channels": data.channels}
     arguments |= pick(settings, "width", "hidden", "layers", "dropout", "beta", "mask_parts", "mask_num_parts", "mask_ratio",
-                      "mask_segments", "loss", "motion", "bone")
+                      "mask_segments", "loss", "motion", "bone", "score")
     if settings.strl_layers:
         arguments["strl"] = {"persons": data.persons, **pick(settings, *STRL_SETTINGS)}
     try:
@@ -589,9 +616,9 @@ def main(argv=None):
         progress.start_epoch(epoch, settings.lr)
         for batch in train.epoch(epoch):
             loss = 0
-            for first in range(0, len(batch.x), settings.micro_batch):  # a part weighs as its share of the sequences
-                part = slice(first, first + settings.micro_batch)
-                last = part.stop >= len(batch.x)
+            edges = [*range(0, max(1, len(batch.x) - 1), settings.micro_batch), len(batch.x)]  # batch norm never sees a sequence left alone
+            for first, end in itertools.pairwise(edges):  # a part weighs as its share of the sequences
+                part, last = slice(first, end), end == len(batch.x)
                 x = batch.x[part].to(device)
                 mask, weight = model.draw(len(x), settings.frames), torch.tensor(len(x) / len(batch.x))
                 inputs = x, mask.to(device, non_blocking=True), weight.to(device, non_blocking=True)
