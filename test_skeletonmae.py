@@ -1827,7 +1827,7 @@ class SettingsTest(Case):
                             ("--epochs 1" + 400 * "0", ["--epochs", "out of range"]),
                             ("--lr nan", ["--lr"]),
                             ("--momentum 1.5", ["0 to 1"]),
-                            ("--milestones 3,-1", ["--milestones", "-1 is out of range"]),
+                            ("--milestones 3,-1", ["--milestones", "-1) is out of range"]),
                             ("--epochs many", ["--epochs", "many"]),
                             ("--batch-size", ["--batch-size"]),
                             ("stray", ["stray"])):

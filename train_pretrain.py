@@ -81,7 +81,7 @@ class Settings(CommonSettings):
     out: str = option("runs/pretrain", "folder for checkpoint and log")
     epochs: int = option(50, "supplement A: 50", low=1)
     batch_size: int = option(1024, "sequences per optimiser step, supplement A: 1024", low=2)
-    micro_batch: int = option(256, "sequences per forward pass; bounds memory, batch norm sees at most so many", low=1)
+    micro_batch: int = option(256, "sequences per forward pass; bounds memory, batch norm sees this many (one left over joins them)", low=1)
     lr: float = option(1.5e-4, "Adam's learning rate, supplement A: 1.5e-4", low=0)
     beta: float = option(2.0, "power of the re-weighted cosine error", low=1)
     mask_parts: tuple = option(("right_arm", "right_leg"), "body parts to mask, with commas")
@@ -109,6 +109,12 @@ def pick(settings: CommonSettings, *names: str) -> dict:
 
 def bounds(f) -> tuple:
     return f.metadata.get("low", -math.inf), f.metadata.get("high", 2**31 if f.type is int else 1e30)
+
+
+def within(f, value) -> bool:
+    """Whether a number, or every number of a tuple, is within the bounds of its setting."""
+    low, high = bounds(f)
+    return all(low <= number <= high for number in (value if type(value) is tuple else (value,)) if type(number) is not str)
 
 
 def parse(settings: type, doc: str, argv=None) -> tuple:
@@ -147,11 +153,9 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [o for a in parser._actions for o in a.option_strings], 1)
         raise Failure(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists all flags"))
     for f in fields(settings):
-        low, high = bounds(f)
-        value = given.get(f.name, ())
-        for number in value if type(value) is tuple else (value,):
-            if (f.type in (int, float) or "low" in f.metadata) and not low <= number <= high:
-                parser.error(f"argument --{flag(f.name)}: {number} is out of range; expected {low:g} to {high:g}")
+        if f.type in (int, float, tuple) and not within(f, given.get(f.name, ())):
+            low, high = bounds(f)
+            parser.error(f"argument --{flag(f.name)}: {given[f.name]} is out of range; expected {low:g} to {high:g}")
     return settings(**given), set(given)
 
 
@@ -397,13 +401,13 @@ def recorded(settings: type, checkpoint: dict, path: str, names=None) -> dict:
     for f in fields(settings):
         if names is not None and f.name not in names:
             continue
-        value, (low, high) = checkpoint["settings"].get(f.name, f.default), bounds(f)
+        value = checkpoint["settings"].get(f.name, f.default)
         if value is None:
             valid = f.default is None
         elif f.type in (int, float):
-            valid = type(value) in (int, f.type) and low <= value <= high
+            valid = type(value) in (int, f.type) and within(f, value)
         elif f.type is tuple:
-            valid = type(value) is tuple and all(type(v) is type(f.default[0]) for v in value)
+            valid = type(value) is tuple and all(type(v) is type(f.default[0]) for v in value) and within(f, value)
         elif f.type is str:
             valid = type(value) is str and value.isprintable() and value in f.metadata.get("choices", (value,))
         else:
