@@ -82,7 +82,7 @@ class Sequences:
         return len(self.start)
 
     def subset(self, index) -> "Sequences":
-        index = torch.as_tensor(index, dtype=torch.long)
+        index = torch.arange(len(self))[index]  # numbers or a mask
         return replace(self, start=self.start[index], length=self.length[index], label=self.label[index],
                        present=self.present[index], names=[self.names[i] for i in index.tolist()],
                        placement=tuple(p[index] for p in self.placement))

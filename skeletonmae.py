@@ -27,6 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 # ---------------------------------------------------------------------------------------------- skeletons
@@ -186,6 +187,7 @@ class NormPReLU(torch.autograd.Function):
         return F.leaky_relu_(u, float(slope)).permute(0, 2, 3, 1).reshape(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, bias, mean, variance, batch_mean, inverse_std, slope = ctx.saved_tensors
         m, s = (batch_mean, inverse_std) if ctx.training else (mean, (variance + ctx.eps).rsqrt())
@@ -218,7 +220,8 @@ class GraphConvolution(nn.Module):
             return self.activation(norm(h))
         if norm.training:
             norm.num_batches_tracked.add_(1)
-        return NormPReLU.apply(h, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps,
+        momentum = 1 / max(1, int(norm.num_batches_tracked)) if norm.momentum is None else norm.momentum  # None: the mean of all batches
+        return NormPReLU.apply(h, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, momentum, norm.eps,
                                self.activation.weight)
 
 
@@ -367,7 +370,8 @@ class JointEmbedding(nn.Module):
         self.register_buffer("parents", torch.tensor(parents), persistent=False)
         self.register_buffer("is_bone", torch.tensor([first <= i < first + channels * bone for i in range(streams)]), persistent=False)
         self.register_buffer("is_motion", torch.tensor([channels <= i < first for i in range(streams)]), persistent=False)
-        self.register_buffer("signature", torch.tensor([channels, motion, bone, score, *parents]))  # load_pretrained compares it
+        signature = torch.tensor([channels, motion, bone, score, *parents]).float()  # an average of weights would round integers down
+        self.register_buffer("signature", signature)  # load_pretrained compares it
         self.norm = BatchNorm(V * streams)
         self.linear = nn.Linear(streams, width)
         self.joint = nn.Parameter(0.02 * torch.randn(V, width))
@@ -418,10 +422,11 @@ def packing_of(x: Tensor, embedding: JointEmbedding, present: Tensor | Packing |
     if x.shape[1] not in ((1, 2) if persons is None else (persons,)):
         raise ValueError(f"expected {persons or '1 or 2'} persons in {expected}, got {x.shape[1]}")
     present = find_present(x, channels) if present is None else present
-    shape = (len(present.count), present.persons) if isinstance(present, Packing) else tuple(present.shape)
-    if shape != tuple(x.shape[:2]):
-        raise ValueError(f"expected present of shape {tuple(x.shape[:2])}, got {shape}")
-    return present if isinstance(present, Packing) else Packing(present, x.device)
+    packed = isinstance(present, Packing)
+    shape, dtype = ((len(present.count), present.persons), torch.bool) if packed else (tuple(present.shape), present.dtype)
+    if shape != tuple(x.shape[:2]) or dtype != torch.bool:
+        raise ValueError(f"expected present of shape {tuple(x.shape[:2])}, got {shape}, and of torch.bool, got {dtype}")
+    return present if packed else Packing(present, x.device)
 
 
 # ---------------------------------------------------------------------------------------------- pre-training
@@ -673,7 +678,7 @@ class SkeletonClassifier(nn.Module):
                              "expected the same skeleton, channels, streams, width, hidden and layers"
                              + ", and the same persons, frames, STRL layers and blocks" * stacked)
         signature = own["embedding.signature"]
-        if not signature.equal(loaded["embedding.signature"].to(signature.device)):
+        if (signature - loaded["embedding.signature"].to(signature.device)).abs().max() > 0.5:
             raise ValueError("the pre-trained encoder does not fit: it was trained on another skeleton or other input streams")
         self.load_state_dict(loaded, strict=False)
         return sorted(loaded)

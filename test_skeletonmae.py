@@ -642,6 +642,30 @@ class FinetuningTest(Seeded):
             (out[0] if isinstance(model, SkeletonMAE) else out.square().sum()).backward()
             self.assertEqual([name for name, p in model.named_parameters() if p.requires_grad == (p.grad is None)], [])
 
+    def test_second_derivatives_are_refused(self):
+        """NormPReLU's backward overwrites what it computes: asking for its own gradient is an error that says so."""
+        x = torch.randn(2, 1, 4, 5, 2, requires_grad=True)
+        grad, = torch.autograd.grad(tiny_classifier(STAR, 2, 3)(x).sum(), x, create_graph=True)
+        with self.assertRaisesRegex(RuntimeError, "once_differentiable"):
+            grad.square().sum().backward()
+
+    def test_averaged_weights(self):
+        """Torch's update_bn, and an average of all tensors of a state dict, whole numbers too, leave a model that loads and runs."""
+        x, model = torch.randn(6, 1, 4, 5, 2), tiny_mae()
+        averaged = copy.deepcopy(model)
+        for _ in range(50):
+            for mine, new in zip(averaged.state_dict().values(), model.state_dict().values()):
+                mine.copy_(mine * 0.9 + 0.1 * new)
+        tiny_classifier(STAR, 2, 3).load_pretrained(averaged.state_dict())
+        torch.optim.swa_utils.update_bn([x[:2], x[2:4], x[4:]], model)
+        encoder, means = copy.deepcopy(model.encoder.layers[0]).train(), []
+        encoder.norm.reset_running_stats()
+        encoder.norm.momentum = None
+        for h in torch.randn(3, 5, 2, 4, encoder.linear.in_features):
+            encoder(h)
+            means.append(encoder.linear(encoder.aggregate(h)).flatten(0, -2).mean(0))
+        close(encoder.norm.running_mean, torch.stack(means).mean(0).detach())
+
     def test_shapes_are_checked(self):
         """Another number of axes, joints, coordinates or persons is a ValueError that names the expected shape."""
         for model, shape in ((tiny_mae(), (2, 4, 5, 2)), (tiny_mae(), (2, 3, 4, 5, 2)), (tiny_mae(), (2, 1, 4, 6, 2)),
@@ -654,6 +678,8 @@ class FinetuningTest(Seeded):
             for who in (torch.ones(shape, dtype=torch.bool), Packing(torch.ones(shape, dtype=torch.bool), "cpu")):
                 with self.assertRaisesRegex(ValueError, rf"present of shape \(3, 2\), got {re.escape(str(shape))}"):
                     model(x, who)
+        with self.assertRaisesRegex(ValueError, "of torch.bool, got torch.int64"):
+            model(x, torch.ones(3, 2, dtype=torch.long))
         for mask in (torch.ones(5, 3) > 0, torch.ones(6, 5) > 0, torch.ones(3, 2, 5) > 0, torch.ones(3, 5)):
             with self.assertRaisesRegex(ValueError, r"bool mask \(N, V\) or \(N, 1 or T, V\)"):
                 model(x, mask=mask)
@@ -1460,6 +1486,7 @@ class BatchTest(Case):
                         and torch.equal(flat.frames[8:], parts[2]))
         self.assertFalse(flat.frames[:4, 1].any())
         self.assertEqual(flat.subset([2, 0]).names, ["c", "a"])
+        self.assertEqual(flat.subset(flat.label == 0).names, ["a", "c"])
 
     def test_sample_frames_against_segments(self):
         """Testing takes the middle of each of T segments; training any frame of each, and only those; short sequences repeat."""
@@ -2473,6 +2500,18 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         self.assertIn("expected the same skeleton", self.pretrain("--resume --epochs 2", 2))
         self.assertEqual([path.read_bytes() for path in files], before)
 
+    def test_outputs_are_those_of_the_run(self):
+        """Once a new run has saved its first epoch, the test outputs of the run before in that folder are gone."""
+        self.finetune(f"{self.data} --epochs 1")
+        with unittest.mock.patch.object(train_finetune, "metrics", side_effect=KeyboardInterrupt):
+            self.finetune(f"{self.data} --epochs 1 --seed 1", 130)
+        self.assertTrue(os.path.exists("runs/finetune/test_outputs.pt"))
+        with unittest.mock.patch.object(train_finetune, "metrics", side_effect=KeyboardInterrupt):
+            self.finetune(f"{self.data} --epochs 2 --seed 1 --eval-every 2", 130)
+        self.assertFalse(os.path.exists("runs/finetune/test_outputs.pt"))
+        self.finetune("--resume")
+        self.assertTrue(os.path.exists("runs/finetune/test_outputs.pt"))
+
     def test_a_sequence_left_over_joins_its_neighbours(self):
         """Batch norm never sees one sequence alone: of 25, with micro-batches of 8, the last pass has nine."""
         seen, forward = [], SkeletonMAE.forward
@@ -2816,6 +2855,8 @@ class ReliabilityTest(ScriptCase):
         self.assertIn("resume with the same", self.finetune("--resume --out bad", 2))
         torch.save({**pretrained, "settings": {**pretrained["settings"], "repeat": 10**12}}, "bad/pretrain.pt")
         self.assertIn("--repeat", self.pretrain("--resume --out bad", 2))
+        torch.save({**finetuned, "settings": {**finetuned["settings"], "milestones": (90, -1)}}, "bad/finetune.pt")
+        self.assertIn("--milestones", self.finetune("--resume --out bad", 2))
 
     def test_control_characters_are_never_printed(self):
         """Names in a file that would clear the screen or add lines to a message are escaped, and long ones are cut."""
@@ -3184,6 +3225,10 @@ class FigureTest(Case):
                 write_checkpoint(folder + "-pre", "pretrain", was, {}, {})
             outputs = make_run(folder, pretrained="" if how is None else folder + "-pre/pretrain.pt")
             torch.save(outputs | {"metrics": outputs["metrics"] | {"top1": 80.0 + i * i}}, os.path.join(folder, "test_outputs.pt"))
+        os.makedirs(os.path.join(self.folder, "eval-only"))
+        torch.save(outputs, os.path.join(self.folder, "eval-only", "test_outputs.pt"))
+        other = os.path.join(self.folder, "other")  # other data of the same name: a table of their own
+        torch.save(make_run(other) | {"labels": 0 * outputs["labels"]}, os.path.join(other, "test_outputs.pt"))
         draw(os.path.join(self.folder, "e"), "--table", *sorted(glob.glob(self.folder + "/?*")), "--no-tsne", "--out", self.folder)
         content = Path(self.folder, "report.html").read_text().partition("Table 2")[2].partition("</table>")[0]
         rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in content.split("<tr>")[1:]]
@@ -3233,6 +3278,20 @@ class FigureTest(Case):
         outputs = make_run(self.folder, pretrained=os.path.join(self.folder, "gone", "pretrain.pt"))
         with self.assertRaisesRegex(train_pretrain.Failure, r"missing; make it with: python train_pretrain\.py --out \S*gone"):
             draw(self.folder)
+        with self.assertRaisesRegex(train_pretrain.Failure, "or leave its figures out: --pretrained none"):
+            draw(self.folder)
+        with self.assertRaisesRegex(train_pretrain.Failure, "is no checkpoint; expected a pretrain.pt"):
+            draw(self.folder, "--pretrained", os.path.join(self.folder, "log.csv"))
+        for change in ({"features": outputs["features"][:, 0]}, {"features": outputs["features"][:, :0]}, {"train_counts": [1] * 5}):
+            torch.save(outputs | change, os.path.join(self.folder, "test_outputs.pt"))
+            with self.assertRaisesRegex(train_pretrain.Failure, "test_outputs.pt cannot be used"):
+                draw(self.folder, "--pretrained", "none")
+        make_run(self.folder, pretrained=os.path.join(self.folder, "gone", "pretrain.pt"))
+        for row in ("nan,1", "1,inf"):
+            Path(self.folder, "log.csv").write_text(f"epoch,loss\n{row}\n")
+            with self.assertRaisesRegex(train_pretrain.Failure, "log.csv cannot be used .*finite"):
+                draw(self.folder, "--pretrained", "none")
+        make_run(self.folder, pretrained=os.path.join(self.folder, "gone", "pretrain.pt"))
         with self.assertRaisesRegex(train_pretrain.Failure, "no class 77"):
             draw(self.folder, "--pretrained", "none", "--classes", "77")
         for name in ("test_outputs.pt", "finetune.pt", "log.csv"):
@@ -3255,7 +3314,7 @@ class FigureTest(Case):
             draw(self.folder)
         path = os.path.join(self.folder, "finetune.pt")
         torch.save(checkpoint | {"settings": checkpoint["settings"] | {"ckpt": path}}, path)
-        self.assertEqual(visualize.read_pretraining(path), ("", None))  # it was fine-tuned again in its own folder
+        self.assertIsNone(visualize.read_pretraining(path))  # it was fine-tuned again in its own folder
         self.assertEqual(glob.glob(os.path.join(self.folder, "report.html")), [])
 
     def test_nothing_imports_it(self):

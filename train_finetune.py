@@ -13,6 +13,7 @@ labels of the test set. Results are those of the last epoch; the test set choose
 import glob
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
@@ -255,6 +256,8 @@ def main(argv=None):
             save({"kind": "finetune", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "log": log,
                   "settings": asdict(settings), "model_settings": arguments, "skeleton": data.skeleton, "layout": data.layout,
                   "channels": data.channels, "persons": data.persons, "classes": data.classes, "pretrained": pretrained}, path)
+            if epoch == 0:  # those of an earlier run in this folder
+                Path(settings.out, "test_outputs.pt").unlink(missing_ok=True)
         progress.end_epoch(row["loss"], note)
     if rank == 0:
         report(outputs or evaluate(model, test, device, amp), f"last epoch ({settings.epochs}), {described}")

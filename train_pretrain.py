@@ -112,9 +112,9 @@ def bounds(f) -> tuple:
 
 
 def within(f, value) -> bool:
-    """Whether a number, or every number of a tuple, is within the bounds of its setting."""
+    """Whether a number, or every number of several, is within the bounds of its setting."""
     low, high = bounds(f)
-    return all(low <= number <= high for number in (value if type(value) is tuple else (value,)) if type(number) is not str)
+    return all(low <= number <= high for number in (value if type(value) in (tuple, list) else (value,)) if type(number) is not str)
 
 
 def parse(settings: type, doc: str, argv=None) -> tuple:

@@ -5,7 +5,7 @@
     python visualize.py runs/finetune --classes 2,5,7 --class-names names.txt --no-tsne
     python visualize.py runs/finetune --table runs/*                   # masking strategies against accuracy
 
-Reads finetune.pt, log.csv and test_outputs.pt of the run, and pretrain.pt and log.csv of the pre-training it started from.
+Reads finetune.pt, log.csv and test_outputs.pt of the run, and pretrain.pt of the pre-training it started from.
 Nothing imports this file. Figure numbers are the supplement's, "P" marks the paper's own. Lengths in a figure are pixels.
 """
 import csv
@@ -46,19 +46,24 @@ def read(path: str, script: str = "train_finetune"):
     try:
         if path.endswith("log.csv"):
             with open(path, newline="") as file:
-                rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-            if not rows or not all({"epoch", "loss"} <= row.keys() for row in rows):
-                raise ValueError("expected rows with epoch and loss")
-            return rows
+                return plottable([{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)])
         if path.endswith("test_outputs.pt"):
             return read_outputs(path)
         checkpoint = read_checkpoint(path, ("finetune",) if path.endswith("finetune.pt") else ("pretrain", "finetune"))
         kind = Pretraining if checkpoint["kind"] == "pretrain" else Finetuning
-        return checkpoint | {"settings": recorded(kind, checkpoint, path)}
+        return checkpoint | {"settings": recorded(kind, checkpoint, path), "log": plottable(checkpoint["log"])}
     except Exception as error:  # a damaged file can raise almost anything
         state = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be used ({brief(error)})"
         command = f"python {script}.py --out {shlex.quote(os.path.dirname(path) or '.')}"
-        raise Failure(f"{path} {state}; make it with: {command}") from None
+        mend = ", or leave its figures out: --pretrained none" * (script == "train_pretrain")
+        raise Failure(f"{path} {state}; make it with: {command}{mend}") from None
+
+
+def plottable(rows: list) -> list:
+    """The rows of a log, if they are what train_*.py writes."""
+    if not rows or not all({"epoch", "loss"} <= row.keys() and all(abs(value) < 1e30 for value in row.values()) for row in rows):
+        raise ValueError("expected a log of finite numbers, epoch and loss among them")
+    return rows
 
 
 def read_outputs(path: str) -> dict:
@@ -68,6 +73,8 @@ def read_outputs(path: str) -> dict:
     (N, K), labels, features = outputs["logits"].shape, outputs["labels"].long(), outputs["features"].float()
     if not N or [len(outputs[key]) for key in ("features", "labels", "train_counts", "classes")] != [N, N, K, K]:
         raise ValueError("its parts do not belong together")
+    if features.dim() != 2 or features.shape[1] < 1 or outputs["train_counts"].shape != (K,):
+        raise ValueError("expected features (N, F) and train_counts (K,)")
     if labels.min() < 0 or labels.max() >= K or not (outputs["logits"].sum() + features.sum()).isfinite():
         raise ValueError(f"expected labels from 0 to {K - 1} and finite logits and features")
     summary = "{top1:.2f} % top-1, {top5:.2f} % top-5, {mean_class:.2f} % mean class accuracy".format(**outputs["metrics"])
@@ -75,16 +82,18 @@ def read_outputs(path: str) -> dict:
                       "summary": f"{summary} on {N:,} test sequences, {K} classes"}
 
 
-def read_pretraining(path: str) -> tuple:
-    """The pre-training at `path`, or what a fine-tuned checkpoint there started from: (its folder, checkpoint or None)."""
+def read_pretraining(path: str) -> dict | None:
+    """The pre-training at `path`, or what a fine-tuned checkpoint there started from."""
     seen = set()  # a run that was fine-tuned again in its own folder started from itself
     while path and path not in seen:
         seen.add(path)
         found = read(path, "train_finetune" if path.endswith("finetune.pt") else "train_pretrain")
+        if not isinstance(found, dict) or "kind" not in found:
+            raise Failure(f"--pretrained {path} is no checkpoint; expected a pretrain.pt or finetune.pt")
         if found["kind"] == "pretrain":
-            return os.path.dirname(path), found
+            return found
         path = found["settings"]["ckpt"]
-    return "", None
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -427,7 +436,7 @@ def training(name: str, log: list) -> tuple:
             series += [("", "", DOT, [(row["epoch"], series[0][3][0][1]) for row in log], "")]  # not seen: all panels span all epochs
             panel, height = plot(series, ["epoch", label], height, tall=118, least=(1, 0))
             body += panel
-    return figure(name, f"From log.csv, {len(log)} epochs; accuracy and joint error are the test set's, where measured.", 480, height, body)
+    return figure(name, f"From the log, {len(log)} epochs; accuracy and joint error are the test set's, where measured.", 480, height, body)
 
 
 def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
@@ -490,9 +499,11 @@ def fig6(checkpoint: dict, wanted: str, seed: int) -> tuple:
             people = "".join(stick(places[m][f], there[m, f], style) for m in range(len(x)) for places, there, style in layers)
             place = f'x="{116 * f + 4}" y="{top}" width="112" height="{height}" viewBox="-56 {-height / 2} 112 {height}"'
             body += f"<svg {place}>{people}</svg>" + text(116 * f + 60, top + height + 12, f"frame {frame + 1}", "small mid") * (row == 2)
+    least, most = (int(bound) for bound in masked.sum(1).aminmax())  # segments with masks of their own may differ
+    hidden = f"{least} to {most}" if least < most else most
     what = "drawn at random" if was["mask_ratio"] or was["mask_num_parts"] else ", ".join(was["mask_parts"])
-    caption = (f"Test sequence {name:.60}, {len(frames)} of {T} frames; {int(masked[0].sum())} of {masked.shape[1]} joints masked "
-               f"({what}). Mean error of its masked joints: {error:.3g} in the units of the data, {100 * error / size:.0f} % of the "
+    caption = (f"Test sequence {name:.60}, {len(frames)} of {T} frames; {hidden} of {masked.shape[1]} joints masked ({what}). "
+               f"Mean error of its masked joints: {error:.3g} in the units of the data, {100 * error / size:.0f} % of the "
                "sequence's size (root mean square distance of its joints from its origin).")
     return figure("paper-fig6-reconstruction", caption, 936, 3 * height + 96, body)
 
@@ -507,13 +518,14 @@ def table(title: str, caption: str, rows: list) -> tuple:
 
 def table2(folders: tuple):
     """Masking strategies against accuracy, one table for each data set and protocol among the runs."""
-    found = {}  # (protocol, joints) -> {(row, masked joints): {what is masked: [top-1 of each run]}}
+    found = {}  # (protocol, joints, test labels) -> {(row, masked joints): {what is masked: [top-1 of each run]}}
     for folder in folders:
-        if os.path.isfile(os.path.join(folder, "pretrain.pt")):  # runs/* holds pre-trainings too
+        held = {name for name in ("pretrain.pt", "finetune.pt", "test_outputs.pt") if os.path.isfile(os.path.join(folder, name))}
+        if "pretrain.pt" in held or held == {"test_outputs.pt"}:  # runs/* holds pre-trainings too, and what --eval-only left
             continue
         outputs, checkpoint = (read(os.path.join(folder, name)) for name in ("test_outputs.pt", "finetune.pt"))
         was, skeleton = checkpoint["settings"], checkpoint["skeleton"]
-        row, count, what, source = "No pre-training", 0, "", read_pretraining(was["ckpt"])[1]
+        row, count, what, source = "No pre-training", 0, "", read_pretraining(was["ckpt"])
         if source:
             masking = {key: source["settings"][f"mask_{key}"] for key in ("parts", "num_parts", "ratio")}
             row = "Random joints" if masking["ratio"] else "Parts drawn per sequence" if masking["num_parts"] else "Body parts"
@@ -522,11 +534,12 @@ def table2(folders: tuple):
             what += " (STRL layers too)" * bool(source["settings"]["strl_layers"])
         protocol = (f"{os.path.basename(was['data']) or 'built-in stick figures'}{' ' * bool(was['split'])}{was['split']}, "
                     f"{100 * was['label_fraction']:g} % of the labels{', linear probe' * was['linear_probe']}")
-        cells = found.setdefault((protocol, len(skeleton["joints"])), {})
+        same = protocol, len(skeleton["joints"]), tuple(outputs["labels"].tolist())  # other sets can have the same name
+        cells = found.setdefault(same, {})
         cells.setdefault((row, count), {}).setdefault(what, []).append(outputs["metrics"]["top1"])
     if not found:
         raise Failure("--table names no folder of train_finetune.py; make one with: python train_finetune.py --ckpt --out runs/finetune")
-    for (protocol, V), cells in found.items():
+    for (protocol, V, _), cells in found.items():
         counts = sorted({count for _, count in cells})
         rows = [["Masked joints", *counts], ["Ratio", *(f"{100 * count / V:.0f} %" for count in counts)]]
         for row, pick in (("No pre-training", max), ("Random joints", max), ("Body parts, high", max), ("Body parts, low", min),
@@ -577,7 +590,7 @@ def main(argv=None):
     outputs, checkpoint, log = (read(os.path.join(folder, name)) for name in ("test_outputs.pt", "finetune.pt", "log.csv"))
     counts, train_counts, ids, names = outputs["counts"], outputs["train_counts"], [str(c) for c in outputs["classes"]], []
     if settings.class_names:
-        with open(settings.class_names, encoding="utf-8", errors="replace") as file:
+        with open(settings.class_names, encoding="utf-8-sig", errors="replace") as file:
             names = [name.strip() for name in file.read().rstrip().split("\n")]
         if len(names) != len(ids):
             raise Failure(f"{settings.class_names} has {len(names)} lines; expected {len(ids)}, a class name each, in the order of labels")
@@ -588,7 +601,7 @@ def main(argv=None):
         raise Failure(f"{settings.compare} was tested on other sequences than {folder}; expected two runs on the same data")
     chosen = choose_classes(settings.classes, ids, names, train_counts, counts.sum(1), settings.seed)
     started = checkpoint["settings"]["ckpt"]
-    home, pretraining = read_pretraining("" if settings.pretrained == "none" else settings.pretrained or started)
+    pretraining = read_pretraining("" if settings.pretrained == "none" else settings.pretrained or started)
 
     rows = [[ids[c], int(train_counts[c]), int(counts[c].sum()), names[c] if names else ""] for c in chosen]
     figures = [*fig1(outputs, labels, settings.tsne, settings.seed),
@@ -599,7 +612,7 @@ def main(argv=None):
     figures += table2(settings.table) if settings.table else []
     if pretraining:
         figures.append(fig6(pretraining, settings.sequence, settings.seed))
-        figures.append(training("training-pretrain", read(os.path.join(home, "log.csv"), "train_pretrain")))
+        figures.append(training("training-pretrain", pretraining["log"]))
     figures.append(training("training-finetune", log))
 
     title = clean(f"SkeletonMAE: {folder}", 80)
