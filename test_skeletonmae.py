@@ -651,17 +651,18 @@ class FinetuningTest(Seeded):
 
     def test_averaged_weights(self):
         """Torch's update_bn, and an average of all tensors of a state dict, whole numbers too, leave a model that loads and runs."""
-        x, model = torch.randn(6, 1, 4, 5, 2), tiny_mae()
+        ntu = SKELETONS["ntu25"]
+        model = SkeletonMAE(ntu, 3, **SMALL)
         averaged = copy.deepcopy(model)
         for _ in range(50):
             for mine, new in zip(averaged.state_dict().values(), model.state_dict().values()):
                 mine.copy_(mine * 0.9 + 0.1 * new)
-        tiny_classifier(STAR, 2, 3).load_pretrained(averaged.state_dict())
-        torch.optim.swa_utils.update_bn([x[:2], x[2:4], x[4:]], model)
+        tiny_classifier(ntu, 3, 5).load_pretrained(averaged.state_dict())
+        torch.optim.swa_utils.update_bn(torch.randn(3, 2, 1, 4, 25, 3), model)
         encoder, means = copy.deepcopy(model.encoder.layers[0]).train(), []
         encoder.norm.reset_running_stats()
         encoder.norm.momentum = None
-        for h in torch.randn(3, 5, 2, 4, encoder.linear.in_features):
+        for h in torch.randn(3, 25, 2, 4, encoder.linear.in_features):
             encoder(h)
             means.append(encoder.linear(encoder.aggregate(h)).flatten(0, -2).mean(0))
         close(encoder.norm.running_mean, torch.stack(means).mean(0).detach())
