@@ -836,7 +836,8 @@ class Batch:
 
 
 class Loader:
-    """Epochs of batches. What a batch holds depends on (seed, epoch, step) alone, not on workers or on what was drawn before.
+    """Epochs of batches. What a batch holds depends on (seed, epoch, step) alone, not on workers or on what was drawn before (but frames
+    on a GPU make it draw its random numbers there: other ones).
 
     repeat: passes over the data per epoch, each in an order of its own. No sequence is dropped: a last batch of fewer than two
     for each process, too few for batch norm, joins its neighbour. rank, world: this process takes every world-th

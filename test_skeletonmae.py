@@ -2172,8 +2172,8 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         for module, script, model, tail in ((self.pretrain, "train_pretrain", "SkeletonMAE", ""),
                                             (self.finetune, "train_finetune", "SkeletonClassifier",
                                              " --strl-layers 2 --blocks 1 --attention-dropout 0")):
-            # 4 = 3 + 1 here, 3 there
-            line = f"{self.data} --dropout 0 --batch-size 7 --lr 0.01" + " --micro-batch 3" * (script == "train_pretrain")
+            # 4 = 2 + 2 here, 3 there: another number of passes
+            line = f"{self.data} --dropout 0 --batch-size 7 --lr 0.01" + " --micro-batch 2" * (script == "train_pretrain")
             module(f"{line} --epochs 3 --out runs/alone" + " --attention-dropout 0" * bool(tail))
             source = program.format(script=script, model=model)
             with socket.socket() as free:
@@ -2415,6 +2415,7 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                 (finetune, f"{self.data} --nesterov --optimizer adamw", ["--nesterov", "expected"]),
                 (finetune, f"{self.data} --nesterov --momentum 0", ["--nesterov", "expected"]),
                 (finetune, f"{self.data} --device hpu", ["device", "hpu"]),
+                (finetune, f"{self.data} --device cuda:0 WORLD_SIZE=2", ["cuda:0", "2 processes", "expected"]),
                 (pretrain, f"{self.data} --batch-size {10**20}", ["--batch-size"]),
                 (finetune, "--data one.pt --layout five.json --linear-probe", ["--linear-probe", "two"]),
                 (finetune, f"{self.data} --optimizer adam", ["--optimizer", "adamw"]),
@@ -2435,7 +2436,9 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                 (finetune, "--eval-only", ["--ckpt"]),
                 (finetune, "--ckpt --epochs 1 --out text.txt", ["text.txt"])):
             with self.subTest(line):
-                message = module(line.replace("PRE", "runs/pretrain/pretrain.pt").replace("FINE", "runs/finetune/finetune.pt"), 2)
+                line, world = line.replace("PRE", "runs/pretrain/pretrain.pt").replace("FINE", "runs/finetune/finetune.pt"), "WORLD_SIZE=2"
+                with unittest.mock.patch.dict(os.environ, dict([world.split("=")] if world in line else [])):
+                    message = module(line.replace(world, ""), 2)
                 self.assertTrue(all(word in message for word in words), message)
                 self.assertTrue(message.startswith("error: ") and "Traceback" not in message)
         self.assertTrue(before == kept())

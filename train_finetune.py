@@ -202,6 +202,8 @@ def main(argv=None):
     if settings.eval_only:
         if rank == 0:  # of several processes one writes the file
             report(evaluate(model, test, device, amp), settings.ckpt)
+        if world > 1:
+            torch.distributed.destroy_process_group()
         return
 
     pretrained = resumed["pretrained"] if resumed else loaded

@@ -205,6 +205,8 @@ def set_up(settings: CommonSettings) -> tuple:
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world > 1 and ":" in name:
+        raise Failure(f"--device {name} is one device for {world} processes; expected cuda, where each takes its own, or cpu")
     if name == "cuda":
         name = f"cuda:{local}"
     try:
@@ -578,6 +580,7 @@ def main(argv=None):
     if checkpoint:
         check_fit(checkpoint, path, data)
     train, held_out = loaders(settings, data, device, rank, world)
+    held_out.batch_size = min(settings.batch_size, settings.micro_batch)  # measuring takes no more memory than training
     if not checkpoint:
         hint_at_steps(say, train, settings, batch_size=32, lr=1e-3)
     if settings.width % 4 or settings.hidden % 4:
