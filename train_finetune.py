@@ -17,9 +17,9 @@ from pathlib import Path
 
 from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
-from train_pretrain import (STRL_SETTINGS, CommonSettings, Failure, Progress, check_fit, hint_at_steps, loaders, option, parse, pick,
-                            read_checkpoint, read_data, recorded, refuse_change, replayed, restore, resume_settings, run, save,
-                            set_up, write_atomically)
+from train_pretrain import (STRL_SETTINGS, CommonSettings, Failure, Progress, check_fit, drop_unused, hint_at_steps, loaders, option,
+                            parse, pick, read_checkpoint, read_data, recorded, refuse_change, replayed, restore, resume_settings, run,
+                            save, set_up, write_atomically)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -170,6 +170,7 @@ def main(argv=None):
     start = path if resumed else settings.ckpt
     if source:
         check_fit(source, start, data)
+    drop_unused(say, settings, data)
     if source and source["kind"] == "finetune" and source["classes"] != data.classes:
         known, found = (f"{len(labels)} classes {str(labels):.40}" for labels in (source["classes"], data.classes))
         raise Failure(f"{start} knows {known}, the data have {found}; expected the same")

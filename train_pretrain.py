@@ -65,7 +65,7 @@ class CommonSettings:
     stride: int = option(2, "temporal stride between STRL layers", low=1, high=100)
     motion: bool = option(False, "motion as further input channels")
     bone: bool = option(False, "bones as further input channels")
-    score: bool = option(False, "joint score as a further input channel")
+    score: bool = option(False, "joint score as a further input channel, where the data have one")
     eval_every: int = option(10, "epochs between measurements on the test split", low=1)
     seed: int = option(0, "seed of weights, order, masks and augmentation", low=0, high=2**31)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
@@ -280,18 +280,22 @@ def replayed(step, settings: CommonSettings, device, world: int, sequences: int)
 
 
 def read_data(settings: CommonSettings) -> Dataset:
-    data = load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.synthetic_size,
+    return load(settings.data or None, settings.split or None, settings.layout or None, settings.test_fraction, settings.synthetic_size,
                 settings.box)
+
+
+def drop_unused(say, settings: CommonSettings, data: Dataset):
+    """Says which flags these data leave without effect, and takes them back."""
     if settings.score and not data.score:
-        raise Failure(f"joint scores were asked for, by --score or by the checkpoint, and {settings.data or 'the built-in set'} has none; "
-                      "leave --score out, or take data with scores")
-    return data
+        settings.score = False
+        say("note: these data have no joint scores; --score does nothing")
+    if settings.rotation and data.channels == 2:
+        settings.rotation = None
+        say("note: these data are 2D; --rotation does nothing")
 
 
 def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
     """The augmentation asked for, with what suits 2D or 3D data for what was not."""
-    if settings.rotation and channels == 2:
-        raise Failure(f"--rotation {settings.rotation:g} turns a body in 3D, and these data are 2D; leave it out")
     suits = Augmentation(scaling=0.1, shift=0.1, **({"rotation": 30} if channels == 3 else {"flip": 0.5, "noise": 0.01}))
     asked = pick(settings, *(f.name for f in fields(Augmentation)))
     return replace(suits, **{name: value for name, value in asked.items() if value is not None})
@@ -386,11 +390,14 @@ def restore(checkpoint: dict | None, path: str, rank: int, **parts) -> tuple:
 
 
 def check_fit(checkpoint: dict, path: str, data: Dataset):
-    """The data must have the skeleton of a checkpoint, its coordinates and, where its layers depend on them, its persons."""
+    """The data must have the skeleton of a checkpoint, its coordinates, its joint scores and, where its layers depend on them, its
+    persons."""
     if (checkpoint["skeleton"], checkpoint["channels"]) != (data.skeleton, data.channels):
         raise Failure(f"{path} was trained on layout {checkpoint['layout']} in {checkpoint['channels']}D, the data are {data.layout} in "
                       f"{data.channels}D; expected the same skeleton")
     shape = checkpoint["model_settings"]
+    if shape.get("score") is True and not data.score:
+        raise Failure(f"{path} was trained with joint scores, the data have none; expected a file with scores")
     persons = (shape["strl"] if isinstance(shape.get("strl"), dict) else shape).get("persons")
     if isinstance(persons, int) and persons != data.persons:
         raise Failure(f"{path} was trained on sequences of {persons} person{'s' * (persons > 1)}, the data have {data.persons}; "
@@ -579,6 +586,7 @@ def main(argv=None):
     say(f"{settings.data or 'stick figures'}: {data}")
     if checkpoint:
         check_fit(checkpoint, path, data)
+    drop_unused(say, settings, data)
     train, held_out = loaders(settings, data, device, rank, world)
     held_out.batch_size = min(settings.batch_size, settings.micro_batch)  # measuring takes no more memory than training
     if not checkpoint:
