@@ -2502,9 +2502,9 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         self.write("unscored.pkl", pickled(annotations))
         self.assertIn("with joint scores", self.finetune("--ckpt scored/pretrain.pt --data unscored.pkl", 2))
         for script, name in ((self.pretrain, "pretrain"), (self.finetune, "finetune")):  # and flags that data leave without effect
-            said = script("--data unscored.pkl --score --rotation 60 --epochs 1 --out noted")
-            self.assertTrue("--score does nothing" in said and "--rotation does nothing" in said, said)
-            self.assertFalse(torch.load(f"noted/{name}.pt", weights_only=True)["settings"]["score"])
+            line = f"--data unscored.pkl --score --rotation 60 --out noted/{name}"
+            for said in (script(f"{line} --epochs 1"), script(f"{line} --epochs 2 --resume")):
+                self.assertTrue("--score does nothing" in said and "--rotation does nothing" in said, said)
         Path("five.json").write_text(json.dumps(FIVE | {"edges": [[0, 1]]}))
         self.assertIn("expected the same skeleton", self.pretrain("--resume --epochs 2", 2))
         self.assertEqual([path.read_bytes() for path in files], before)

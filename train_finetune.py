@@ -17,7 +17,7 @@ from pathlib import Path
 
 from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
-from train_pretrain import (STRL_SETTINGS, CommonSettings, Failure, Progress, check_fit, drop_unused, hint_at_steps, loaders, option,
+from train_pretrain import (STRL_SETTINGS, CommonSettings, Failure, Progress, check_fit, hint_at_steps, loaders, note_unused, option,
                             parse, pick, read_checkpoint, read_data, recorded, refuse_change, replayed, restore, resume_settings, run,
                             save, set_up, write_atomically)
 import torch
@@ -123,8 +123,8 @@ def take_settings(settings: Settings, given: set, source: dict) -> set:
 def build(settings: Settings, data, source: dict | None) -> tuple:
     """The model that the settings ask for, with the weights of a checkpoint where there is one.
     Returns (model, its arguments, names of the loaded tensors)."""
-    arguments = {"skeleton": data.skeleton, "channels": data.channels}
-    arguments |= pick(settings, "width", "hidden", "layers", "dropout", "motion", "bone", "score")
+    arguments = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}
+    arguments |= pick(settings, "width", "hidden", "layers", "dropout", "motion", "bone")
     kind, loaded = (source["kind"], list(source["model"])) if source else ("", [])
     if settings.linear_probe:
         before = source["model_settings"] if source else {}
@@ -170,7 +170,7 @@ def main(argv=None):
     start = path if resumed else settings.ckpt
     if source:
         check_fit(source, start, data)
-    drop_unused(say, settings, data)
+    note_unused(say, settings, data)
     if source and source["kind"] == "finetune" and source["classes"] != data.classes:
         known, found = (f"{len(labels)} classes {str(labels):.40}" for labels in (source["classes"], data.classes))
         raise Failure(f"{start} knows {known}, the data have {found}; expected the same")

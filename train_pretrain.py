@@ -284,13 +284,11 @@ def read_data(settings: CommonSettings) -> Dataset:
                 settings.box)
 
 
-def drop_unused(say, settings: CommonSettings, data: Dataset):
-    """Says which flags these data leave without effect, and takes them back."""
+def note_unused(say, settings: CommonSettings, data: Dataset):
+    """Says which flags these data leave without effect."""
     if settings.score and not data.score:
-        settings.score = False
         say("note: these data have no joint scores; --score does nothing")
     if settings.rotation and data.channels == 2:
-        settings.rotation = None
         say("note: these data are 2D; --rotation does nothing")
 
 
@@ -586,7 +584,7 @@ def main(argv=None):
     say(f"{settings.data or 'stick figures'}: {data}")
     if checkpoint:
         check_fit(checkpoint, path, data)
-    drop_unused(say, settings, data)
+    note_unused(say, settings, data)
     train, held_out = loaders(settings, data, device, rank, world)
     held_out.batch_size = min(settings.batch_size, settings.micro_batch)  # measuring takes no more memory than training
     if not checkpoint:
@@ -596,9 +594,9 @@ def main(argv=None):
             f"{settings.width} and {settings.hidden}")
 
     torch.manual_seed(settings.seed)
-    arguments = {"skeleton": data.skeleton, "channels": data.channels}
+    arguments = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}
     arguments |= pick(settings, "width", "hidden", "layers", "dropout", "beta", "mask_parts", "mask_num_parts", "mask_ratio",
-                      "mask_segments", "loss", "motion", "bone", "score")
+                      "mask_segments", "loss", "motion", "bone")
     if settings.strl_layers:
         arguments["strl"] = {"persons": data.persons, **pick(settings, *STRL_SETTINGS)}
     try:
