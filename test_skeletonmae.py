@@ -3265,7 +3265,7 @@ class FigureTest(Case):
     def test_classes_are_named_or_drawn_from_the_rarer_half(self):
         """Table 1 lists ids, sequences and names of the classes asked for; else of five that are among the rarer half, by the seed."""
         outputs = make_run(self.folder, 24, 480)
-        Path(self.folder, "names.txt").write_text("\n".join(f"name {i}" for i in range(24)))
+        Path(self.folder, "names.txt").write_text("\n".join(f"name {i}" for i in range(24)), encoding="utf-8-sig")  # as Windows writes it
         rows = []
         for words in (["--classes", "name 7,0"], ["--seed", "1"], ["--seed", "1"], ["--seed", "2"]):
             draw(self.folder, "--no-tsne", "--class-names", os.path.join(self.folder, "names.txt"), *words)
