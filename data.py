@@ -134,8 +134,7 @@ def scan(x: Tensor, names: list, what: str, scored: bool = False) -> tuple:
         wrong = (~(peak < MAX_COORDINATE)).flatten(1).any(1)
         if wrong.any():
             raise DataError(f"{what}: sequence {names[first + int(wrong.int().argmax())]} holds NaN, infinite or absurd coordinates"
-                            f"{' or scores' * scored}; "
-                            f"expected finite numbers below {MAX_COORDINATE:g}, repair or drop it")
+                            f"{' or scores' * scored}; expected finite numbers below {MAX_COORDINATE:g}, repair or drop it")
         theres.append((part[..., :-1] != 0).flatten(3).any(3) if scored else peak > 0)  # peak saves a pass
     there = torch.cat(theres)
     present = there.any(1)
@@ -836,8 +835,8 @@ class Batch:
 
 
 class Loader:
-    """Epochs of batches. What a batch holds depends on (seed, epoch, step) alone, not on workers or on what was drawn before (but frames
-    on a GPU make it draw its random numbers there: other ones).
+    """Epochs of batches. What a batch holds depends on (seed, epoch, step) alone, not on workers or on what was drawn before; where
+    the frames lie on a GPU, the random numbers are drawn there, and are others.
 
     repeat: passes over the data per epoch, each in an order of its own. No sequence is dropped: a last batch of fewer than two
     for each process, too few for batch norm, joins its neighbour. rank, world: this process takes every world-th

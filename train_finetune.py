@@ -174,7 +174,7 @@ def main(argv=None):
     if source and source["kind"] == "finetune" and source["classes"] != data.classes:
         known, found = (f"{len(labels)} classes {str(labels):.40}" for labels in (source["classes"], data.classes))
         raise Failure(f"{start} knows {known}, the data have {found}; expected the same")
-    if settings.eval_only and "out" not in given and any(getattr(settings, name) != source["settings"].get(name) for name in DATA_SETTINGS):
+    if settings.eval_only and "out" not in given and pick(settings, *DATA_SETTINGS) != recorded(Settings, source, start, DATA_SETTINGS):
         raise Failure(f"--eval-only would replace the test outputs of {start} by those of other data; expected an --out of their own")
     if settings.label_fraction < 1:
         data.train = data.train.subset(label_subset(data.train.label, settings.label_fraction, settings.label_seed))

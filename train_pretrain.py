@@ -226,8 +226,8 @@ def set_up(settings: CommonSettings) -> tuple:
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
-    amp = settings.amp if settings.amp is not None else (device.type == "cuda"
-                                                                   and torch.cuda.is_bf16_supported(including_emulation=False))
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    amp = native if settings.amp is None else settings.amp
     return device, amp, rank, world
 
 
@@ -299,9 +299,9 @@ def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
     return replace(suits, **{name: value for name, value in asked.items() if value is not None})
 
 
-def loaders(settings: CommonSettings, data: Dataset, device, rank: int, world: int) -> tuple:
-    """Batches of the training and of the test split. The frames move to the GPU where they fit into half of its free memory; batches
-    are then built there. Loader processes cannot use a GPU: with them the frames stay."""
+def loaders(settings: CommonSettings, data: Dataset, device, rank: int, world: int, test_batch: int | None = None) -> tuple:
+    """Batches of the training split, and of the test split, there of test_batch sequences if given. The frames move to the GPU where
+    they fit into half of its free memory; batches are then built there. Loader processes cannot use a GPU: with them the frames stay."""
     def placed(split):
         fits = split.frames.is_cuda or (device.type == "cuda" and not settings.workers
                                         and split.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2)
@@ -310,10 +310,9 @@ def loaders(settings: CommonSettings, data: Dataset, device, rank: int, world: i
     train, test = placed(data.train), data.test
     if test.frames is data.train.frames:  # the splits of a pickle share one tensor: it moves once
         test = replace(test, frames=train.frames, there=train.there)
-    common = (data.skeleton, data.channels, settings.batch_size, settings.frames)
-    train = Loader(train, *common, True, settings.seed, augmentation(settings, data.channels), settings.repeat, settings.workers, rank,
-                   world)
-    return train, Loader(placed(test), *common, False)
+    train = Loader(train, data.skeleton, data.channels, settings.batch_size, settings.frames, True, settings.seed,
+                   augmentation(settings, data.channels), settings.repeat, settings.workers, rank, world)
+    return train, Loader(placed(test), data.skeleton, data.channels, test_batch or settings.batch_size, settings.frames, False)
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -585,8 +584,8 @@ def main(argv=None):
     if checkpoint:
         check_fit(checkpoint, path, data)
     note_unused(say, settings, data)
-    train, held_out = loaders(settings, data, device, rank, world)
-    held_out.batch_size = min(settings.batch_size, settings.micro_batch)  # measuring takes no more memory than training
+    at_once = min(settings.batch_size, settings.micro_batch)  # so that measuring takes no more memory than training
+    train, held_out = loaders(settings, data, device, rank, world, at_once)
     if not checkpoint:
         hint_at_steps(say, train, settings, batch_size=32, lr=1e-3)
     if settings.width % 4 or settings.hidden % 4:
@@ -621,7 +620,7 @@ def main(argv=None):
         loss.backward(weight)
         return loss.detach() * weight
 
-    step = replayed(step, settings, device, world, min(settings.micro_batch, settings.batch_size))
+    step = replayed(step, settings, device, world, at_once)
     progress = Progress(settings.epochs, train.steps, first_epoch, data.train.names, path, rank, world)
     for epoch in range(first_epoch, settings.epochs):
         torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)  # masks, dropout: of the epoch alone, so resuming is exact
