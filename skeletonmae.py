@@ -194,7 +194,7 @@ class NormPReLU(torch.autograd.Function):
         gain = weight * s
         u = torch.addcmul((bias - m * gain).to(x.dtype), x, gain.to(x.dtype))
         grad_u = torch.ops.aten.leaky_relu_backward(grad, u, float(slope), False)
-        grad_slope = u.clamp_(max=0).mul_(grad).sum(dtype=slope.dtype).view(1)
+        grad_slope = u.clamp_(max=0).mul_(grad).sum(-1).sum(dtype=slope.dtype).view(1)  # at once it would copy bfloat16 to float32 first
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             as_image(grad_u), as_image(x), weight, mean, variance, batch_mean, inverse_std, ctx.training, ctx.eps, [True] * 3)
         return grad_x.permute(0, 2, 3, 1).reshape(x.shape), grad_weight, grad_bias, None, None, None, None, None, grad_slope
