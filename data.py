@@ -435,7 +435,9 @@ def divide(data: Sequences, splits: dict | None, wanted: str | None, test_fracti
             raise DataError(f"{path}: split {half} is empty, names no annotation, or more than there are; expected a list of frame_dir")
         unknown += len(splits[half]) - len(listed)
         halves.append(data.subset([i for name in dict.fromkeys(listed) for i in positions[name]]))
-    return *halves, f"{train_name} / {test_name}" + f", {unknown} of their names without an annotation" * (unknown > 0)
+    shared = len({*halves[0].names} & {*halves[1].names})
+    return *halves, (f"{train_name} / {test_name}" + f", {unknown} of their names without an annotation" * (unknown > 0)
+                     + f", {shared} of their names in both" * (shared > 0))
 
 
 def find_split(names: list, wanted: str | None, path: str) -> tuple:
@@ -570,6 +572,8 @@ def from_pt(path: str) -> tuple:
             if len(shape) != 4 or 0 in shape or shape[2:] != tuple(x[0].shape[2:]) or shape[1] > 2 or shape[3] not in (2, 3):
                 raise DataError(f"{path}: x_{half}[{i}] is {shape or type(sequence).__name__}; expected a tensor (T, M, V, C), M 1 or 2, "
                                 "C 2 or 3, V and C the same in all")
+            if sequence.is_complex():
+                raise DataError(f"{path}: x_{half}[{i}] holds complex numbers; expected real coordinates")
         with reading(f"y_{half} in {path}", "is no list of labels", "expected integers"):
             if len(y) and isinstance(y[0], (list, tuple)):  # one-hot
                 check_size(path, len(y) * len(y[0]))

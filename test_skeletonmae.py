@@ -1233,6 +1233,8 @@ class PickleTest(Case):
         loaded = data.load(self.write("a.pkl", pickled(content)))
         self.assertEqual(loaded.train.names, ["a2", "a0", "a0"])
         self.assertEqual(loaded.split, "train / test, 1 of their names without an annotation")
+        content["split"] = {"train": ["a2", "a1"], "test": ["a1", "a0", "a2"]}
+        self.assertEqual(data.load(self.write("a.pkl", pickled(content))).split, "train / test, 2 of their names in both")
 
     def test_two_persons_are_kept(self):
         """Of up to four persons the two of the highest mean score stay, in their order; without scores the two that move most."""
@@ -1437,6 +1439,7 @@ class PtTest(Case):
                                      ("joints differ", good | {"x_train": [x[0], torch.ones(4, 1, 13, 2)]}, ["x_train[1]", "13"]),
                                      ("labels", good | {"y_train": [0]}, ["y_train", "1 labels"]),
                                      ("halves differ", good | {"x_test": torch.ones(2, 4, 1, 13, 2)}, ["x_test"]),
+                                     ("complex", good | {"x_test": x.to(torch.complex64)}, ["x_test[0]", "complex"]),
                                      ("infinite", good | {"x_test": x / 0}, ["test[0]", "infinite"]),
                                      ("all zero", good | {"x_train": 0 * x}, ["zero", "expected skeletons"]),
                                      ("overlapping windows", good | {"x_train": [long[i:i + 64] for i in range(2900)]}, ["clone()"]),

@@ -203,8 +203,6 @@ def main(argv=None):
     if settings.eval_only:
         if rank == 0:  # of several processes one writes the file
             report(evaluate(model, test, device, amp), settings.ckpt)
-        if world > 1:
-            torch.distributed.destroy_process_group()
         return
 
     pretrained = resumed["pretrained"] if resumed else loaded
@@ -265,8 +263,6 @@ def main(argv=None):
     if rank == 0:
         report(outputs or evaluate(model, test, device, amp), f"last epoch ({settings.epochs}), {described}")
         say(f"saved {path}")
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

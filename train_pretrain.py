@@ -170,7 +170,10 @@ def run(main):
 
     signal.signal(signal.SIGTERM, terminate)
     try:
-        return main()
+        main()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        return
     except DataError as error:
         status, message = 2, f"error: {error}"
     except OSError as error:
@@ -651,8 +654,6 @@ def main(argv=None):
                   "channels": data.channels}, path)
         progress.end_epoch(row["loss"], note)
     say(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}")
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
