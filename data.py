@@ -87,6 +87,11 @@ class Sequences:
                        present=self.present[index], names=[self.names[i] for i in index.tolist()],
                        placement=tuple(p[index] for p in self.placement))
 
+    def empty(self) -> int:
+        """How many sequences nobody is in."""
+        seen = pad(self.there.any(1).cumsum(0), (1, 0))  # frames with someone before each frame
+        return int((seen[self.start + self.length] == seen[self.start]).sum())
+
     def to(self, device) -> "Sequences":
         moved = {name: getattr(self, name).to(device) for name in ("frames", "start", "length", "label", "there")}
         return replace(self, **moved, placement=tuple(p.to(device) for p in self.placement))
@@ -108,10 +113,11 @@ class Dataset:
         return self.train.frames.shape[1]
 
     def __str__(self) -> str:
-        lengths = torch.cat([self.train.length, self.test.length])
+        lengths, empty = torch.cat([self.train.length, self.test.length]), self.train.empty() + self.test.empty()
         return (f"{len(self.train)} training and {len(self.test)} test sequences ({shown(self.split)}), {len(self.classes)} classes, "
                 f"{self.persons} person{'s' * (self.persons > 1)}, layout {self.layout} ({len(self.skeleton['joints'])} joints), "
-                f"{self.channels}D{' with joint scores' * self.score}, {int(lengths.min())} to {int(lengths.max())} frames")
+                f"{self.channels}D{' with joint scores' * self.score}, {int(lengths.min())} to {int(lengths.max())} frames"
+                + f", {empty} sequences without anyone" * (empty > 0))
 
 
 MAX_COORDINATE = 1e9  # beyond any unit a body is measured in: a larger number is damage, and its square overflows
@@ -177,7 +183,8 @@ def array(buffer, code: str, shape: tuple, fortran: bool = False, offset: int = 
     already lie as torch wants them. Raises DataError."""
     kind = code[1:] if code[:1] in "<>|=" else code
     if kind not in DTYPES:
-        raise DataError(f"dtype {code!r} is not supported; expected one of {', '.join(DTYPES)}, save the array as one of them")
+        raise DataError(f"dtype {code!r} is not supported; expected one of {', '.join(DTYPES)}, save the array as one of them, and names "
+                        "as a list of strings")
     if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**61 for n in shape):
         raise DataError("an array has no shape of eight whole numbers at most; the file is damaged")
     dtype = DTYPES[kind]
@@ -212,7 +219,7 @@ def inflate(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytearray:
     """An entry of a zip, never more of it than it claims to hold: archive.read inflates up to 2 GiB before it cuts, and Python's
     other decompressors whatever there is."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(f"{shown(entry.filename)} is compressed in a way that neither numpy nor torch writes; expected stored or deflated")
+        raise DataError(f"{entry.filename:.80} is compressed in a way that neither numpy nor torch writes; expected stored or deflated")
     content = bytearray()
     with archive.open(entry) as stream:
         while piece := stream.read(min(2**20, entry.file_size - len(content))):
@@ -232,13 +239,13 @@ def read_npz(path: str, wanted: tuple) -> dict:
         for name in wanted:
             if name not in entries:
                 raise DataError(f"{path} has no {name}; expected {', '.join(wanted)}, found {', '.join(sorted(entries)) or 'nothing'}")
-            info, what = entries[name], f"{name} in {path}"
+            info = entries[name]
             if info.compress_type == zipfile.ZIP_STORED:  # the local header is 30 bytes, a name and extra fields, their lengths last
                 first = info.header_offset + 30 + sum(struct.unpack("<2H", mapped[info.header_offset + 26:info.header_offset + 30]))
                 body = mapped[first:first + info.file_size]
             else:
                 body = memoryview(inflate(archive, info))
-            arrays[name] = read_npy(body, what)
+            arrays[name] = read_npy(body, f"{name} in {path}")
     return arrays
 
 
@@ -268,7 +275,7 @@ class _Unpickler(pickle._Unpickler):
         self.allowed = {"numpy.ndarray": empty, "numpy.dtype": _DType, "_codecs.encode": self.encode}
         for core in ("numpy.core", "numpy._core"):
             self.allowed |= {f"{core}.multiarray._reconstruct": empty, f"{core}.multiarray.scalar": self.scalar,
-                             f"{core}.numeric._frombuffer": lambda data, dtype, shape, order: self.array(data, dtype, shape, order == "F")}
+                             f"{core}.numeric._frombuffer": lambda data, dtype, shape, order: self.stored(data, dtype, shape, order == "F")}
 
     def find_class(self, module, name):
         if f"{module}.{name}" not in self.allowed:
@@ -288,7 +295,7 @@ class _Unpickler(pickle._Unpickler):
         self.spend(len(text))
         return text.encode("latin1")
 
-    def array(self, data, dtype, shape, fortran) -> Tensor:
+    def stored(self, data, dtype, shape, fortran) -> Tensor:
         if not isinstance(data, (bytes, bytearray)) or not isinstance(dtype, _DType):
             raise DataError(f"an array of dtype {getattr(dtype, 'code', 'object')} is not stored as plain numbers, which alone are loaded; "
                             "save a numeric array")
@@ -296,13 +303,13 @@ class _Unpickler(pickle._Unpickler):
         return array(bytearray(data), dtype.code, shape, bool(fortran))
 
     def scalar(self, dtype, data):
-        return self.array(data, dtype, (), False).item()
+        return self.stored(data, dtype, (), False).item()
 
     def load_build(self):
         state, made = self.stack.pop(), self.stack[-1]
         if type(made) is Tensor:
             _, shape, dtype, fortran, data = state
-            made.data = self.array(data, dtype, shape, fortran)
+            made.data = self.stored(data, dtype, shape, fortran)
         elif type(made) is not _DType:
             raise DataError("the pickle tries to change a function or class; it is hostile or damaged")
         elif state[1] in ("<", ">", "|", "="):
@@ -361,8 +368,10 @@ def without_absent(x: Tensor) -> Tensor:
 def read_annotation(annotation: dict, scored: bool, what: str) -> Tensor:
     """The sequence (T, M, V, C), with the joint score last where the file has scores, of at most two persons."""
     keypoint = _as_tensor(annotation.get("keypoint"), f"{what}: keypoint")
-    if keypoint.dim() != 4 or keypoint.shape[3] not in (2, 3) or 0 in keypoint.shape:
-        raise DataError(f"{what}: keypoint has shape {tuple(keypoint.shape)}; expected (M, T, V, C) with C 2 or 3")
+    swapped = keypoint.dim() == 4 and len(keypoint) > 10 and keypoint.shape[1] <= 2  # a crowd in two frames
+    if keypoint.dim() != 4 or keypoint.shape[3] not in (2, 3) or 0 in keypoint.shape or swapped:
+        raise DataError(f"{what}: keypoint has shape {tuple(keypoint.shape)}; expected (M, T, V, C) with C 2 or 3, persons before frames "
+                        "(an array a of one person is a[None])")
     keypoint = keypoint.float()
     if scored:
         score = annotation.get("keypoint_score")
@@ -371,7 +380,9 @@ def read_annotation(annotation: dict, scored: bool, what: str) -> Tensor:
             raise DataError(f"{what}: keypoint_score has shape {tuple(score.shape)}; expected {tuple(keypoint.shape[:3])}")
         keypoint = torch.cat([keypoint, score[..., None]], -1)
     if len(keypoint) > 2:
-        rank = keypoint[..., -1].mean((1, 2)) if scored else keypoint.diff(dim=1).abs().mean((1, 2, 3))
+        there = (keypoint != 0).flatten(2).any(2)  # (M, T)
+        moved = keypoint.diff(dim=1).abs().sum((2, 3)) * (there[:, 1:] & there[:, :-1])  # who comes or goes has not moved by that
+        rank = keypoint[..., -1].mean((1, 2)) if scored else moved.mean(1)
         keypoint = keypoint[rank.topk(2).indices.sort().values]
     return (without_absent(keypoint[None])[0] if scored else keypoint).transpose(0, 1)
 
@@ -441,8 +452,8 @@ def divide(data: Sequences, splits: dict | None, wanted: str | None, test_fracti
 
 
 def find_split(names: list, wanted: str | None, path: str) -> tuple:
-    """The pair (training split, test split). wanted: None for the obvious pair, "xsub" for xsub_train and xsub_val or
-    xsub_test, or "a,b" for two names as they stand in the file."""
+    """The pair (training split, test split). wanted: None for the obvious pair, "xsub" (or either name of
+    the pair) for xsub_train and xsub_val or xsub_test, or "a,b" for two names as they stand in the file."""
     pairs = [(a, b) for a in names if a.endswith("train") for b in (a[:-5] + "val", a[:-5] + "test") if b in names]
     if wanted is None:
         obvious = ("xsub_train", "xsub_val"), ("train", "val"), ("train", "test")
@@ -460,8 +471,9 @@ def find_split(names: list, wanted: str | None, path: str) -> tuple:
 
 def fill_missing(frames: Tensor, start: Tensor, length: Tensor) -> Tensor:
     """Joints that nobody saw, in place. A joint of score 0 that holds a placeholder, (0, 0) or (1, 1), takes its position from
-    the nearest earlier frame of its sequence that has one, else from the nearest later one, else stays; other joints of
-    score 0 carry a usable guess and are kept. All keep score 0, so pre-training never counts them in its loss.
+    the nearest earlier frame of its sequence that has one, else from the nearest later one, else it is the mean of the person's
+    other joints; other joints of score 0 carry a usable guess and are kept. All keep score 0, so pre-training never counts
+    them in its loss.
 
     frames: (F, M, V, C + 1) with the score last; start, length: (N,), see Sequences. Returns `there` anew."""
     position, score = frames[..., :-1], frames[..., -1]  # views, (F, M, V, C) and (F, M, V)
@@ -472,6 +484,9 @@ def fill_missing(frames: Tensor, start: Tensor, length: Tensor) -> Tensor:
     later = torch.where(known, steps, F).flip(0).cummin(0).values.flip(0)
     source = torch.where(earlier >= first, earlier, torch.where(later < end, later, steps))
     position.copy_(position.gather(0, source[..., None].expand_as(position)))
+    never = (~known & (source == steps))[..., None]  # a hip that is in no frame would put the centre into the corner of the image
+    middle = position.masked_fill(never, 0).sum(2, keepdim=True) / (~never).sum(2, keepdim=True).clamp(min=1)
+    position.copy_(torch.where(never, middle, position))
     return (position != 0).flatten(2).any(2)
 
 
@@ -495,15 +510,17 @@ def read_labels(y: Tensor, count: int, what: str) -> Tensor:
     return y.long()
 
 
-NATIVE_3D = ("ntu25", "kinect20", "sbu15")  # layouts whose data come in 3D; the others come in 2D
+def usual_channels(name: str) -> int:
+    """C of the data of a layout as they usually come."""
+    return 3 if name in ("ntu25", "kinect20", "sbu15") else 2
 
 
-def divide_columns(columns: int, layout: str | None, own: dict | None, path: str) -> tuple:
+def divide_columns(columns: int, layout: str | None, asked: dict | None, path: str) -> tuple:
     """(M, V, C) of an npz row of M V C columns: of the known layouts in their native number of coordinates the one that fits,
     3D first, for CTR-GCN's files are 3D; with --layout, that layout."""
-    known = {layout: own} if own else SKELETONS
+    known = {layout: asked} if asked else SKELETONS
     fits = [(M, len(s["joints"]), C) for C in (3, 2) for M in (1, 2) for name, s in known.items()
-            if M * len(s["joints"]) * C == columns and (own or (C == 3) == (name in NATIVE_3D))]
+            if M * len(s["joints"]) * C == columns and (asked or C == usual_channels(name))]
     if not fits:
         sizes = ", ".join(f"{len(s['joints'])} ({name})" for name, s in known.items())
         raise DataError(f"{path}: {columns} columns are not persons (1 or 2) x joints x coordinates (2 or 3) of a layout as its data "
@@ -511,7 +528,7 @@ def divide_columns(columns: int, layout: str | None, own: dict | None, path: str
     return fits[0]
 
 
-def from_npz(path: str, layout: str | None, own: dict | None) -> tuple:
+def from_npz(path: str, layout: str | None, asked: dict | None) -> tuple:
     """CTR-GCN's npz: x_* (N, T, M V C) zero-padded at the end, y_* one-hot or integer. Other arrays are ignored."""
     arrays, halves = read_npz(path, ("x_train", "y_train", "x_test", "y_test")), []
     for half in ("train", "test"):
@@ -521,7 +538,7 @@ def from_npz(path: str, layout: str | None, own: dict | None) -> tuple:
             raise DataError(f"{what} has shape {tuple(x.shape)} and dtype {x.dtype}; expected floats (N, T, M*V*C), none of them 0")
         N, T, columns = x.shape
         label = read_labels(y, N, f"y_{half} in {path}")
-        x = x.reshape(N, T, *divide_columns(columns, layout, own, path))
+        x = x.reshape(N, T, *divide_columns(columns, layout, asked, path))
         names = [f"{half}[{i}]" for i in range(N)]
         length, present, there = scan(x, names, what)
         halves.append(Sequences(x.flatten(0, 1), torch.arange(N) * T, length, label, present, there.flatten(0, 1), names))
@@ -561,7 +578,9 @@ def read_torch(path: str, fault: str, mend: str):
 def from_pt(path: str) -> tuple:
     """A dict saved by torch: x_train, x_test lists of tensors (T, M, V, C) (or one tensor (N, T, M, V, C)), y_train, y_test labels."""
     content = read_torch(path, "is no .pt file of plain tensors", "save a dict of tensors with torch.save")
-    content, halves = content if isinstance(content, dict) else {}, {}
+    if not isinstance(content, dict):
+        content = {}
+    halves = {}
     for half in ("train", "test"):
         x, y = content.get(f"x_{half}"), content.get(f"y_{half}")
         if not all(isinstance(v, (list, tuple)) or isinstance(v, Tensor) and v.dim() for v in (x, y)) or len(x) == 0:
@@ -589,7 +608,7 @@ def from_pt(path: str) -> tuple:
 
 def find_layout(V: int, C: int, path: str) -> str:
     fits = [name for name, s in SKELETONS.items() if len(s["joints"]) == V]
-    fits = [name for name in fits if (C == 3) == (name in NATIVE_3D)] or fits
+    fits = [name for name in fits if C == usual_channels(name)] or fits
     if len(fits) != 1:
         raise DataError(f"{path}: {V} joints in {C}D fit {' and '.join(fits) or 'no known layout'}; name one with --layout "
                         f"({', '.join(SKELETONS)}, or a JSON file)")
@@ -613,23 +632,23 @@ def first_byte(path: str) -> bytes:
 
 def load(path: str | None = None, split: str | None = None, layout: str | None = None, test_fraction: float = 0.2,
          synthetic_size: int = 1600, box: bool = False) -> Dataset:
-    """Reads a data set by what the file is, checks all of it, and finds its layout. Without a path: the built-in stick figures.
+    """Reads a data set by the ending of its name, checks all of it, and finds its layout. Without a path: the built-in stick figures.
     box: batches of it are `boxed`.
 
     Raises DataError for what is in the file, OSError for the file itself.
     """
-    own, path = load_skeleton(layout) if layout else None, path and os.fspath(path)
+    asked, path = load_skeleton(layout) if layout else None, path and os.fspath(path)
     if split and (path is None or path.endswith((".pt", ".pth", ".npz"))):
         raise DataError(f"{path or 'the built-in set'} has one split, and --split {split} was asked for; expected none, leave it out")
     if path is None:
-        if own and own != SKELETONS["coco17"]:
+        if asked and asked != SKELETONS["coco17"]:
             raise DataError(f"the built-in stick figures are coco17, not {layout}; leave --layout out, or name your --data")
         train, test, note, score = stick_figures(synthetic_size)
         layout = "coco17"
     elif path.endswith((".pt", ".pth")):
         train, test, note, score = from_pt(path)
     elif path.endswith(".npz"):
-        train, test, note, score = from_npz(path, layout, own)
+        train, test, note, score = from_npz(path, layout, asked)
     elif path.endswith((".pkl", ".pickle")) or first_byte(path) == pickle.PROTO:
         train, test, note, score = from_pyskl(path, split, test_fraction)
     else:
@@ -637,10 +656,12 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     if train.frames.shape[1:] != test.frames.shape[1:]:
         raise DataError(f"{path}: x_train and x_test have different numbers of persons, joints or coordinates; expected the same")
     V, C = train.frames.shape[2], train.frames.shape[3] - score
-    layout = layout or find_layout(V, C, path or "")
-    skeleton = own or SKELETONS[layout]
+    layout = layout or find_layout(V, C, path)
+    skeleton = asked or SKELETONS[layout]
     if len(skeleton["joints"]) != V:
-        raise DataError(f"{path} has {V} joints, layout {layout} has {len(skeleton['joints'])}; expected the same, choose another --layout")
+        fits = [name for name, s in SKELETONS.items() if len(s["joints"]) == V]
+        raise DataError(f"{path} has {V} joints, layout {layout} has {len(skeleton['joints'])}; expected the same, choose another --layout "
+                        f"({' or '.join(fits) or 'a JSON file'})")
     if not train.there.any():
         raise DataError(f"{path}: every coordinate of the training sequences is zero; expected skeletons")
     labels = torch.cat([train.label, test.label])
@@ -804,8 +825,10 @@ class Augmentation:
     def __call__(self, x: Tensor, there: Tensor, placement: tuple, skeleton: dict, generator=None) -> Tensor:
         """Normalises raw x (N, M, T, V, C [+ score]) by its placement and changes it, in one affine map a sequence; without left/right
         pairs nothing is mirrored."""
-        (linear, origin, _), pairs = placement, skeleton["pairs"]
+        linear, origin, _ = placement
         N, C = linear.shape[:2]
+        pairs = skeleton["pairs"]
+        flip = self.flip if pairs else 0.0
 
         def uniform(*shape, reach):
             return (2 * torch.rand(N, *shape, generator=generator, device=x.device) - 1) * reach
@@ -814,11 +837,11 @@ class Augmentation:
         if self.rotation and C == 3:
             reach = math.radians(self.rotation)
             change = compose(turn(uniform(reach=reach / 2), axis=0), turn(uniform(reach=reach), axis=1))
-        mirror = torch.rand(N, generator=generator, device=x.device) < self.flip * bool(pairs)
+        mirror = torch.rand(N, generator=generator, device=x.device) < flip
         change[:, 0] *= 1 - 2 * mirror[:, None].float()
         change, shift = change * (1 + uniform(C, 1, reach=self.scaling)), uniform(C, reach=self.shift)
         x = place(x, there, compose(change, linear), origin, shift)
-        if self.flip and pairs:
+        if flip:
             swap = dict(pairs) | {right: left for left, right in pairs}
             order = [swap.get(joint, joint) for joint in range(x.shape[3])]
             mirrored = x.index_select(3, torch.tensor(order).to(x.device, non_blocking=True))
@@ -851,8 +874,8 @@ class Loader:
                  augmentation: Augmentation = Augmentation(), repeat: int = 1, workers: int = 0, rank: int = 0, world: int = 1):
         self.data = data if data.placement else replace(data, placement=find_placements(data, skeleton, channels))
         self.skeleton, self.channels, self.frames, self.training = skeleton, channels, frames, training
-        self.batch_size, self.seed, self.augmentation, self.repeat = batch_size, seed, augmentation if training else Augmentation(), repeat
-        self.workers, self.rank, self.world = workers, rank, world
+        self.augmentation = augmentation if training else Augmentation()
+        self.batch_size, self.seed, self.repeat, self.workers, self.rank, self.world = batch_size, seed, repeat, workers, rank, world
         self.steps = len(self._batches(torch.arange(len(data) * repeat)))
 
     def _batches(self, order: Tensor) -> list:
@@ -885,13 +908,14 @@ class Loader:
         data, device = self.data, self.data.frames.device
         generator = torch.Generator(device).manual_seed(seed)
         here = index.to(device, non_blocking=True)
-        placement = tuple(p[here] for p in data.placement)
         steps = sample_frames(data.length[here], self.frames, self.training, self.augmentation.crop, generator)
         rows = (data.start[here][:, None] + steps).flatten()
         x, there = (t.index_select(0, rows).unflatten(0, steps.shape).transpose(1, 2) for t in (data.frames, data.there))
         x = x.float()
         if self.augmentation.crop < 1:  # a window is normalised by what it shows, as a sequence that short would be
             placement = find_batch_placement(x, there, self.skeleton, self.channels, not data.box)
+        else:
+            placement = tuple(p[here] for p in data.placement)
         x, unit = self.augmentation(x, there, placement, self.skeleton, generator), placement[2]  # (N, M, T, V, C), (N,)
         if data.box:
             x, unit = boxed(x, there, unit, self.channels)

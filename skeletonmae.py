@@ -15,7 +15,7 @@ torch, and works copied alone into another project:
 Shape legend
     N sequences, M persons a sequence (1 or 2), T frames, V joints, C coordinates (2 or 3)
     P persons present in the whole batch, P <= N M: absent ones are packed away and cost nothing
-    D embedding width (64), H encoder width (128), K classes
+    D embedding width (64), H encoder width (128), K classes; T / stride is rounded up
 Inside, joints come first, (V, P, T, D): the aggregation A X of S Eq. 1 is then one matrix product without a copy.
 A mask is True where a joint is masked (hidden from the encoder), False where it is kept.
 """
@@ -44,7 +44,7 @@ def make_skeleton(joints, edges, parts, centre, pairs=None) -> dict:
         pairs = [(i, names.index("right_" + name[5:])) for i, name in enumerate(names)
                  if name.startswith("left_") and "right_" + name[5:] in names]
     centre = [centre] if isinstance(centre, int) else list(centre)
-    edges, pairs = [list(edge) for edge in edges], [list(pair) for pair in pairs]
+    edges, pairs = [[i, j] for i, j in edges], [[left, right] for left, right in pairs]
     used = [j for group in (*edges, *parts.values(), *pairs, centre) for j in group]
     if not all(isinstance(j, int) and 0 <= j < len(names) for j in used):
         raise ValueError(f"a skeleton of {len(names)} joints needs indices from 0 to {len(names) - 1} in edges, parts, pairs and centre")
@@ -150,12 +150,23 @@ def draw_mask(num: int, skeleton: dict, parts=("right_arm", "right_leg"), num_pa
     else:
         unknown = [part for part in parts if part not in names]
         if unknown or not parts:
-            raise ValueError(f"no body part {', '.join(unknown) or 'named'}; this skeleton has {', '.join(names)}")
+            raise ValueError(f"no body part {', '.join(unknown) or 'named'}; this skeleton has {', '.join(names)}: "
+                             "choose with mask_parts, mask_num_parts or mask_ratio")
         chosen = torch.tensor([[names.index(part) for part in parts]]).expand(num, -1)
     mask = members[chosen].any(1)
     if mask.all(1).any():
         raise ValueError("these body parts are all joints; at least one joint must stay visible")
     return mask
+
+
+def check_masking(skeleton: dict, parts, num_parts: int, ratio: float):
+    """Raises the ValueError that draw_mask would raise in some later step: one draw, then every choice of `num_parts` body parts."""
+    draw_mask(1, skeleton, parts, num_parts, ratio, torch.Generator())  # its own: weights do not depend on the masking
+    if num_parts and not ratio:
+        sizes = sorted(map(len, skeleton["parts"].values()))
+        if sum(sizes[-num_parts:]) >= len(skeleton["joints"]):  # else even the largest parts leave a joint visible
+            for chosen in itertools.combinations(skeleton["parts"], num_parts):
+                draw_mask(1, skeleton, chosen)
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -258,7 +269,7 @@ class Attention(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Pre-norm attention and feed-forward, each with its residual; attention dropout 0.1 (S A). Shape: (P, T, H) -> (P, T, H)."""
+    """Pre-norm attention and feed-forward, each with its residual; dropout 0.1 (S A) in both. Shape: (P, T, H) -> (P, T, H)."""
 
     def __init__(self, width: int, heads: int = 4, ratio: int = 4, dropout: float = 0.1):
         super().__init__()
@@ -297,9 +308,11 @@ class TemporalPooling(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         near, far, largest, same = F.relu_(self.reduce_norm(self.reduce(h))).chunk(4, -1)  # each (V, P, T, D/4)
+        near = self.near(torch.cat(windows(near, 1, self.stride), -1))
+        far = self.far(torch.cat(windows(far, 2, self.stride), -1))
         before, middle, after = windows(largest, 1, self.stride)
-        x = torch.cat([self.near(torch.cat(windows(near, 1, self.stride), -1)), self.far(torch.cat(windows(far, 2, self.stride), -1)),
-                       torch.maximum(torch.maximum(before, middle), after), same[:, :, ::self.stride]], -1)
+        largest = torch.maximum(torch.maximum(before, middle), after)
+        x = torch.cat([near, far, largest, same[:, :, ::self.stride]], -1)
         return F.relu_(self.norm(x) + h[:, :, ::self.stride])
 
 
@@ -320,9 +333,10 @@ class Packing:
         place = torch.arange(present.numel()).view(present.shape)  # (N, M), where each person stands in N M
         both = present.sum(1) == 2
         self.paired, alone = place[both], place[present & ~both[:, None]]  # (pairs, 2), (P - 2 pairs,)
-        rows = torch.cat([self.paired.T.reshape(-1), alone])  # (P,)
-        indices = rows, rows // self.persons, present.sum(1, dtype=torch.float32)  # the last: persons of each sequence, (N,)
-        self.rows, self.sequence, self.count = (index.to(device, non_blocking=True) for index in indices)
+        rows = torch.cat([self.paired.T.reshape(-1), alone])
+        self.rows = rows.to(device, non_blocking=True)                                   # (P,), where each stands in N M
+        self.sequence = (rows // self.persons).to(device, non_blocking=True)             # (P,), the sequence of each
+        self.count = present.sum(1, dtype=torch.float32).to(device, non_blocking=True)   # (N,), persons of each sequence
 
     @property
     def pairs(self) -> int:  # a tensor's size, which torch.compile lets vary; a stored number would become a constant
@@ -477,11 +491,7 @@ class SkeletonMAE(nn.Module):
         self.skeleton, self.channels, self.beta, self.loss, self.segments = skeleton, channels, beta, loss, mask_segments
         self.masking = dict(parts=tuple(mask_parts), num_parts=mask_num_parts, ratio=mask_ratio)
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
-        draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # what cannot be drawn is an error now, not at the first step
-        largest = sorted(len(part) for part in skeleton["parts"].values())[-mask_num_parts:]
-        if mask_num_parts and not mask_ratio and sum(largest) >= len(skeleton["joints"]):  # no draw may hide every joint
-            for chosen in itertools.combinations(skeleton["parts"], mask_num_parts):
-                draw_mask(1, skeleton, chosen)
+        check_masking(skeleton, **self.masking)
         self.register_buffer("scale", torch.ones(()))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
         if strl is None:
@@ -529,14 +539,14 @@ class SkeletonMAE(nn.Module):
         masked = mask[packing.sequence].permute(2, 0, 1)                  # (V, P, 1 or T)
         prediction = self.head(self.decoder(self.encode(packed, packing, masked))).float()
         prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :T]  # every output frame predicts `stride`
-        target = torch.cat([packed[..., :C] / self.scale, torch.ones_like(packed[..., :1])], -1)
+        target = F.pad(packed[..., :C] / self.scale, (0, 1), value=1.0)   # homogeneous coordinates
         selected = masked & (packed[..., :C] != 0).any(-1).any(0)         # (V, P, T): not where a person is out of sight
         if packed.shape[-1] > C:
             selected = selected & (packed[..., C] > 0)
         if self.loss == "cosine":
             loss = reweighted_cosine_error(prediction, target, selected, self.beta)
         else:
-            prediction = F.pad(prediction, (0, 1), value=1.0)  # a position is a homogeneous coordinate whose last entry is 1
+            prediction = F.pad(prediction, (0, 1), value=1.0)             # a position, as its target
             loss = squared_error(prediction, target, selected)
         return loss, packing.unpack(prediction), mask
 
@@ -546,15 +556,16 @@ class SkeletonMAE(nn.Module):
 
         Returns (coordinates (N, M, T, V, C), visible joints as given and absent persons zero; the mask (N, 1 or T, V)).
         """
-        C, packing, training = self.channels, packing_of(x, self.embedding, present), {m: m.training for m in self.modules()}
+        C, packing = self.channels, packing_of(x, self.embedding, present)
+        in_training = [module for module in self.modules() if module.training]
         try:
             _, prediction, mask = self.eval()(x, packing, mask)
         finally:
-            for module, mode in training.items():
-                module.training = mode
+            for module in in_training:
+                module.training = True
         position = self.scale * prediction[..., :C] / prediction[..., C:].clamp(min=1e-2)
         joints = torch.where(mask[:, None, ..., None], position, x[..., :C])
-        return packing.unpack(packing.pack(joints)), mask
+        return packing.unpack(packing.pack(joints)), mask  # packing them away leaves absent persons zero
 
 
 # ---------------------------------------------------------------------------------------------- fine-tuning
@@ -685,8 +696,8 @@ class SkeletonClassifier(nn.Module):
 
 
 class LinearProbe(nn.Module):
-    """A linear classifier on frozen features: mean over joints, then mean and maximum over frames, then batch norm without learnable
-    weights, so that their scale does not matter. Freezes `pretrained` itself."""
+    """A linear classifier on frozen features: Packing.pool over joints, frames and persons, then batch norm without learnable weights,
+    so that their scale does not matter. Freezes `pretrained` itself."""
 
     def __init__(self, pretrained: SkeletonMAE, classes: int):
         super().__init__()

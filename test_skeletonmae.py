@@ -288,6 +288,8 @@ class SkeletonTest(Seeded):
                                      ([(0, 1)], {"a": [0]}, []),
                                      ([(0, 1)], {"a": [0]}, 2)):
             self.assertRaises(ValueError, make_skeleton, "a b", edges, parts, centre)
+        for triple in (dict(edges=[(0, 1, 2)]), dict(edges=[(0, 1)], pairs=[(0, 1, 2)])):
+            self.assertRaises(ValueError, make_skeleton, "a b c", parts={"a": [0]}, centre=0, **triple)
         for pairs in ([(0, 1), (1, 2)], [(0, 0)]):  # a mirror would lose a joint
             with self.assertRaisesRegex(ValueError, "pairs"):
                 make_skeleton("a b c", [(0, 1)], {"a": [0]}, 0, pairs)
@@ -1247,6 +1249,10 @@ class PickleTest(Case):
         self.assertEqual(data.load(self.write("a.pkl", pickled(annotations))).train.frames[0, :, 0, 0].tolist(), [1002.0, 3002.0])
         for persons in (1, 2, 3):
             self.assertEqual(data.load(self.write("a.pkl", pickled(pyskl(2, persons)))).persons, min(persons, 2))
+        flicker = [2.0 + t for m in range(2) for t in range(6) for _ in range(26)] + [99.0 * (t == 3) for t in range(6) for _ in range(26)]
+        annotations = [{**a, "keypoint": ndarray((3, 6, 13, 2), flicker, dtype("<f4"))} for a in pyskl(2)]
+        train = data.load(self.write("a.pkl", pickled(annotations))).train
+        self.assertEqual(train.frames[:6, :, 0, 0].tolist(), [[2.0 + t] * 2 for t in range(6)])  # who comes and goes has not moved
 
     def test_nobody_there(self):
         """A person of zero coordinates, or of zero score throughout, is absent, in a file where other annotations have scores too."""
@@ -1254,6 +1260,11 @@ class PickleTest(Case):
         zeros = dict(frame_dir="zeros", label=0, keypoint=ndarray((2, 2, 13, 2), [3.0] * 52 + [0.0] * 52, dtype("<f4")))
         content = {"annotations": annotations + [zeros], "split": {"train": ["a0", "zeros"], "test": ["a1"]}}
         loaded = data.load(self.write("a.pkl", pickled(content)))
+        self.assertNotIn("without anyone", str(loaded))
+        nobody = [dict(frame_dir=f"b{n}", label=0, keypoint=ndarray((1, 2, 13, 2), [0.0] * 52, dtype("<f4"))) for n in range(3)]
+        content |= {"annotations": content["annotations"] + nobody,
+                    "split": {"train": ["a0", "zeros", "b0"], "test": ["b1", "a1", "b2"]}}
+        self.assertIn("2 frames, 3 sequences without anyone", str(data.load(self.write("b.pkl", pickled(content)))))
         self.assertEqual(loaded.train.present.tolist(), [[True, False], [True, False]])
         self.assertFalse(loaded.train.frames[:2, 1].any())
 
@@ -1293,6 +1304,7 @@ class PickleTest(Case):
                 ("keypoint is a list", one(keypoint=[1.0]), ["bad", "keypoint", "list"]),
                 ("never filled", one(keypoint=rebuilt()), ["bad", "keypoint"]),
                 ("shape", one(keypoint=ndarray((2, 13, 2), [1.0] * 52, f4)), ["bad", "(2, 13, 2)"]),
+                ("frames first", one(keypoint=ndarray((11, 1, 13, 2), [1.0] * 286, f4)), ["bad", "(11, 1, 13, 2)", "before frames"]),
                 ("joints", one(keypoint=ndarray((1, 2, 14, 2), [1.0] * 56, f4)), ["bad", "14"]),
                 ("score", one(keypoint_score=ndarray((1, 1, 13), [1.0] * 13, f4)), ["bad", "keypoint_score"]),
                 ("NaN", one(keypoint=ndarray((1, 2, 13, 2), [math.nan] * 52, f4)), ["bad", "NaN"]),
@@ -1656,7 +1668,8 @@ class BatchTest(Case):
             self.assertTrue(all(len(step) > 1 for part in parts for step in part))
 
     def test_fill_missing_against_loops(self):
-        """A placeholder of score 0 takes the nearest earlier seen position of its sequence, else the nearest later one."""
+        """A placeholder of score 0 takes the nearest earlier seen position of its sequence, else the nearest later one; where there is
+        none, the mean of the person's other joints, and where these have none either, 0."""
         draw = random.Random(0)
         source = sequences([7, 1, 9, 6], channels=3)
         for place in [(f, m, v) for f in range(23) for m in range(2) for v in range(5)]:
@@ -1664,16 +1677,25 @@ class BatchTest(Case):
             if draw.random() < 0.6:
                 source.frames[place][:2] = draw.choice([0.0, 1.0])
         source.frames[:7, 0, 0] = torch.tensor([1.0, 1.0, 0.0])
-        before, expected = source.frames, source.frames.clone()
+        source.frames[7:8, 1] = torch.tensor([1.0, 1.0, 0.0])
+        before, expected, never = source.frames, source.frames.clone(), []
         for start, length in zip(source.start.tolist(), source.length.tolist()):
             for f, m, v in [(f, m, v) for f in range(start, start + length) for m in range(2) for v in range(5)]:
                 seen = [t for t in range(start, start + length)
                         if before[t, m, v, 2] > 0 or before[t, m, v, :2].tolist() not in ([0, 0], [1, 1])]
                 if f not in seen and seen:
                     expected[f, m, v, :2] = before[max([t for t in seen if t < f], default=seen[0]), m, v, :2]
+                elif not seen:
+                    never.append((f, m, v))
+        for f, m, v in never:
+            others = [expected[f, m, w, :2] for w in range(5) if (f, m, w) not in never]
+            expected[f, m, v, :2] = torch.stack(others).sum(0) / len(others) if others else 0
+        self.assertLess({(7, 1, v) for v in range(5)}, set(never))
         self.assertFalse(torch.equal(before, expected))
         there = data.fill_missing(source.frames, source.start, source.length)
-        self.assertTrue(torch.equal(source.frames, expected))
+        seen = torch.ones(23, 2, 5, dtype=torch.bool).index_put_(tuple(torch.tensor(never).T), torch.tensor(False))
+        self.assertTrue(torch.equal(source.frames[seen], expected[seen]))
+        self.close(source.frames, expected)
         self.assertTrue(torch.equal(there, expected[..., :2].any(-1).any(-1)))
 
     def test_normalise_is_what_the_scripts_do(self):
@@ -2155,6 +2177,9 @@ class ScriptTest(ScriptCase):
                 train_pretrain.run(lambda: signal.raise_signal(number))
             self.assertEqual(end.exception.code, status)
             self.assertRegex(said.getvalue().strip(), r"^stopped; .*--resume goes on after the last of them$")
+            with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as end:
+                train_pretrain.run(lambda: signal.raise_signal(number), resumes=False)
+            self.assertEqual((end.exception.code, said.getvalue().strip()), (status, "stopped"))
 
     def test_two_processes(self):
         """Two processes share every batch: one of them prints and writes, their weights are equal to the last bit, the losses follow
@@ -2338,6 +2363,13 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         self.assertGreaterEqual(Loader(train, FIVE, 3, 16, 16, True, repeat=2560).steps, 4000)
         self.assertNotIn("--box", hint(self.pretrain("--synthetic-size 32 --epochs 1"))[1])  # in 2D
 
+    def test_hint_for_a_long_warm_up(self):
+        """Where the warm-up does not end before the first milestone, or at all, fine-tuning says so."""
+        for flags, said in (("--epochs 3 --milestones 2", True), ("--epochs 3 --milestones 2 --warmup 2", False),
+                            ("--epochs 2 --warmup 3", True), ("--epochs 2 --warmup 2", False),
+                            ("--epochs 2 --milestones 0 --warmup 0", False)):
+            self.assertEqual("the learning rate does not reach --lr" in self.finetune(f"{self.data} {flags}"), said, flags)
+
     def test_a_moved_folder_is_resumed_where_it_is(self):
         """--resume goes on in the folder it found, not in the one that the run was started with."""
         self.pretrain(f"{self.data} --epochs 1 --out first")
@@ -2495,8 +2527,9 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         for line in ("--ckpt --epochs 1", "--ckpt runs/finetune/finetune.pt --eval-only --out other"):
             message = self.finetune(f"{line} {self.data}", 2)
             self.assertTrue("1 person," in message and "the data have 2" in message, message)
-        line = "--ckpt runs/finetune/finetune.pt --eval-only --data moved.pt --layout five.json"
+        line = "--ckpt runs/finetune/finetune.pt --eval-only --data moved.pt"  # in the layout of the checkpoint
         self.assertIn("--out", self.finetune(line, 2))
+        self.assertIn("layout five.json", self.finetune("--ckpt --epochs 1 --data moved.pt --out other"))
         self.assertIn("top-1", self.finetune(f"{line} --out other"))
         self.write("scored.pkl", pickled(pyskl(8, score=[0.5] * 26)))
         self.pretrain("--data scored.pkl --score --epochs 1 --out scored")
@@ -2507,7 +2540,14 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
             line = f"--data unscored.pkl --score --rotation 60 --out noted/{name}"
             for said in (script(f"{line} --epochs 1"), script(f"{line} --epochs 2 --resume")):
                 self.assertTrue("--score does nothing" in said and "--rotation does nothing" in said, said)
+        solid = {"x_train": torch.randn(4, 4, 1, 13, 3), "y_train": [0, 1] * 2, "x_test": torch.randn(2, 4, 1, 13, 3), "y_test": [0, 1]}
+        torch.save(solid, "solid.pt")  # 2D joints, usually, or a score taken for a coordinate
+        for script in (self.pretrain, self.finetune):
+            self.assertIn("note: penn13 usually comes in 2D, these data are 3D", script("--data solid.pt --epochs 1 --out solid"))
+            self.assertNotIn("usually", script("--data solid.pt --layout penn13 --epochs 1 --out solid"))
+            self.assertNotIn("no edges join", script(f"{self.data} --epochs 1 --out loose"))
         Path("five.json").write_text(json.dumps(FIVE | {"edges": [[0, 1]]}))
+        self.assertIn("in layout five.json no edges join 3 of the joints", self.pretrain(f"{self.data} --epochs 1 --out loose"))
         self.assertIn("expected the same skeleton", self.pretrain("--resume --epochs 2", 2))
         self.assertEqual([path.read_bytes() for path in files], before)
 
@@ -3218,6 +3258,9 @@ class FigureTest(Case):
         checkpoint = os.path.join(was.out, "pretrain.pt")
         make_run(self.folder, pretrained=checkpoint)
         draw(self.folder, "--no-tsne", "--sequence", "3", "--table", self.folder)
+        for wanted in ("1000", "9" * 5000, "nobody"):
+            with self.assertRaisesRegex(train_pretrain.Failure, "no test sequence"):
+                draw(self.folder, "--no-tsne", "--sequence", wanted)
         figure = ElementTree.parse(os.path.join(self.folder, "paper-fig6-reconstruction.svg")).getroot()
         self.assertEqual(sum(e.tag.endswith("}svg") for e in figure.iter()), 1 + 3 * 8)
         rings = sum(e.get("d").count("M") for e in figure.iter() if e.get("class") == "joint ring")
@@ -3298,6 +3341,10 @@ class FigureTest(Case):
             torch.save(outputs | change, os.path.join(self.folder, "test_outputs.pt"))
             with self.assertRaisesRegex(train_pretrain.Failure, "test_outputs.pt cannot be used"):
                 draw(self.folder, "--pretrained", "none")
+        nested = b")q\0" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))  # its hash takes 2^60 steps
+        self.write("test_outputs.pt", zipped_as_torch(b"\x80\2" + nested + b"}h\x3cNs."))
+        with self.assertRaisesRegex(train_pretrain.Failure, "test_outputs.pt cannot be used"):
+            draw(self.folder, "--pretrained", "none")
         make_run(self.folder, pretrained=os.path.join(self.folder, "gone", "pretrain.pt"))
         for row in ("nan,1", "1,inf"):
             Path(self.folder, "log.csv").write_text(f"epoch,loss\n{row}\n")

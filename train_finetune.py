@@ -17,9 +17,9 @@ from pathlib import Path
 
 from data import Loader, brief  # before torch: it silences torch's one remark about numpy
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
-from train_pretrain import (STRL_SETTINGS, CommonSettings, Failure, Progress, check_fit, hint_at_steps, loaders, note_unused, option,
-                            parse, pick, read_checkpoint, read_data, recorded, refuse_change, replayed, restore, resume_settings, run,
-                            save, set_up, write_atomically)
+from train_pretrain import (STRL_SETTINGS, CommonSettings, Failure, Progress, check_fit, encoder_arguments, hint_at_steps, loaders,
+                            note_oddities, option, parse, pick, read_checkpoint, read_data, recorded, refuse_change, replayed, restore,
+                            resume_settings, run, save, seed_epoch, set_up, write_atomically)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -112,9 +112,8 @@ def take_settings(settings: Settings, given: set, source: dict) -> set:
     refuse_change(settings, before, fixed & given, settings.ckpt, "leave it out")
     for name in fixed:
         setattr(settings, name, before[name])
-    if "data" not in given:
-        for name in DATA_SETTINGS - given:
-            setattr(settings, name, before[name])
+    for name in ({"layout"} if "data" in given else DATA_SETTINGS) - given:  # other data must have the same layout
+        setattr(settings, name, before[name])
     if settings.eval_only and "out" not in given:
         settings.out = os.path.dirname(settings.ckpt) or "."
     return fixed
@@ -123,16 +122,16 @@ def take_settings(settings: Settings, given: set, source: dict) -> set:
 def build(settings: Settings, data, source: dict | None) -> tuple:
     """The model that the settings ask for, with the weights of a checkpoint where there is one.
     Returns (model, its arguments, names of the loaded tensors)."""
-    arguments = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}
-    arguments |= pick(settings, "width", "hidden", "layers", "dropout", "motion", "bone")
-    kind, loaded = (source["kind"], list(source["model"])) if source else ("", [])
+    arguments = encoder_arguments(settings, data)
+    kind = source["kind"] if source else ""
+    loaded = []
     if settings.linear_probe:
         before = source["model_settings"] if source else {}
         arguments |= {name: before[name] for name in ("loss", "strl") if name in before}
         encoder = SkeletonMAE(**arguments, mask_ratio=0.5)  # it masks nothing, but the default parts may not exist
         if kind == "pretrain":
             encoder.load_state_dict(source["model"])
-            loaded = ["pretrained." + name for name in loaded]  # by their names in the probe
+            loaded = ["pretrained." + name for name in source["model"]]  # by their names in the probe
         model = LinearProbe(encoder, len(data.classes))
     else:
         arguments |= {"classes": len(data.classes), "persons": data.persons}
@@ -142,6 +141,7 @@ def build(settings: Settings, data, source: dict | None) -> tuple:
             loaded = model.load_pretrained(source["model"])
     if kind == "finetune":
         model.load_state_dict(source["model"])
+        loaded = list(source["model"])
     return model, arguments, loaded
 
 
@@ -170,7 +170,7 @@ def main(argv=None):
     start = path if resumed else settings.ckpt
     if source:
         check_fit(source, start, data)
-    note_unused(say, settings, data)
+    note_oddities(say, settings, data)
     if source and source["kind"] == "finetune" and source["classes"] != data.classes:
         known, found = (f"{len(labels)} classes {str(labels):.40}" for labels in (source["classes"], data.classes))
         raise Failure(f"{start} knows {known}, the data have {found}; expected the same")
@@ -190,7 +190,7 @@ def main(argv=None):
         raise Failure(f"{start or 'these settings'}: the model cannot be built ({brief(error)})") from None
     model.to(device)
     if loaded:
-        say(f"{start}: {len(loaded)} tensors loaded, {max(0, len(model.state_dict()) - len(loaded))} start at random")
+        say(f"{start}: {len(loaded)} tensors loaded, {len(model.state_dict()) - len(loaded)} start at random")
 
     def report(outputs: dict, what: str):
         result = metrics(outputs)
@@ -206,7 +206,8 @@ def main(argv=None):
         return
 
     pretrained = resumed["pretrained"] if resumed else loaded
-    groups = [{"params": [p for n, p in model.named_parameters() if (n in pretrained) == slower]} for slower in (False, True)]
+    groups = [{"params": [p for name, p in model.named_parameters() if name not in pretrained]},
+              {"params": [p for name, p in model.named_parameters() if name in pretrained]}]  # at encoder_lr_scale of the rate
     if settings.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
     else:
@@ -217,7 +218,9 @@ def main(argv=None):
         f"{train.steps} steps an epoch")
     if not resumed and not settings.linear_probe:
         hint_at_steps(say, train, settings, fixed, batch_size=16, optimizer="adamw", lr=3e-3, weight_decay=0.05, clip=5)
-    if settings.milestones and min(settings.milestones) >= settings.epochs > max(1, settings.warmup):
+    if settings.warmup > min((settings.epochs, *settings.milestones)):
+        say(f"hint: the learning rate does not reach --lr, for its warm-up takes {settings.warmup} epochs; try a shorter --warmup")
+    elif settings.milestones and min(settings.milestones) >= settings.epochs > max(1, settings.warmup):
         near_the_end = sorted({settings.epochs * 9 // 11, settings.epochs * 10 // 11})
         say(f"hint: the learning rate never falls within {settings.epochs} epochs; try --milestones {','.join(map(str, near_the_end))}")
     first_epoch, log = restore(resumed, path, rank, optimizer=optimizer)  # build has loaded the weights
@@ -234,7 +237,7 @@ def main(argv=None):
     step = replayed(step, settings, device, world, settings.batch_size)
     progress, outputs = Progress(settings.epochs, train.steps, first_epoch, data.train.names, path, rank, world), None
     for epoch in range(first_epoch, settings.epochs):
-        torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)  # dropout depends on the epoch alone: resuming is exact
+        seed_epoch(settings, epoch, rank)
         lr = learning_rate(epoch, settings.lr, settings.warmup, settings.milestones)
         for group, scale in zip(optimizer.param_groups, (1.0, settings.encoder_lr_scale)):
             group["lr"] = lr * scale

@@ -26,8 +26,9 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 
-from data import Augmentation, DataError, Dataset, Loader, brief, load, read_torch, reading  # before torch: silences its remark about numpy
-from skeletonmae import Packing, SkeletonMAE, make_skeleton, normalized_adjacency
+# before torch: these silence its one remark about numpy
+from data import Augmentation, DataError, Dataset, Loader, brief, load, read_torch, reading, usual_channels
+from skeletonmae import Packing, SkeletonMAE, bone_parents, make_skeleton, normalized_adjacency
 import torch
 from torch import Tensor
 
@@ -114,7 +115,8 @@ def bounds(f) -> tuple:
 def within(f, value) -> bool:
     """Whether a number, or every number of several, is within the bounds of its setting."""
     low, high = bounds(f)
-    return all(low <= number <= high for number in (value if type(value) in (tuple, list) else (value,)) if type(number) is not str)
+    numbers = value if type(value) in (tuple, list) else [value]
+    return all(low <= number <= high for number in numbers if type(number) is not str)
 
 
 def parse(settings: type, doc: str, argv=None) -> tuple:
@@ -163,15 +165,16 @@ class Terminated(BaseException):
     """SIGTERM, raised where the program stands."""
 
 
-def run(main):
-    """Calls main; what the user can mend is one line on stderr and exit status 2, an interrupted run says how to go on."""
+def run(main, resumes: bool = True):
+    """Calls main. What the user can mend is one line on stderr and exit status 2; a run that was interrupted (130, 143) or lost another
+    process (1) says how to go on, if it `resumes`."""
     def terminate(*_):
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
     try:
         main()
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return
     except DataError as error:
@@ -192,7 +195,9 @@ def run(main):
             raise
     except (KeyboardInterrupt, Terminated) as error:
         status = 130 if isinstance(error, KeyboardInterrupt) else 143
-        message = "\nstopped; epochs that ended are saved: the same command line with --resume goes on after the last of them"
+        message = "\nstopped"
+        if resumes:
+            message += "; epochs that ended are saved: the same command line with --resume goes on after the last of them"
     print(message, file=sys.stderr)
     sys.exit(status)
 
@@ -245,6 +250,11 @@ def keep_freed_memory():
         mallopt(parameter, value)
 
 
+def seed_epoch(settings: CommonSettings, epoch: int, rank: int):
+    """Masks and dropout depend on the seed, the epoch and the process alone, so resuming is exact."""
+    torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)
+
+
 class Replay:
     """step(packing, *tensors), which runs forward and backward and returns the loss, as a CUDA graph: its hundreds of small kernels start
     as one, where starting them one by one takes longer than they do.
@@ -287,12 +297,25 @@ def read_data(settings: CommonSettings) -> Dataset:
                 settings.box)
 
 
-def note_unused(say, settings: CommonSettings, data: Dataset):
-    """Says which flags these data leave without effect."""
+def note_oddities(say, settings: CommonSettings, data: Dataset):
+    """Says what may be a mistake: flags that these data leave without effect, a layout that may be another."""
+    usual = usual_channels(data.layout)
+    if not settings.layout and data.channels != usual:
+        say(f"note: {data.layout} usually comes in {usual}D, these data are {data.channels}D: joints in another order need a --layout of "
+            "their own, and a score is no coordinate (in a pickle it is the keypoint_score)")
+    loose = sum(parent == joint for joint, parent in enumerate(bone_parents(data.skeleton))) - 1  # the root aside
+    if loose:
+        say(f"note: in layout {data.layout} no edges join {loose} of the joints to the centre")
     if settings.score and not data.score:
         say("note: these data have no joint scores; --score does nothing")
     if settings.rotation and data.channels == 2:
         say("note: these data are 2D; --rotation does nothing")
+
+
+def encoder_arguments(settings: CommonSettings, data: Dataset) -> dict:
+    """What SkeletonMAE and SkeletonClassifier both take."""
+    return {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score,
+            **pick(settings, "width", "hidden", "layers", "dropout", "motion", "bone")}
 
 
 def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
@@ -404,26 +427,26 @@ def check_fit(checkpoint: dict, path: str, data: Dataset):
                       "expected as many")
 
 
+def allowed(f, value) -> bool:
+    """Whether a setting can have this value: the type of its field, within its bounds."""
+    if value is None:
+        return f.default is None
+    if f.type in (int, float):
+        return type(value) in (int, f.type) and within(f, value)
+    if f.type is tuple:
+        return type(value) is tuple and all(type(v) is type(f.default[0]) for v in value) and within(f, value)
+    if f.type is str:
+        return type(value) is str and value.isprintable() and value in f.metadata.get("choices", (value,))
+    return type(value) is bool
+
+
 def recorded(settings: type, checkpoint: dict, path: str, names=None) -> dict:
     """The settings in a checkpoint, all of them or those in `names`; a value that no command line could have set is refused."""
-    before = {}
-    for f in fields(settings):
-        if names is not None and f.name not in names:
-            continue
-        value = checkpoint["settings"].get(f.name, f.default)
-        if value is None:
-            valid = f.default is None
-        elif f.type in (int, float):
-            valid = type(value) in (int, f.type) and within(f, value)
-        elif f.type is tuple:
-            valid = type(value) is tuple and all(type(v) is type(f.default[0]) for v in value) and within(f, value)
-        elif f.type is str:
-            valid = type(value) is str and value.isprintable() and value in f.metadata.get("choices", (value,))
-        else:
-            valid = type(value) is bool
-        if not valid:
-            raise Failure(f"{path} holds {str(value):.40} as --{flag(f.name)}; expected a file that these scripts wrote")
-        before[f.name] = value
+    chosen = [f for f in fields(settings) if names is None or f.name in names]
+    before = {f.name: checkpoint["settings"].get(f.name, f.default) for f in chosen}
+    for f in chosen:
+        if not allowed(f, before[f.name]):
+            raise Failure(f"{path} holds {str(before[f.name]):.40} as --{flag(f.name)}; expected a file that these scripts wrote")
     return before
 
 
@@ -538,8 +561,8 @@ def measure_scale(loader: Loader) -> tuple:
 
 
 def joint_distances(skeleton: dict) -> Tensor:
-    """Edges on the shortest path between every two joints, (V, V), V where there is none: so many powers of A + I, from 0 on, are
-    zero there."""
+    """Edges on the shortest path between every two joints, (V, V), V where there is none. (A + I)^k is zero exactly where the path is
+    longer than k: the number of k from 0 to V - 1 that find zero is its length."""
     V = len(skeleton["joints"])
     adjacency = normalized_adjacency(skeleton["edges"], V).double()
     return sum(torch.linalg.matrix_power(adjacency, k) == 0 for k in range(V)).float()
@@ -573,6 +596,16 @@ def reconstruction_error(model: SkeletonMAE, loader: Loader, mean_pose: Tensor) 
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), (sums[:3] / sums[3].clamp(min=1)).tolist()))
 
 
+def what_is_masked(settings: Settings) -> str:
+    if settings.mask_ratio:
+        what = f"{settings.mask_ratio:g} of the joints"
+    elif settings.mask_num_parts:
+        what = f"{settings.mask_num_parts} parts"
+    else:
+        what = ", ".join(settings.mask_parts)
+    return what + f", drawn anew in each of {settings.mask_segments} segments" * (settings.mask_segments > 1)
+
+
 def main(argv=None):
     settings, given = parse(Settings, __doc__, argv)
     path, checkpoint = os.path.join(settings.out, "pretrain.pt"), None
@@ -586,7 +619,7 @@ def main(argv=None):
     say(f"{settings.data or 'stick figures'}: {data}")
     if checkpoint:
         check_fit(checkpoint, path, data)
-    note_unused(say, settings, data)
+    note_oddities(say, settings, data)
     at_once = min(settings.batch_size, settings.micro_batch)  # so that measuring takes no more memory than training
     train, held_out = loaders(settings, data, device, rank, world, at_once)
     if not checkpoint:
@@ -596,9 +629,8 @@ def main(argv=None):
             f"{settings.width} and {settings.hidden}")
 
     torch.manual_seed(settings.seed)
-    arguments = {"skeleton": data.skeleton, "channels": data.channels, "score": settings.score and data.score}
-    arguments |= pick(settings, "width", "hidden", "layers", "dropout", "beta", "mask_parts", "mask_num_parts", "mask_ratio",
-                      "mask_segments", "loss", "motion", "bone")
+    arguments = encoder_arguments(settings, data)
+    arguments |= pick(settings, "beta", "mask_parts", "mask_num_parts", "mask_ratio", "mask_segments", "loss")
     if settings.strl_layers:
         arguments["strl"] = {"persons": data.persons, **pick(settings, *STRL_SETTINGS)}
     try:
@@ -608,11 +640,8 @@ def main(argv=None):
     scale, mean_pose = measure_scale(Loader(train.data, data.skeleton, data.channels, settings.batch_size, settings.frames, False))
     model.scale.copy_(scale)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
-    masked = (f"{settings.mask_ratio:g} of the joints" if settings.mask_ratio else f"{settings.mask_num_parts} parts"
-              if settings.mask_num_parts else ", ".join(settings.mask_parts))
-    masked += f", drawn anew in each of {settings.mask_segments} segments" * (settings.mask_segments > 1)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}; {train.steps} steps an epoch; "
-        f"masked: {masked}")
+        f"masked: {what_is_masked(settings)}")
     first_epoch, log = restore(checkpoint, path, rank, model=model, optimizer=optimizer)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     step_model = torch.compile(parallel, dynamic=True) if settings.compile else parallel
@@ -626,7 +655,7 @@ def main(argv=None):
     step = replayed(step, settings, device, world, at_once)
     progress = Progress(settings.epochs, train.steps, first_epoch, data.train.names, path, rank, world)
     for epoch in range(first_epoch, settings.epochs):
-        torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)  # masks, dropout: of the epoch alone, so resuming is exact
+        seed_epoch(settings, epoch, rank)
         model.train()
         progress.start_epoch(epoch, settings.lr)
         for batch in train.epoch(epoch):

@@ -6,7 +6,7 @@
     python visualize.py runs/finetune --table runs/*                   # masking strategies against accuracy
 
 Reads finetune.pt, log.csv and test_outputs.pt of the run, and pretrain.pt of the pre-training it started from.
-Nothing imports this file. Figure numbers are the supplement's, "P" marks the paper's own. Lengths in a figure are pixels.
+Nothing imports this file. Figure numbers are the supplement's; Fig. 6 is the paper's own. Lengths in a figure are pixels.
 """
 import csv
 import html
@@ -17,7 +17,7 @@ import statistics
 import sys
 from dataclasses import dataclass
 
-from data import Loader, brief  # before torch: it silences torch's one remark about numpy
+from data import Loader, brief, read_torch  # before torch: it silences torch's one remark about numpy
 from skeletonmae import SkeletonMAE, draw_mask
 from train_finetune import Settings as Finetuning
 from train_pretrain import Failure, Settings as Pretraining, option, parse, read_checkpoint, read_data, recorded, run, write_atomically
@@ -69,7 +69,7 @@ def plottable(rows: list) -> list:
 def read_outputs(path: str) -> dict:
     """What train_finetune.py knows of N test sequences and K classes: logits (N, K), features (N, F), labels (N,), train_counts (K,);
     and counts (K, K), the confusion matrix."""
-    outputs = torch.load(path, map_location="cpu", weights_only=True)
+    outputs = read_torch(path, "is no test_outputs.pt", "expected what train_finetune.py wrote")
     (N, K), labels, features = outputs["logits"].shape, outputs["labels"].long(), outputs["features"].float()
     if not N or [len(outputs[key]) for key in ("features", "labels", "train_counts", "classes")] != [N, N, K, K]:
         raise ValueError("its parts do not belong together")
@@ -346,13 +346,14 @@ def fig1(outputs: dict, names: list, with_tsne: bool, seed: int):
     features, labels, N = outputs["features"], outputs["labels"], len(outputs["labels"])
     kept = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[:POINTS].sort().values
     shown = f"{len(kept):,} of {N:,} test sequences, drawn with seed {seed}." if N > POINTS else f"all {N:,} test sequences."
-    common, (flat, share) = (labels[kept], {c: names[c] for c in labels.unique().tolist()}), pca(features, 2)
-    yield scatter("fig1-pca", f"Principal components of all test features. Shown: {shown}", flat[kept], *common, share)
+    classes = labels[kept], {c: names[c] for c in labels.unique().tolist()}
+    flat, share = pca(features, 2)
+    yield scatter("fig1-pca", f"Principal components of all test features. Shown: {shown}", flat[kept], *classes, share)
     if with_tsne and N >= 10:  # fewer have no neighbourhoods to keep
         print(f"t-SNE of {len(kept):,} sequences; --no-tsne leaves it out", flush=True)
         perplexity = min(30, (len(kept) - 1) / 3)
         flat, divergence = tsne(features[kept], perplexity)
-        yield scatter("fig1-tsne", f"t-SNE of {shown} Perplexity {perplexity:.3g}, divergence {divergence[-1]:.2f}.", flat, *common, None)
+        yield scatter("fig1-tsne", f"t-SNE of {shown} Perplexity {perplexity:.3g}, divergence {divergence[-1]:.2f}.", flat, *classes, None)
 
 
 def fig2(counts: dict, names: list, short: list) -> tuple:
@@ -416,11 +417,12 @@ def fig4_pca(outputs: dict, chosen: list, names: list) -> list:
     inside = torch.isin(outputs["labels"], torch.tensor(chosen))
     if not inside.any():
         raise Failure("the test set holds no sequence of the classes named; choose others with --classes")
-    common, (points, share) = (outputs["labels"][inside], {c: names[c] for c in chosen}), pca(outputs["features"][inside], 3)
+    classes = outputs["labels"][inside], {c: names[c] for c in chosen}
+    points, share = pca(outputs["features"][inside], 3)
     caption = f"Principal components of the features before the classifier, fitted to the {len(points)} test sequences of these classes"
     in_cube = 2 * (points - points.amin(0)) / (points.amax(0) - points.amin(0)).clamp(min=1e-9) - 1
-    return [scatter("fig4-pca2d", caption + ".", points[:, :2], *common, share),
-            scatter("fig4-pca3d", caption + "; each axis spans its range. Drag to turn.", in_cube, *common, share)]
+    return [scatter("fig4-pca2d", caption + ".", points[:, :2], *classes, share),
+            scatter("fig4-pca3d", caption + "; each axis spans its range. Drag to turn.", in_cube, *classes, share)]
 
 
 def training(name: str, log: list) -> tuple:
@@ -452,16 +454,17 @@ def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
                       f"{shlex.quote(was['out'])}, or leave its figure out: --pretrained none") from None
     generator, names = torch.Generator().manual_seed(seed), data.test.names
     wanted = wanted or str(int(torch.randint(len(names), (1,), generator=generator)))
-    if wanted not in names and not (wanted.isdecimal() and int(wanted) < len(names)):
+    if wanted not in names and not (wanted.isdecimal() and len(wanted) < 10 and int(wanted) < len(names)):
         raise Failure(f"no test sequence {wanted:.60}; expected a number from 0 to {len(names) - 1} or a name such as {names[0]:.60}")
     chosen = names.index(wanted) if wanted in names else int(wanted)
     batch = next(iter(Loader(data.test.subset([chosen]), skeleton, C, 1, was["frames"], False).epoch()))
     mask = model.draw(1, was["frames"], generator)
-    guess, x, score = model.reconstruct(batch.x, batch.present, mask)[0][0], batch.x[0, ..., :C], batch.x[0, ..., C:]
-    known = batch.there[0, ..., None] & (score > 0).all(-1)  # where there is no score, all of none
+    guess = model.reconstruct(batch.x, batch.present, mask)[0][0]
+    x, guess = batch.x[0, ..., :C] * batch.unit, guess * batch.unit  # the unit is a number, or one for each axis
+    known = batch.there[0, ..., None] & (batch.x[0, ..., C:] > 0).all(-1)  # where there is no score, all of none
     head, legs = (data.test.frames[::7, 0, skeleton["parts"].get(part, [0]), 1].mean() for part in ("head", "left_leg"))
-    x, guess = x * batch.unit, guess * batch.unit  # a number, or one for each axis
-    return names[chosen], x, guess, known, mask[0], bool(head > legs or head == legs and C == 3)
+    up = bool(head > legs or head == legs and C == 3)
+    return names[chosen], x, guess, known, mask[0], up
 
 
 def fig6(checkpoint: dict, wanted: str, seed: int) -> tuple:
@@ -636,4 +639,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # t-SNE's blocks are small: two threads beside other work wait for each other, 48 s instead of 1 s
-    run(main)
+    run(main, resumes=False)
