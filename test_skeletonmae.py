@@ -338,6 +338,9 @@ class SkeletonTest(Seeded):
         self.assertEqual(len(SkeletonMAE(overlapping, 2, mask_num_parts=1).draw(9, 4)), 9)
         with self.assertRaisesRegex(ValueError, "all joints"):
             SkeletonMAE(overlapping, 2, mask_num_parts=2)
+        rare = make_skeleton("a b c", [(0, 1), (1, 2)], dict(left=[0, 1], right=[1, 2], **{str(n): [1] for n in range(30)}), 1)
+        with self.assertRaisesRegex(ValueError, "all joints"):  # one of 496 choices, which no single draw would find
+            SkeletonMAE(rare, 2, mask_num_parts=2)
         many = make_skeleton([str(n) for n in range(60)], [(0, 1)], {str(n): [n] for n in range(60)}, 0)
         SkeletonMAE(many, 2, mask_num_parts=30)  # 10^17 choices, none of which hides all joints: not tried one by one
         with self.assertRaisesRegex(ValueError, "mse; expected cosine or squared"):
