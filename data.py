@@ -368,7 +368,7 @@ def without_absent(x: Tensor) -> Tensor:
 def read_annotation(annotation: dict, scored: bool, what: str) -> Tensor:
     """The sequence (T, M, V, C), with the joint score last where the file has scores, of at most two persons."""
     keypoint = _as_tensor(annotation.get("keypoint"), f"{what}: keypoint")
-    swapped = keypoint.dim() == 4 and len(keypoint) > 10 and keypoint.shape[1] <= 2  # a crowd in two frames
+    swapped = keypoint.dim() == 4 and len(keypoint) > 30 and keypoint.shape[1] <= 2  # a crowd in two frames
     if keypoint.dim() != 4 or keypoint.shape[3] not in (2, 3) or 0 in keypoint.shape or swapped:
         raise DataError(f"{what}: keypoint has shape {tuple(keypoint.shape)}; expected (M, T, V, C) with C 2 or 3, persons before frames "
                         "(an array a of one person is a[None])")
@@ -382,7 +382,7 @@ def read_annotation(annotation: dict, scored: bool, what: str) -> Tensor:
     if len(keypoint) > 2:
         there = (keypoint != 0).flatten(2).any(2)  # (M, T)
         moved = keypoint.diff(dim=1).abs().sum((2, 3)) * (there[:, 1:] & there[:, :-1])  # who comes or goes has not moved by that
-        rank = keypoint[..., -1].mean((1, 2)) if scored else moved.mean(1)
+        rank = keypoint[..., -1].mean((1, 2)) if scored else torch.where(there.any(1), moved.sum(1), -1)
         keypoint = keypoint[rank.topk(2).indices.sort().values]
     return (without_absent(keypoint[None])[0] if scored else keypoint).transpose(0, 1)
 
@@ -632,7 +632,8 @@ def first_byte(path: str) -> bytes:
 
 def load(path: str | None = None, split: str | None = None, layout: str | None = None, test_fraction: float = 0.2,
          synthetic_size: int = 1600, box: bool = False) -> Dataset:
-    """Reads a data set by the ending of its name, checks all of it, and finds its layout. Without a path: the built-in stick figures.
+    """Reads a data set by the ending of its name, a pickle also by its first byte, checks all of it, and finds its layout. Without a
+    path: the built-in stick figures.
     box: batches of it are `boxed`.
 
     Raises DataError for what is in the file, OSError for the file itself.

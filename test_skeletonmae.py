@@ -1256,6 +1256,11 @@ class PickleTest(Case):
         annotations = [{**a, "keypoint": ndarray((3, 6, 13, 2), flicker, dtype("<f4"))} for a in pyskl(2)]
         train = data.load(self.write("a.pkl", pickled(annotations))).train
         self.assertEqual(train.frames[:6, :, 0, 0].tolist(), [[2.0 + t] * 2 for t in range(6)])  # who comes and goes has not moved
+        for who in product(("moves", "stays", "once", "nowhere"), repeat=3):  # and whoever is there goes before an empty place
+            moves = {"moves": [t + 2.0 for t in range(6)], "stays": [2.0] * 6, "once": [0.0, 0, 9, 0, 0, 0], "nowhere": [0.0] * 6}
+            values = [value for name in who for value in moves[name] for _ in range(26)]
+            kept = data.read_annotation({"keypoint": torch.tensor(values).view(3, 6, 13, 2)}, False, "a")
+            self.assertEqual(int(kept.flatten(2).any(2).any(0).sum()), min(2, 3 - who.count("nowhere")), who)
 
     def test_nobody_there(self):
         """A person of zero coordinates, or of zero score throughout, is absent, in a file where other annotations have scores too."""
@@ -1307,7 +1312,7 @@ class PickleTest(Case):
                 ("keypoint is a list", one(keypoint=[1.0]), ["bad", "keypoint", "list"]),
                 ("never filled", one(keypoint=rebuilt()), ["bad", "keypoint"]),
                 ("shape", one(keypoint=ndarray((2, 13, 2), [1.0] * 52, f4)), ["bad", "(2, 13, 2)"]),
-                ("frames first", one(keypoint=ndarray((11, 1, 13, 2), [1.0] * 286, f4)), ["bad", "(11, 1, 13, 2)", "before frames"]),
+                ("frames first", one(keypoint=ndarray((31, 1, 13, 2), [1.0] * 806, f4)), ["bad", "(31, 1, 13, 2)", "before frames"]),
                 ("joints", one(keypoint=ndarray((1, 2, 14, 2), [1.0] * 56, f4)), ["bad", "14"]),
                 ("score", one(keypoint_score=ndarray((1, 1, 13), [1.0] * 13, f4)), ["bad", "keypoint_score"]),
                 ("NaN", one(keypoint=ndarray((1, 2, 13, 2), [math.nan] * 52, f4)), ["bad", "NaN"]),
@@ -2170,6 +2175,13 @@ class ScriptTest(ScriptCase):
             self.assertRegex(said.getvalue(), rf"^error: the {whose} is full \(.*\).*--micro-batch.*\n$")
         self.assertRaises(RuntimeError, train_pretrain.run, unittest.mock.Mock(side_effect=RuntimeError("a mistake of ours")))
 
+    def test_the_process_group_ends_with_the_run(self):
+        """torchrun's processes part once main is done."""
+        with unittest.mock.patch.dict(os.environ, GLOO_SOCKET_IFNAME="lo"):
+            torch.distributed.init_process_group("gloo", init_method=f"file://{self.folder}/store", rank=0, world_size=1)
+        train_pretrain.run(lambda: None)
+        self.assertFalse(torch.distributed.is_initialized())
+
     def test_interrupted(self):
         """Ctrl-C ends with status 130, SIGTERM with 143, both with one line that says how to go on."""
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -2367,10 +2379,11 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         self.assertNotIn("--box", hint(self.pretrain("--synthetic-size 32 --epochs 1"))[1])  # in 2D
 
     def test_hint_for_a_long_warm_up(self):
-        """Where the warm-up does not end before the first milestone, or at all, fine-tuning says so."""
+        """Where the warm-up does not end, fine-tuning says so."""
         for flags, said in (("--epochs 3 --milestones 2", True), ("--epochs 3 --milestones 2 --warmup 2", False),
                             ("--epochs 2 --warmup 3", True), ("--epochs 2 --warmup 2", False),
-                            ("--epochs 2 --milestones 0 --warmup 0", False)):
+                            ("--epochs 2 --milestones 0 --warmup 0", False),
+                            ("--epochs 4 --milestones 2 --warmup 3", False)):  # the warm-up goes first
             self.assertEqual("the learning rate does not reach --lr" in self.finetune(f"{self.data} {flags}"), said, flags)
 
     def test_a_moved_folder_is_resumed_where_it_is(self):
@@ -2550,7 +2563,7 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
             self.assertNotIn("usually", script("--data solid.pt --layout penn13 --epochs 1 --out solid"))
             self.assertNotIn("no edges join", script(f"{self.data} --epochs 1 --out loose"))
         Path("five.json").write_text(json.dumps(FIVE | {"edges": [[0, 1]]}))
-        self.assertIn("in layout five.json no edges join 3 of the joints", self.pretrain(f"{self.data} --epochs 1 --out loose"))
+        self.assertIn("in layout five.json no edges join 3 of the joints to root", self.pretrain(f"{self.data} --epochs 1 --out loose"))
         self.assertIn("expected the same skeleton", self.pretrain("--resume --epochs 2", 2))
         self.assertEqual([path.read_bytes() for path in files], before)
 

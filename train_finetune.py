@@ -102,7 +102,8 @@ def metrics(outputs: dict) -> dict:
 
 
 def take_settings(settings: Settings, given: set, source: dict) -> set:
-    """A checkpoint decides its shape and, unless told otherwise, its data. Returns the names of the settings that no flag may change."""
+    """A checkpoint decides its shape and, unless told otherwise, its data, or their layout where that is a file. Returns the names of
+    the settings that no flag may change."""
     fixed = {"width", "hidden", "layers", "motion", "bone", "score", "box"}
     if source["kind"] == "finetune":
         fixed |= {*STRL_SETTINGS, "linear_probe"}
@@ -112,7 +113,10 @@ def take_settings(settings: Settings, given: set, source: dict) -> set:
     refuse_change(settings, before, fixed & given, settings.ckpt, "leave it out")
     for name in fixed:
         setattr(settings, name, before[name])
-    for name in ({"layout"} if "data" in given else DATA_SETTINGS) - given:  # other data must have the same layout
+    brought = DATA_SETTINGS
+    if "data" in given:  # must have the same layout, and one that is not built in cannot be found from the data
+        brought = {"layout"} if before["layout"].endswith(".json") else set()
+    for name in brought - given:
         setattr(settings, name, before[name])
     if settings.eval_only and "out" not in given:
         settings.out = os.path.dirname(settings.ckpt) or "."
@@ -218,7 +222,7 @@ def main(argv=None):
         f"{train.steps} steps an epoch")
     if not resumed and not settings.linear_probe:
         hint_at_steps(say, train, settings, fixed, batch_size=16, optimizer="adamw", lr=3e-3, weight_decay=0.05, clip=5)
-    if settings.warmup > min((settings.epochs, *settings.milestones)):
+    if settings.warmup > settings.epochs:
         say(f"hint: the learning rate does not reach --lr, for its warm-up takes {settings.warmup} epochs; try a shorter --warmup")
     elif settings.milestones and min(settings.milestones) >= settings.epochs > max(1, settings.warmup):
         near_the_end = sorted({settings.epochs * 9 // 11, settings.epochs * 10 // 11})

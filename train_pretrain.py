@@ -166,8 +166,8 @@ class Terminated(BaseException):
 
 
 def run(main, resumes: bool = True):
-    """Calls main. What the user can mend is one line on stderr and exit status 2; a run that was interrupted (130, 143) or lost another
-    process (1) says how to go on, if it `resumes`."""
+    """Calls main. What the user can mend is one line on stderr and exit status 2, another process that stopped 1; an interrupted run,
+    130 or 143, says how to go on if it `resumes`."""
     def terminate(*_):
         raise Terminated
 
@@ -305,7 +305,8 @@ def note_oddities(say, settings: CommonSettings, data: Dataset):
             "their own, and a score is no coordinate (in a pickle it is the keypoint_score)")
     loose = sum(parent == joint for joint, parent in enumerate(bone_parents(data.skeleton))) - 1  # the root aside
     if loose:
-        say(f"note: in layout {data.layout} no edges join {loose} of the joints to the centre")
+        root = data.skeleton["joints"][data.skeleton["centre"][0]]
+        say(f"note: in layout {data.layout} no edges join {loose} of the joints to {root}, the root of the bones")
     if settings.score and not data.score:
         say("note: these data have no joint scores; --score does nothing")
     if settings.rotation and data.channels == 2:
