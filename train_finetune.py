@@ -102,8 +102,8 @@ def metrics(outputs: dict) -> dict:
 
 
 def take_settings(settings: Settings, given: set, source: dict) -> set:
-    """A checkpoint decides its shape and, unless told otherwise, its data, or their layout where that is a file. Returns the names of
-    the settings that no flag may change."""
+    """A checkpoint decides its shape and, unless told otherwise, its data; of other data still the layout, where that is a file.
+    Returns the names of the settings that no flag may change."""
     fixed = {"width", "hidden", "layers", "motion", "bone", "score", "box"}
     if source["kind"] == "finetune":
         fixed |= {*STRL_SETTINGS, "linear_probe"}
@@ -114,7 +114,7 @@ def take_settings(settings: Settings, given: set, source: dict) -> set:
     for name in fixed:
         setattr(settings, name, before[name])
     brought = DATA_SETTINGS
-    if "data" in given:  # must have the same layout, and one that is not built in cannot be found from the data
+    if "data" in given:  # the layout must be the same, and one that is not built in cannot be found from other data
         brought = {"layout"} if before["layout"].endswith(".json") else set()
     for name in brought - given:
         setattr(settings, name, before[name])
