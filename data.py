@@ -368,8 +368,8 @@ def without_absent(x: Tensor) -> Tensor:
 def read_annotation(annotation: dict, scored: bool, what: str) -> Tensor:
     """The sequence (T, M, V, C), with the joint score last where the file has scores, of at most two persons."""
     keypoint = _as_tensor(annotation.get("keypoint"), f"{what}: keypoint")
-    swapped = keypoint.dim() == 4 and len(keypoint) > 30 and keypoint.shape[1] <= 2  # a crowd in two frames
-    if keypoint.dim() != 4 or keypoint.shape[3] not in (2, 3) or 0 in keypoint.shape or swapped:
+    if (keypoint.dim() != 4 or keypoint.shape[3] not in (2, 3) or 0 in keypoint.shape
+            or len(keypoint) > 30 and keypoint.shape[1] <= 2):  # a crowd in two frames: the axes are swapped
         raise DataError(f"{what}: keypoint has shape {tuple(keypoint.shape)}; expected (M, T, V, C) with C 2 or 3, persons before frames "
                         "(an array a of one person is a[None])")
     keypoint = keypoint.float()
@@ -380,9 +380,12 @@ def read_annotation(annotation: dict, scored: bool, what: str) -> Tensor:
             raise DataError(f"{what}: keypoint_score has shape {tuple(score.shape)}; expected {tuple(keypoint.shape[:3])}")
         keypoint = torch.cat([keypoint, score[..., None]], -1)
     if len(keypoint) > 2:
-        there = (keypoint != 0).flatten(2).any(2)  # (M, T)
-        moved = keypoint.diff(dim=1).abs().sum((2, 3)) * (there[:, 1:] & there[:, :-1])  # who comes or goes has not moved by that
-        rank = keypoint[..., -1].mean((1, 2)) if scored else torch.where(there.any(1), moved.sum(1), -1)
+        if scored:
+            rank = keypoint[..., -1].mean((1, 2))
+        else:
+            there = (keypoint != 0).flatten(2).any(2)  # (M, T)
+            moved = keypoint.diff(dim=1).abs().sum((2, 3)) * (there[:, 1:] & there[:, :-1])  # who comes or goes has not moved by that
+            rank = torch.where(there.any(1), moved.sum(1), -1)
         keypoint = keypoint[rank.topk(2).indices.sort().values]
     return (without_absent(keypoint[None])[0] if scored else keypoint).transpose(0, 1)
 
@@ -606,8 +609,13 @@ def from_pt(path: str) -> tuple:
     return train, test, "x_train / x_test", False
 
 
+def layouts_of(V: int) -> list:
+    """Names of the built-in layouts of V joints."""
+    return [name for name, s in SKELETONS.items() if len(s["joints"]) == V]
+
+
 def find_layout(V: int, C: int, path: str) -> str:
-    fits = [name for name, s in SKELETONS.items() if len(s["joints"]) == V]
+    fits = layouts_of(V)
     fits = [name for name in fits if C == usual_channels(name)] or fits
     if len(fits) != 1:
         raise DataError(f"{path}: {V} joints in {C}D fit {' and '.join(fits) or 'no known layout'}; name one with --layout "
@@ -633,8 +641,7 @@ def first_byte(path: str) -> bytes:
 def load(path: str | None = None, split: str | None = None, layout: str | None = None, test_fraction: float = 0.2,
          synthetic_size: int = 1600, box: bool = False) -> Dataset:
     """Reads a data set by the ending of its name, a pickle also by its first byte, checks all of it, and finds its layout. Without a
-    path: the built-in stick figures.
-    box: batches of it are `boxed`.
+    path: the built-in stick figures. box: batches of it are `boxed`.
 
     Raises DataError for what is in the file, OSError for the file itself.
     """
@@ -660,9 +667,8 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     layout = layout or find_layout(V, C, path)
     skeleton = asked or SKELETONS[layout]
     if len(skeleton["joints"]) != V:
-        fits = [name for name, s in SKELETONS.items() if len(s["joints"]) == V]
         raise DataError(f"{path} has {V} joints, layout {layout} has {len(skeleton['joints'])}; expected the same, choose another --layout "
-                        f"({' or '.join(fits) or 'a JSON file'})")
+                        f"({' or '.join(layouts_of(V)) or 'a JSON file'})")
     if not train.there.any():
         raise DataError(f"{path}: every coordinate of the training sequences is zero; expected skeletons")
     labels = torch.cat([train.label, test.label])
