@@ -9,6 +9,7 @@ Formats (README, "Real data"): CTR-GCN's npz, PYSKL's pickle, and a .pt dict {"x
 torch's weights_only. Shape legend: see skeletonmae.py; F is all frames of a data set, one sequence after the other.
 """
 import ast
+import hashlib
 import io
 import json
 import math
@@ -113,8 +114,10 @@ class Dataset:
         return self.train.frames.shape[1]
 
     def __str__(self) -> str:
-        lengths, empty = torch.cat([self.train.length, self.test.length]), self.train.empty() + self.test.empty()
-        return (f"{len(self.train)} training and {len(self.test)} test sequences ({shown(self.split)}), {len(self.classes)} classes, "
+        lengths, labels = (torch.cat([getattr(half, name) for half in (self.train, self.test)]) for name in ("length", "label"))
+        empty, unused = self.train.empty() + self.test.empty(), len(self.classes) - len(labels.unique())
+        return (f"{len(self.train)} training and {len(self.test)} test sequences ({shown(self.split)}), {len(self.classes)} classes"
+                f"{f' ({unused} of them without a sequence)' * (unused > 0)}, "
                 f"{self.persons} person{'s' * (self.persons > 1)}, layout {self.layout} ({len(self.skeleton['joints'])} joints), "
                 f"{self.channels}D{' with joint scores' * self.score}, {int(lengths.min())} to {int(lengths.max())} frames"
                 + f", {empty} sequences without anyone" * (empty > 0))
@@ -164,12 +167,12 @@ def flatten(sequences: list, labels: Tensor, names: list, what: str, persons: in
     return Sequences(frames, length.cumsum(0) - length, length, labels, present, there, names)
 
 
-def check_size(path: str, claimed: int, rate: int = 1, spare: int = 2**22):
+def check_size(path: str, claimed: int, rate: int = 1, spare: int = 2**22, what: str = "values", mend: str = ""):
     """A few bytes can name one array a million times, or deflate zeros without end: what a file unfolds to may not outgrow it."""
     size = os.path.getsize(path)
     if claimed > rate * size + spare:
-        raise DataError(f"{path} claims {claimed} values, too many for a file of {size} bytes; it repeats itself (of overlapping "
-                        "windows save copies, window.clone()) or is damaged")
+        mend = mend or "it repeats itself (of overlapping windows save copies, window.clone()) or is damaged"
+        raise DataError(f"{path} claims {claimed} {what}, too many for a file of {size} bytes; {mend}")
 
 
 # ---------------------------------------------------------------------------------------------- .npy and .npz by hand
@@ -235,7 +238,8 @@ def read_npz(path: str, wanted: tuple) -> dict:
             zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         entries = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        check_size(path, sum(entries[name].file_size for name in wanted if name in entries), 50, 2**26)  # padding deflates well
+        check_size(path, sum(entries[name].file_size for name in wanted if name in entries), 50, 2**26, "bytes", "it is damaged or, "
+                   "for one very long sequence, mostly padding: save it with np.savez, which does not compress")
         for name in wanted:
             if name not in entries:
                 raise DataError(f"{path} has no {name}; expected {', '.join(wanted)}, found {', '.join(sorted(entries)) or 'nothing'}")
@@ -369,7 +373,7 @@ def read_annotation(annotation: dict, scored: bool, what: str) -> Tensor:
     """The sequence (T, M, V, C), with the joint score last where the file has scores, of at most two persons."""
     keypoint = _as_tensor(annotation.get("keypoint"), f"{what}: keypoint")
     if (keypoint.dim() != 4 or keypoint.shape[3] not in (2, 3) or 0 in keypoint.shape
-            or len(keypoint) > 30 and keypoint.shape[1] <= 2):  # a crowd in two frames: the axes are swapped
+            or len(keypoint) > 5 and keypoint.shape[1] <= 2):  # a crowd in two frames: the axes are swapped
         raise DataError(f"{what}: keypoint has shape {tuple(keypoint.shape)}; expected (M, T, V, C) with C 2 or 3, persons before frames "
                         "(an array a of one person is a[None])")
     keypoint = keypoint.float()
@@ -433,7 +437,8 @@ def divide(data: Sequences, splits: dict | None, wanted: str | None, test_fracti
             raise DataError(f"test fraction {test_fraction}; expected more than 0 and less than 1")
         if len(data) < 2:
             raise DataError(f"{path} holds one sequence and no split; expected at least two")
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # the same halves for every --seed
+        digests = [hashlib.sha256(name.encode(errors="replace")).digest() for name in data.names]
+        order = torch.tensor(sorted(range(len(data)), key=digests.__getitem__))  # by name: sequences added later move no other
         cut = min(max(round(test_fraction * len(data)), 1), len(data) - 1)
         return data.subset(order[cut:]), data.subset(order[:cut]), f"a random {test_fraction:g} for testing"
     if not isinstance(splits, dict):

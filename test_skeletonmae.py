@@ -1212,6 +1212,9 @@ class PickleTest(Case):
         self.assertEqual((len(halves[0].train), len(halves[0].test), halves[0].score, halves[0].classes), (14, 6, False, [1, 2]))
         self.assertEqual(sorted(halves[0].train.names + halves[0].test.names), sorted(f"a{n}" for n in range(20)))
         self.assertEqual(halves[0].test.names, halves[1].test.names)
+        more = data.load(self.write("more.pkl", pickled(pyskl(23))), test_fraction=0.3)  # what came later moves one at most
+        self.assertLessEqual(len({*halves[0].test.names} & {*more.train.names}) + len({*halves[0].train.names} & {*more.test.names}), 1)
+        self.assertNotIn(sorted(halves[0].test.names), [sorted(f"a{n}" for n in part) for part in (range(6), range(14, 20))])
         self.refused(path, "xsub", split="xsub")
         self.refused(self.write("a.pkl", pickled(pyskl(1))), "a.pkl")
 
@@ -1331,6 +1334,7 @@ class PickleTest(Case):
                 ("empty half", {"annotations": pyskl(), "split": {"train": ["a0"], "val": []}}, ["val", "empty"]),
                 ("absent names", {"annotations": pyskl(), "split": {"train": ["a0"], "val": ["b"]}}, ["val"]),
                 ("no split dict", {"annotations": pyskl(), "split": [1]}, ["split"]),
+                ("frames for persons", one(keypoint=ndarray((6, 1, 13, 2), [1.0] * 156, f4)), ["(6, 1, 13, 2)", "persons before frames"]),
                 ("cut", pickled(pyskl())[:-40], []),
                 ("2^60 bytes", b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"x.", []),
                 ("2^60 elements", one(keypoint=rebuilt((2**60, 2, 13, 2), f4, False, b"1234")), ["needs"]),
@@ -2377,6 +2381,10 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         train = data.load("tiny.pt", layout="five.json").train
         self.assertGreaterEqual(Loader(train, FIVE, 3, 16, 16, True, repeat=2560).steps, 4000)
         self.assertNotIn("--box", hint(self.pretrain("--synthetic-size 32 --epochs 1"))[1])  # in 2D
+        printed = hint(self.finetune(f"{self.data} --epochs 1 --nesterov"))[1]
+        self.finetune(f"{self.data} --epochs 1 --nesterov {printed} --repeat 1")
+        line = f"{self.data} --epochs 1 --strl-layers 3 --stride 5 --frames 30"
+        self.pretrain(f"{line} {hint(self.pretrain(line))[1]} --repeat 1")
 
     def test_hint_for_a_long_warm_up(self):
         """Where the warm-up does not end, fine-tuning says so."""
@@ -2423,6 +2431,47 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         self.finetune("--ckpt one/finetune.pt --eval-only --out two")
         names = [torch.load(f"{out}/test_outputs.pt", weights_only=True)["names"] for out in ("one", "two")]
         self.assertEqual(*names)
+
+    def test_another_split_of_the_data_is_noted(self):
+        """A checkpoint tested or fine-tuned on another split of its data may have seen the test sequences in training."""
+        splits = {f"{k}_{half}": [f"a{n}" for n in range(8) if (n // 2 % 2 == k) == (half == "test")]
+                  for k in (0, 1) for half in ("train", "test")}
+        self.write("two.pkl", pickled({"annotations": pyskl(8), "split": splits}))
+        shutil.copy("two.pkl", "other.pkl")
+        note = "was trained on another split of these data"
+        for script, name in ((self.pretrain, "pretrain"), (self.finetune, "finetune")):
+            self.assertNotIn(note, script("--data two.pkl --split 0 --epochs 1"))
+            for line in ("--epochs 1", "--epochs 1 --data other.pkl --split 1"):
+                self.assertNotIn(note, self.finetune(f"--ckpt runs/{name}/{name}.pt --out other {line}"))
+            self.assertIn(note, self.finetune(f"--ckpt runs/{name}/{name}.pt --out other --epochs 1 --split 1"))
+        self.assertIn(note, self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --out other --split 1"))
+        self.assertNotIn(note, self.finetune("--ckpt runs/finetune/finetune.pt --eval-only"))
+
+    def test_doubtful_data_are_noted(self):
+        """Missing joints without scores, a score as third coordinate, a layout without left and right, a guessed layout, unused labels."""
+        def said(x, line="", **content):
+            x = {f"x_{half}": [x] * 4 for half in ("train", "test")}
+            torch.save({**x, "y_train": [1, 5, 1, 5], "y_test": [1, 5, 1, 5], **content}, "doubtful.pt")
+            return [script(f"--data doubtful.pt --epochs 1 --out doubtful {line}") for script in (self.pretrain, self.finetune)]
+
+        x = torch.rand(8, 1, 25, 3) + 20 * torch.arange(25)[:, None]
+        missing, score, centred = (x.clone() for _ in range(3))
+        missing[2, :, :5], score[..., 2], centred[:, :, 1] = 0, torch.rand(8, 1, 25), 0
+        order = ", ".join(SKELETONS["ntu25"]["joints"])
+        for printed in said(x):
+            self.assertIn(f"note: ntu25 is a guess from 25 joints in 3D; if yours are not {order}, in this order, give", printed)
+            self.assertIn("5 classes (3 of them without a sequence)", printed)
+            self.assertEqual(printed.count("note: "), 1)
+        for printed in said(x, "--layout ntu25") + said(centred, "--layout ntu25"):
+            self.assertNotIn("note: ", printed)
+        for printed in said(missing):
+            self.assertIn("note: 2 % of the joints are exactly 0 and taken for positions", printed)  # 5 of 8 x 25
+        for printed in said(score, "--layout ntu25"):
+            self.assertIn("note: the third coordinate is between 0 and 1, the others are not", printed)
+        Path("blank.json").write_text(json.dumps(FIVE | {"joints": list("abcde"), "pairs": []}))
+        for printed in said(x[:, :, :5], "--layout blank.json"):
+            self.assertIn("note: layout blank.json has no left and right", printed)
+            self.assertEqual(printed.count("note: "), 1)
 
     def test_bad_input_is_one_message_and_status_2(self):
         """What a user can get wrong: one short message that names it, no traceback, and every file as it was."""
@@ -2797,6 +2846,7 @@ class ReliabilityTest(ScriptCase):
         header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1152921504606846976, 300, 150), }".ljust(117) + b"\n"
         huge = b"\x93NUMPY\1\0" + struct.pack("<H", 118) + header
         doubling = b")q\0" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))
+        self.refused(self.write("padded.npz", zipped(zipfile.ZIP_DEFLATED, x_train=bytes(2**27))), "134217728 bytes", "padding", "np.savez")
         for name, content in (("a.npz", zipped(x_train=huge)),
                               ("b.pkl", b"(" * 200_000 + b"l" * 200_000 + b"."),
                               ("c.pkl", b"]" * 100_000 + b"a" * 99_999 + b"."),

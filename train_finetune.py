@@ -178,7 +178,10 @@ def main(argv=None):
     if source and source["kind"] == "finetune" and source["classes"] != data.classes:
         known, found = (f"{len(labels)} classes {str(labels):.40}" for labels in (source["classes"], data.classes))
         raise Failure(f"{start} knows {known}, the data have {found}; expected the same")
-    if settings.eval_only and "out" not in given and pick(settings, *DATA_SETTINGS) != recorded(Settings, source, start, DATA_SETTINGS):
+    before = recorded(Settings, source, start, DATA_SETTINGS) if source else {}
+    if source and settings.data == before["data"] and pick(settings, *DATA_SETTINGS) != before:
+        say(f"note: {start} was trained on another split of these data; its training sequences may be among the test sequences here")
+    if settings.eval_only and "out" not in given and pick(settings, *DATA_SETTINGS) != before:
         raise Failure(f"--eval-only would replace the test outputs of {start} by those of other data; expected an --out of their own")
     if settings.label_fraction < 1:
         data.train = data.train.subset(label_subset(data.train.label, settings.label_fraction, settings.label_seed))
@@ -221,7 +224,7 @@ def main(argv=None):
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}{' in bfloat16' * amp}, {described}; "
         f"{train.steps} steps an epoch")
     if not resumed and not settings.linear_probe:
-        hint_at_steps(say, train, settings, fixed, batch_size=16, optimizer="adamw", lr=3e-3, weight_decay=0.05, clip=5)
+        hint_at_steps(say, train, settings, fixed, batch_size=16, optimizer="adamw", nesterov=False, lr=3e-3, weight_decay=0.05, clip=5)
     if settings.warmup > settings.epochs:
         say(f"hint: the learning rate does not reach --lr, for its warm-up takes {settings.warmup} epochs; try a shorter --warmup")
     elif settings.milestones and min(settings.milestones) >= settings.epochs > max(1, settings.warmup):

@@ -298,8 +298,24 @@ def read_data(settings: CommonSettings) -> Dataset:
 
 
 def note_oddities(say, settings: CommonSettings, data: Dataset):
-    """Says what may be a mistake: flags that these data leave without effect, a layout that may be another."""
-    usual = usual_channels(data.layout)
+    """Says what may be a mistake: a layout that may be another, numbers that may be no positions, flags that these data leave without
+    effect."""
+    C, joints, usual = data.channels, data.skeleton["joints"], usual_channels(data.layout)
+    poses = data.train.frames[:10_000, ..., :C][data.train.there[:10_000]].float()  # (n, V, C), of NTU's 7 GB the beginning
+    zero = (poses == 0).all(-1)
+    missing = 100 * (zero & ~zero.all(0)).float().mean()  # the origin of centred data is zero in every frame
+    if settings.data and not settings.layout:
+        say(f"note: {data.layout} is a guess from {len(joints)} joints in {C}D; if yours are not {', '.join(joints)}, in this order, "
+            "give their --layout")
+    if missing > 1 and not data.score:
+        say(f"note: {missing:.0f} % of the joints are exactly 0 and taken for positions; where they are missing, give a pickle a "
+            "keypoint_score of 0")
+    if C == 3 and ((0 <= poses[..., 2]) & (poses[..., 2] <= 1)).all() and (poses[..., :2] > 10).any():
+        say("note: the third coordinate is between 0 and 1, the others are not: a score is no coordinate; leave it out or make it the "
+            "keypoint_score of a pickle")
+    if not data.skeleton["pairs"]:
+        say(f"note: layout {data.layout} has no left and right: nothing is mirrored and, in 3D, no sequence is turned to its viewer; "
+            "name joints left_x and right_x, or list pairs")
     if not settings.layout and data.channels != usual:
         say(f"note: {data.layout} usually comes in {usual}D, these data are {data.channels}D: joints in another order need a --layout of "
             "their own, and a score is no coordinate (in a pickle it is the keypoint_score)")
@@ -477,13 +493,15 @@ def hint_at_steps(say, train: Loader, settings: CommonSettings, fixed=(), **advi
     steps = train.steps * settings.epochs
     if steps < 2000:
         repeat = math.ceil(4000 * advice["batch_size"] / (len(train.data) * settings.epochs))
-        advice |= {"motion": True, "bone": True, "hidden": 64, "frames": 16, "crop": 0.3, "repeat": min(repeat, 10_000)}
+        frames = max(16, settings.stride ** max(0, settings.strl_layers - 1))  # which leave one for the last layer
+        advice |= {"motion": True, "bone": True, "hidden": 64, "frames": frames, "crop": 0.3, "repeat": min(repeat, 10_000)}
         if settings.strl_layers:  # else pre-training has no attention
             advice |= {"blocks": 1}
         if train.channels == 3:
             advice |= {"box": True, "rotation": 60}
-        flags = " ".join(f"--{flag(name)}" if value is True else f"--{flag(name)} {value}" for name, value in advice.items()
-                         if name not in fixed and getattr(settings, name) != value)
+        changed = {flag(name): value for name, value in advice.items() if name not in fixed and getattr(settings, name) != value}
+        flags = " ".join(f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name} {value}"
+                         for name, value in changed.items())
         say(f"hint: {steps} steps in all is little training; for a small set try {flags}")
 
 
