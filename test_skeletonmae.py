@@ -2438,10 +2438,10 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                   for k in (0, 1) for half in ("train", "test")}
         self.write("two.pkl", pickled({"annotations": pyskl(8), "split": splits}))
         shutil.copy("two.pkl", "other.pkl")
-        note = "was trained on another split of these data"
+        note = "was trained with another --split"
         for script, name in ((self.pretrain, "pretrain"), (self.finetune, "finetune")):
             self.assertNotIn(note, script("--data two.pkl --split 0 --epochs 1"))
-            for line in ("--epochs 1", "--epochs 1 --data other.pkl --split 1"):
+            for line in ("--epochs 1", "--epochs 1 --layout penn13", "--epochs 1 --data other.pkl --split 1"):
                 self.assertNotIn(note, self.finetune(f"--ckpt runs/{name}/{name}.pt --out other {line}"))
             self.assertIn(note, self.finetune(f"--ckpt runs/{name}/{name}.pt --out other --epochs 1 --split 1"))
         self.assertIn(note, self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --out other --split 1"))

@@ -179,8 +179,9 @@ def main(argv=None):
         known, found = (f"{len(labels)} classes {str(labels):.40}" for labels in (source["classes"], data.classes))
         raise Failure(f"{start} knows {known}, the data have {found}; expected the same")
     before = recorded(Settings, source, start, DATA_SETTINGS) if source else {}
-    if source and settings.data == before["data"] and pick(settings, *DATA_SETTINGS) != before:
-        say(f"note: {start} was trained on another split of these data; its training sequences may be among the test sequences here")
+    if source and settings.data == before["data"] and any(getattr(settings, name) != before[name] for name in DATA_SETTINGS - {"layout"}):
+        say(f"note: {start} was trained with another --split, --test-fraction or --synthetic-size of these data: its training sequences "
+            "may be among the test sequences here")
     if settings.eval_only and "out" not in given and pick(settings, *DATA_SETTINGS) != before:
         raise Failure(f"--eval-only would replace the test outputs of {start} by those of other data; expected an --out of their own")
     if settings.label_fraction < 1:
