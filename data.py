@@ -429,7 +429,8 @@ def from_pyskl(path: str, split: str | None, test_fraction: float) -> tuple:
 
 
 def divide(data: Sequences, splits: dict | None, wanted: str | None, test_fraction: float, path: str) -> tuple:
-    """Training half, test half and how they were told apart: by the splits of the file or, where it has none, at random."""
+    """Training half, test half and how they were told apart: by the splits of the file or, where it has none, by a digest of
+    each name, the same for every seed."""
     if splits is None:
         if wanted:
             raise DataError(f"{path} has no splits, so --split {wanted} cannot be found; leave it out and set --test-fraction")
@@ -438,7 +439,7 @@ def divide(data: Sequences, splits: dict | None, wanted: str | None, test_fracti
         if len(data) < 2:
             raise DataError(f"{path} holds one sequence and no split; expected at least two")
         digests = [hashlib.sha256(name.encode(errors="replace")).digest() for name in data.names]
-        order = torch.tensor(sorted(range(len(data)), key=digests.__getitem__))  # by name: sequences added later move no other
+        order = torch.tensor(sorted(range(len(data)), key=digests.__getitem__))  # random, but one added later moves one other at most
         cut = min(max(round(test_fraction * len(data)), 1), len(data) - 1)
         return data.subset(order[cut:]), data.subset(order[:cut]), f"a random {test_fraction:g} for testing"
     if not isinstance(splits, dict):

@@ -2449,9 +2449,8 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
 
     def test_doubtful_data_are_noted(self):
         """Missing joints without scores, a score as third coordinate, a layout without left and right, a guessed layout, unused labels."""
-        def said(x, line="", **content):
-            x = {f"x_{half}": [x] * 4 for half in ("train", "test")}
-            torch.save({**x, "y_train": [1, 5, 1, 5], "y_test": [1, 5, 1, 5], **content}, "doubtful.pt")
+        def said(x, line=""):
+            torch.save({"x_train": [x] * 4, "y_train": [1, 5, 1, 5], "x_test": [x] * 4, "y_test": [1, 5, 1, 5]}, "doubtful.pt")
             return [script(f"--data doubtful.pt --epochs 1 --out doubtful {line}") for script in (self.pretrain, self.finetune)]
 
         x = torch.rand(8, 1, 25, 3) + 20 * torch.arange(25)[:, None]

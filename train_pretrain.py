@@ -316,16 +316,16 @@ def note_oddities(say, settings: CommonSettings, data: Dataset):
     if not data.skeleton["pairs"]:
         say(f"note: layout {data.layout} has no left and right: nothing is mirrored and, in 3D, no sequence is turned to its viewer; "
             "name joints left_x and right_x, or list pairs")
-    if not settings.layout and data.channels != usual:
-        say(f"note: {data.layout} usually comes in {usual}D, these data are {data.channels}D: joints in another order need a --layout of "
+    if not settings.layout and C != usual:
+        say(f"note: {data.layout} usually comes in {usual}D, these data are {C}D: joints in another order need a --layout of "
             "their own, and a score is no coordinate (in a pickle it is the keypoint_score)")
     loose = sum(parent == joint for joint, parent in enumerate(bone_parents(data.skeleton))) - 1  # the root aside
     if loose:
-        root = data.skeleton["joints"][data.skeleton["centre"][0]]
+        root = joints[data.skeleton["centre"][0]]
         say(f"note: in layout {data.layout} no edges join {loose} of the joints to {root}, the root of the bones")
     if settings.score and not data.score:
         say("note: these data have no joint scores; --score does nothing")
-    if settings.rotation and data.channels == 2:
+    if settings.rotation and C == 2:
         say("note: these data are 2D; --rotation does nothing")
 
 
