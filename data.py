@@ -106,7 +106,7 @@ class Dataset:
     skeleton: dict
     channels: int           # C, 2 or 3, the score not counted
     score: bool             # frames carry a joint score as one further channel
-    classes: list           # label values from the lowest to the highest in the file, K of them
+    classes: list           # label values from the lowest to the highest in the two halves, K of them
     split: str              # how training and test sequences were told apart
 
     @property
@@ -123,7 +123,7 @@ class Dataset:
                 + f", {empty} sequences without anyone" * (empty > 0))
 
 
-MAX_COORDINATE = 1e9  # beyond any unit a body is measured in: a larger number is damage, and its square overflows
+MAX_COORDINATE = 1e9  # beyond any unit a body is measured in: a larger number is damage
 MAX_LABEL = 100_000   # more classes than any data set has: a larger label is damage
 
 
@@ -274,6 +274,7 @@ class _Unpickler(pickle._Unpickler):
         self.size, self.left = size, 8 * size + 2**26
 
         def empty(*_):  # stands in for numpy.ndarray until BUILD gives it shape, dtype and bytes
+            self.spend(400)
             return torch.empty(0)
 
         self.allowed = {"numpy.ndarray": empty, "numpy.dtype": _DType, "_codecs.encode": self.encode}
@@ -320,7 +321,7 @@ class _Unpickler(pickle._Unpickler):
             made.code = state[1] + made.code.lstrip("<>|=")
 
     def load_pairs(self, load):
-        # a key lies below its one value; of several pairs every second is a key
+        # the stack ends in dict, key, value where one pair is set, else it is key, value, key, value ... since its MARK
         at = slice(-2, -1) if load is pickle._Unpickler.load_setitem else slice(None, None, 2)
         keys = self.stack[at]
         if not all(is_name(key) or type(key) is float for key in keys):  # the hash of tuples nested in tuples can take for ever
@@ -439,7 +440,7 @@ def divide(data: Sequences, splits: dict | None, wanted: str | None, test_fracti
         if len(data) < 2:
             raise DataError(f"{path} holds one sequence and no split; expected at least two")
         digests = [hashlib.sha256(name.encode(errors="replace")).digest() for name in data.names]
-        order = torch.tensor(sorted(range(len(data)), key=digests.__getitem__))  # random, but one added later moves one other at most
+        order = sorted(range(len(data)), key=digests.__getitem__)  # random, but one added later moves one other at most
         cut = min(max(round(test_fraction * len(data)), 1), len(data) - 1)
         return data.subset(order[cut:]), data.subset(order[:cut]), f"a random {test_fraction:g} for testing"
     if not isinstance(splits, dict):
@@ -572,10 +573,10 @@ class _Rehearsal(_Unpickler):
 def read_torch(path: str, fault: str, mend: str):
     """torch.load of plain tensors and settings; nothing in the file is run."""
     with reading(path, fault, mend), open(path, "rb") as file:
-        if zipfile.is_zipfile(file):
+        if file.read(4) == b"PK\3\4":  # as torch.load decides
             with zipfile.ZipFile(file) as archive:
                 check_size(path, sum(info.file_size for info in archive.infolist()))  # torch.save compresses nothing
-                pickles = [io.BytesIO(inflate(archive, info)) for info in archive.infolist() if info.filename.endswith("data.pkl")]
+                pickles = [io.BytesIO(inflate(archive, info)) for info in archive.infolist() if info.filename.lower().endswith("data.pkl")]
         else:
             file.seek(0)
             pickles = [file] * 5  # before torch 1.6 a file was five pickles, then the numbers
@@ -651,7 +652,8 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
 
     Raises DataError for what is in the file, OSError for the file itself.
     """
-    asked, path = load_skeleton(layout) if layout else None, path and os.fspath(path)
+    asked = load_skeleton(layout) if layout else None
+    path = path and os.fspath(path)
     if split and (path is None or path.endswith((".pt", ".pth", ".npz"))):
         raise DataError(f"{path or 'the built-in set'} has one split, and --split {split} was asked for; expected none, leave it out")
     if path is None:
@@ -769,8 +771,8 @@ def find_placements(data: Sequences, skeleton: dict, channels: int) -> tuple:
 
 
 def place(x: Tensor, there: Tensor, linear: Tensor, origin: Tensor, shift: Tensor | float = 0.0) -> Tensor:
-    """linear (x - origin) + shift for every joint of x (N, M, T, V, C [+ score]); the score stays, and so does who is not there
-    and all zero.
+    """linear (x - origin) + shift for every joint of x (N, M, T, V, C [+ score]). The score passes through; who is not there is all
+    zero and stays so.
 
     there: bool (N, M, T); linear: (N, C, C); origin, shift: (N, C). One matrix product for each sequence, of a plane (M, T, V)
     per coordinate: with the coordinates innermost the same takes four times as long on a CPU.
@@ -810,7 +812,7 @@ def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False, frame
     there = (x[..., :channels] != 0).flatten(3).any(3)
     length = unpadded(there.any(1))
     if scored:
-        flat, each = x.transpose(1, 2).flatten(0, 1).clone(), torch.full_like(length, x.shape[2])
+        flat, each = x.transpose(1, 2).flatten(0, 1), torch.full_like(length, x.shape[2])
         there = fill_missing(flat, each.cumsum(0) - each, each)
         x, there = (t.unflatten(0, (len(x), -1)).transpose(1, 2) for t in (flat, there))
         there = there & (torch.arange(x.shape[2], device=x.device) < length[:, None])[:, None]  # padding is nobody
@@ -827,7 +829,8 @@ def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False, frame
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a batch is normalised and, on the way, randomly changed, by one draw for all frames of a sequence. 0 turns a change off."""
+    """How a batch is normalised and, on the way, randomly changed, by one draw for all frames of a sequence, but for the noise. 0 turns a
+    change off."""
     rotation: float = 0.0   # degrees to either side about the vertical axis, half of it about the horizontal one; 3D only
     scaling: float = 0.0    # each axis is scaled by 1 - scaling to 1 + scaling
     shift: float = 0.0      # the whole sequence moves by up to this, in units of the normalised body
@@ -876,7 +879,7 @@ class Batch:
 
 class Loader:
     """Epochs of batches. What a batch holds depends on (seed, epoch, step) alone, not on workers or on what was drawn before; where
-    the frames lie on a GPU, the random numbers are drawn there, and are others.
+    the frames lie on a GPU, the random numbers are drawn there, and are others, and sums agree up to rounding.
 
     repeat: passes over the data per epoch, each in an order of its own. No sequence is dropped: a last batch of fewer than two
     for each process, too few for batch norm, joins its neighbour. rank, world: this process takes every world-th

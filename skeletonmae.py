@@ -257,7 +257,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int = 4, dropout: float = 0.1):
         super().__init__()
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ValueError(f"{heads} attention heads do not divide a width of {width}")
         self.heads, self.dropout = heads, dropout
         self.query_key_value, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)

@@ -2306,7 +2306,10 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
         self.same(torch.load("probe/finetune.pt", weights_only=True)["model"], after)
         self.finetune("--ckpt probe/finetune.pt --eval-only --out probe")
         self.assertIn("6 labelled sequences", self.finetune("--ckpt --label-fraction 0.25 --epochs 1 --batch-size 8"))
-        self.assertEqual(torch.load("runs/finetune/test_outputs.pt", weights_only=True)["train_counts"].tolist(), [2, 2, 2])
+        counts = lambda: torch.load("runs/finetune/test_outputs.pt", weights_only=True)["train_counts"].tolist()
+        self.assertEqual(counts(), [2, 2, 2])
+        self.finetune("--ckpt runs/finetune/finetune.pt --eval-only")
+        self.assertEqual(counts(), [2, 2, 2])
 
     def test_pretrained_weights_are_used(self):
         """With a learning rate of 0 embedding and encoders equal the pre-trained ones; without --ckpt they do not."""
@@ -2537,6 +2540,8 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
                 self.assertTrue(message.startswith("error: ") and "Traceback" not in message)
         with unittest.mock.patch.dict(os.environ, WORLD_SIZE="2"):
             self.assertRegex(finetune(f"{self.data} --device cuda:0", 2), "^error: .*cuda:0 .*2 processes; expected")
+        with self.assertRaisesRegex(DataError, "25 training sequences .* 26 processes; expected"):
+            train_pretrain.loaders(train_pretrain.Settings(), data.load("tiny.pt", layout="five.json"), torch.device("cpu"), 0, 26)
         self.assertTrue(before == kept())
         self.assertFalse(os.path.exists("ran"))
         os.remove("runs/pretrain/pretrain.pt")
@@ -2610,8 +2615,9 @@ torch.save(dict(made[0].named_parameters()), os.environ["RANK"] + ".weights")
             self.assertIn("note: penn13 usually comes in 2D, these data are 3D", script("--data solid.pt --epochs 1 --out solid"))
             self.assertNotIn("usually", script("--data solid.pt --layout penn13 --epochs 1 --out solid"))
             self.assertNotIn("no edges join", script(f"{self.data} --epochs 1 --out loose"))
-        Path("five.json").write_text(json.dumps(FIVE | {"edges": [[0, 1]]}))
-        self.assertIn("in layout five.json no edges join 3 of the joints to root", self.pretrain(f"{self.data} --epochs 1 --out loose"))
+        Path("five.json").write_text(json.dumps(FIVE | {"edges": [[0, 1]], "joints": ["ro\x1bot", *FIVE["joints"][1:]]}))
+        said = self.pretrain(f"{self.data} --epochs 1 --out loose")
+        self.assertIn("in layout five.json no edges join 3 of the joints to ro\\x1bot", said)
         self.assertIn("expected the same skeleton", self.pretrain("--resume --epochs 2", 2))
         self.assertEqual([path.read_bytes() for path in files], before)
 
@@ -2884,6 +2890,7 @@ class ReliabilityTest(ScriptCase):
                  "reconstruct.pkl": function["multiarray\n_reconstruct"] + b"cnumpy\nndarray\n" + put(2) + content
                                     + b"(K\1" + b"J" + long(K // 4) + b"\x85h\x09\x89h\0t" + put(5)
                                     + b"](" + (get(1) + get(2) + b"\x85R" + get(5) + b"b") * 2000 + b"e.",
+                 "unbuilt.pkl": function["multiarray\n_reconstruct"] + b"](" + (get(1) + b")R") * K + b"e.",
                  "frombuffer.pkl": head + content + b"](" + made(b"J" + long(K // 4) + b"\x85") * 2000 + b"e.",
                  "scalar.pkl": function["multiarray\nscalar"] + content + b"](" + (get(1) + get(9) + get(0) + b"\x86R") * 200_000 + b"e.",
                  "lists.pkl": b"\x80\2](" + b"]" * 4 * K + b"e.",
@@ -2920,6 +2927,9 @@ class ReliabilityTest(ScriptCase):
                            ("hash", b"\x80\2" + doubling + b"}h\x3cNs."),
                            ("bytearray", b"\x80\2cbuiltins\nbytearray\nJ\0\0\0\x40\x85R.")):
             files[name + ".pt"] = zipped_as_torch(body)
+        # what torch.load takes for a pickle, and for a data.pkl, is what is looked at before
+        files["zip at the end.pt"] = b"\x80\2" + doubling + b"}h\x3cNs." + zipped_as_torch(b"\x80\2}.")
+        files["capitals.pt"] = files["hash.pt"].replace(b"data.pkl", b"DATA.PKL")
         for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
             lying = bytearray(zipped_as_torch(bytes(150_000_000), compression))
             for header, size in ((b"PK\3\4", 22), (b"PK\1\2", 24)):  # where an entry says how long it is
@@ -2959,7 +2969,7 @@ class ReliabilityTest(ScriptCase):
                         for name, bad in (("width", 10**12), ("frames", "x"), ("data", 3),
                                           ("data", "a\0b"), ("bone", [1]), ("layout", -1))]
             changes += ([{"model": {**good["model"], weight: bad}} for bad in (None, torch.ones(1))]
-                        + [{"log": [3]}, {"skeleton": {"joints": 3}}])
+                        + [{"log": [3]}, {"skeleton": {"joints": 3}}, {"epoch": -1}, {"epoch": -10**20}])
             changes += [{"classes": [torch.ones(2)]}] * (kind == "finetune")
             for change in changes:
                 torch.save({**good, **change}, f"bad/{kind}.pt")
@@ -2968,6 +2978,11 @@ class ReliabilityTest(ScriptCase):
                         self.pretrain("--resume --out bad", 2)
                     else:
                         self.finetune("--ckpt bad/finetune.pt --eval-only --out bad", 2)
+        self.pretrain(f"{self.data} --epochs 1 {STACK} --out bad")
+        stacked = torch.load("bad/pretrain.pt", weights_only=True)
+        stacked["model_settings"]["strl"]["heads"] = 0  # the settings, which were checked, decide
+        torch.save(stacked, "bad/pretrain.pt")
+        self.finetune("--ckpt bad/pretrain.pt --linear-probe --epochs 1 --out bad")
         torch.save({**finetuned, "optimizer": {}}, "bad/finetune.pt")
         self.assertIn("resume with the same", self.finetune("--resume --out bad", 2))
         torch.save({**pretrained, "settings": {**pretrained["settings"], "repeat": 10**12}}, "bad/pretrain.pt")

@@ -107,6 +107,8 @@ def take_settings(settings: Settings, given: set, source: dict) -> set:
     fixed = {"width", "hidden", "layers", "motion", "bone", "score", "box"}
     if source["kind"] == "finetune":
         fixed |= {*STRL_SETTINGS, "linear_probe"}
+        if settings.eval_only:
+            fixed |= {"label_fraction", "label_seed"}  # test_outputs.pt counts the training labels that the run saw
     elif source["settings"].get("strl_layers"):  # the STRL layers are pre-trained too
         fixed |= {*STRL_SETTINGS}
     before = recorded(Settings, source, settings.ckpt, fixed | DATA_SETTINGS)
@@ -131,7 +133,9 @@ def build(settings: Settings, data, source: dict | None) -> tuple:
     loaded = []
     if settings.linear_probe:
         before = source["model_settings"] if source else {}
-        arguments |= {name: before[name] for name in ("loss", "strl") if name in before}
+        arguments["loss"] = before.get("loss", "cosine")
+        if "strl" in before:
+            arguments["strl"] = {"persons": data.persons, **pick(settings, *STRL_SETTINGS)}
         encoder = SkeletonMAE(**arguments, mask_ratio=0.5)  # it masks nothing, but the default parts may not exist
         if kind == "pretrain":
             encoder.load_state_dict(source["model"])
@@ -159,7 +163,8 @@ def main(argv=None):
             given = given - {"ckpt"}  # what was newest then, this checkpoint names
         settings = resume_settings(settings, given, resumed, path)
     elif settings.ckpt:
-        settings.ckpt = newest_pretraining() if settings.ckpt == "newest" else settings.ckpt
+        if settings.ckpt == "newest":
+            settings.ckpt = newest_pretraining()
         source = read_checkpoint(settings.ckpt, ("finetune",) if settings.eval_only else ("pretrain", "finetune"))
         fixed = take_settings(settings, given, source)
     elif settings.eval_only:

@@ -27,7 +27,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 
 # before torch: these silence its one remark about numpy
-from data import Augmentation, DataError, Dataset, Loader, brief, load, read_torch, reading, usual_channels
+from data import Augmentation, DataError, Dataset, Loader, brief, load, read_torch, reading, shown, usual_channels
 from skeletonmae import Packing, SkeletonMAE, bone_parents, make_skeleton, normalized_adjacency
 import torch
 from torch import Tensor
@@ -155,7 +155,7 @@ def parse(settings: type, doc: str, argv=None) -> tuple:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [o for a in parser._actions for o in a.option_strings], 1)
         raise Failure(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists all flags"))
     for f in fields(settings):
-        if f.type in (int, float, tuple) and not within(f, given.get(f.name, ())):
+        if f.name in given and f.type in (int, float, tuple) and not within(f, given[f.name]):
             low, high = bounds(f)
             parser.error(f"argument --{flag(f.name)}: {given[f.name]} is out of range; expected {low:g} to {high:g}")
     return settings(**given), set(given)
@@ -165,16 +165,21 @@ class Terminated(BaseException):
     """SIGTERM, raised where the program stands."""
 
 
+def in_a_job() -> bool:
+    """Whether several processes of torchrun have found each other; torch may come without the means."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def run(main, resumes: bool = True):
-    """Calls main. What the user can mend is one line on stderr and exit status 2, another process that stopped 1; an interrupted run,
-    130 or 143, says how to go on if it `resumes`."""
+    """Calls main. What ends it is one line on stderr and an exit status: 2 for what the user can mend, 1 for another process that
+    stopped, 130 for Ctrl-C and 143 for SIGTERM, these two with how to go on if it `resumes`. A bug keeps its traceback."""
     def terminate(*_):
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
     try:
         main()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if in_a_job():
             torch.distributed.destroy_process_group()
         return
     except DataError as error:
@@ -189,7 +194,7 @@ def run(main, resumes: bool = True):
         elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             status, message = 2, (f"error: the memory is full ({brief(error)}); try a smaller --micro-batch (pre-training) or "
                                   "--batch-size, or fewer --frames")
-        elif torch.distributed.is_initialized() and "onnection" in str(error):  # gloo: connection closed or reset by peer
+        elif in_a_job() and "onnection" in str(error):  # gloo: connection closed or reset by peer
             status, message = 1, f"error: another process of this job stopped ({brief(error)}); --resume goes on from the last checkpoint"
         else:
             raise
@@ -321,7 +326,7 @@ def note_oddities(say, settings: CommonSettings, data: Dataset):
             "their own, and a score is no coordinate (in a pickle it is the keypoint_score)")
     loose = sum(parent == joint for joint, parent in enumerate(bone_parents(data.skeleton))) - 1  # the root aside
     if loose:
-        root = joints[data.skeleton["centre"][0]]
+        root = shown(joints[data.skeleton["centre"][0]])
         say(f"note: in layout {data.layout} no edges join {loose} of the joints to {root}, the root of the bones")
     if settings.score and not data.score:
         say("note: these data have no joint scores; --score does nothing")
@@ -335,6 +340,13 @@ def encoder_arguments(settings: CommonSettings, data: Dataset) -> dict:
             **pick(settings, "width", "hidden", "layers", "dropout", "motion", "bone")}
 
 
+def pretraining_arguments(settings: Settings, data: Dataset) -> dict:
+    """What SkeletonMAE takes."""
+    strl = {"strl": {"persons": data.persons, **pick(settings, *STRL_SETTINGS)}} if settings.strl_layers else {}
+    return {**encoder_arguments(settings, data), **strl,
+            **pick(settings, "beta", "mask_parts", "mask_num_parts", "mask_ratio", "mask_segments", "loss")}
+
+
 def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
     """The augmentation asked for, with what suits 2D or 3D data for what was not."""
     suits = Augmentation(scaling=0.1, shift=0.1, **({"rotation": 30} if channels == 3 else {"flip": 0.5, "noise": 0.01}))
@@ -345,17 +357,21 @@ def augmentation(settings: CommonSettings, channels: int) -> Augmentation:
 def loaders(settings: CommonSettings, data: Dataset, device, rank: int, world: int, test_batch: int | None = None) -> tuple:
     """Batches of the training split, and of the test split, there of test_batch sequences if given. The frames move to the GPU where
     they fit into half of its free memory; batches are then built there. Loader processes cannot use a GPU: with them the frames stay."""
+    if len(data.train) < world:
+        raise Failure(f"{len(data.train)} training sequences cannot be shared among {world} processes; expected at least one for each")
+
     def placed(split):
-        fits = split.frames.is_cuda or (device.type == "cuda" and not settings.workers
-                                        and split.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2)
+        fits = device.type == "cuda" and not settings.workers and split.frames.nbytes < torch.cuda.mem_get_info(device)[0] / 2
         return split.to(device) if fits else split
 
-    train, test = placed(data.train), data.test
-    if test.frames is data.train.frames:  # the splits of a pickle share one tensor: it moves once
-        test = replace(test, frames=train.frames, there=train.there)
+    train = placed(data.train)
+    if data.test.frames is data.train.frames:  # the splits of a pickle share one tensor: it moves once, what is small follows
+        test = replace(data.test, frames=train.frames, there=train.there).to(train.frames.device)
+    else:
+        test = placed(data.test)
     train = Loader(train, data.skeleton, data.channels, settings.batch_size, settings.frames, True, settings.seed,
                    augmentation(settings, data.channels), settings.repeat, settings.workers, rank, world)
-    return train, Loader(placed(test), data.skeleton, data.channels, test_batch or settings.batch_size, settings.frames, False)
+    return train, Loader(test, data.skeleton, data.channels, test_batch or settings.batch_size, settings.frames, False)
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -410,7 +426,8 @@ def read_checkpoint(path: str, kinds: tuple) -> dict:
     for name, expected in (FINETUNED_FIELDS if kind == "finetune" else FIELDS).items():
         value = checkpoint.get(name)
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        if not isinstance(value, expected) or not all(isinstance(item, ITEMS.get(name, object)) for item in items):
+        if (not isinstance(value, expected) or not all(isinstance(item, ITEMS.get(name, object)) for item in items)
+                or name == "epoch" and not 0 <= value < 2**31):
             raise Failure(f"{path} lacks the {name} of a {kind} checkpoint; expected a file that these scripts wrote")
     with reading(path, "holds no skeleton", "expected a file that these scripts wrote"):
         checkpoint["skeleton"] = make_skeleton(**checkpoint["skeleton"])
@@ -438,7 +455,8 @@ def check_fit(checkpoint: dict, path: str, data: Dataset):
     shape = checkpoint["model_settings"]
     if shape.get("score") is True and not data.score:
         raise Failure(f"{path} was trained with joint scores, the data have none; expected a file with scores")
-    persons = (shape["strl"] if isinstance(shape.get("strl"), dict) else shape).get("persons")
+    strl = shape.get("strl")  # a dict where the STRL layers were pre-trained
+    persons = (strl if isinstance(strl, dict) else shape).get("persons")
     if isinstance(persons, int) and persons != data.persons:
         raise Failure(f"{path} was trained on sequences of {persons} person{'s' * (persons > 1)}, the data have {data.persons}; "
                       "expected as many")
@@ -481,7 +499,7 @@ def resume_settings(asked: CommonSettings, given: set, checkpoint: dict, path: s
     if "epochs" in given and asked.epochs <= checkpoint["epoch"]:
         raise Failure(f"--epochs {asked.epochs}: {path} has {checkpoint['epoch'] + 1} epochs behind it; expected at least as many")
     refuse_change(asked, before, given - free, path, "resume without it, or start anew with another --out")
-    kept = given & free | {"resume", "out", "graphs"}  # graphs: they depend on the machine, not on the run
+    kept = (given & free) | {"resume", "out", "graphs"}  # graphs: they depend on the machine, not on the run
     return replace(asked, **{name: value for name, value in before.items() if name not in kept})
 
 
@@ -493,7 +511,7 @@ def hint_at_steps(say, train: Loader, settings: CommonSettings, fixed=(), **advi
     steps = train.steps * settings.epochs
     if steps < 2000:
         repeat = math.ceil(4000 * advice["batch_size"] / (len(train.data) * settings.epochs))
-        frames = max(16, settings.stride ** max(0, settings.strl_layers - 1))  # which leave one for the last layer
+        frames = min(max(16, settings.stride ** max(0, settings.strl_layers - 1)), 10_000)  # which leave one for the last layer
         advice |= {"motion": True, "bone": True, "hidden": 64, "frames": frames, "crop": 0.3, "repeat": min(repeat, 10_000)}
         if settings.strl_layers:  # else pre-training has no attention
             advice |= {"blocks": 1}
@@ -648,10 +666,7 @@ def main(argv=None):
             f"{settings.width} and {settings.hidden}")
 
     torch.manual_seed(settings.seed)
-    arguments = encoder_arguments(settings, data)
-    arguments |= pick(settings, "beta", "mask_parts", "mask_num_parts", "mask_ratio", "mask_segments", "loss")
-    if settings.strl_layers:
-        arguments["strl"] = {"persons": data.persons, **pick(settings, *STRL_SETTINGS)}
+    arguments = pretraining_arguments(settings, data)
     try:
         model = SkeletonMAE(**arguments).to(device)
     except ValueError as error:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from data import Loader, brief, read_torch  # before torch: it silences torch's one remark about numpy
 from skeletonmae import SkeletonMAE, draw_mask
 from train_finetune import Settings as Finetuning
-from train_pretrain import Failure, Settings as Pretraining, option, parse, read_checkpoint, read_data, recorded, run, write_atomically
+from train_pretrain import (Failure, Settings as Pretraining, option, parse, pretraining_arguments, read_checkpoint, read_data, recorded,
+                            run, write_atomically)
 import torch
 from torch import Tensor
 
@@ -447,7 +448,7 @@ def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
     was, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
     try:
         data = read_data(Pretraining(**was))
-        model = SkeletonMAE(**checkpoint["model_settings"])
+        model = SkeletonMAE(**pretraining_arguments(Pretraining(**was), data))
         model.load_state_dict(checkpoint["model"])
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise Failure(f"the pre-training cannot be drawn ({brief(error)}); make it anew with: python train_pretrain.py --out "
