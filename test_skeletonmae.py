@@ -446,6 +446,9 @@ class LayerTest(Seeded):
         block, g = shaken(AttentionBlock(8, heads=2, ratio=3)), torch.randn(3, 5, 8)
         close(block.attention(g), torch.stack([plain_attention(block.attention, person) for person in g]))
         close(block(g), torch.stack([plain_attention_block(block, person) for person in g]))
+        for heads in (0, 3):
+            with self.assertRaisesRegex(ValueError, "do not divide a width of 8"):
+                Attention(8, heads=heads)
 
     def test_temporal_pooling(self):
         """METHOD's four branches (dilation 1 and 2, maximum, identity), frame by frame, for even and odd T."""

@@ -19,7 +19,7 @@ from data import Loader, brief  # before torch: it silences torch's one remark a
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
 from train_pretrain import (STRL_SETTINGS, CommonSettings, Failure, Progress, check_fit, encoder_arguments, hint_at_steps, loaders,
                             note_oddities, option, parse, pick, read_checkpoint, read_data, recorded, refuse_change, replayed, restore,
-                            resume_settings, run, save, seed_epoch, set_up, write_atomically)
+                            resume_settings, run, save, seed_epoch, set_up, strl_arguments, write_atomically)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -135,15 +135,14 @@ def build(settings: Settings, data, source: dict | None) -> tuple:
         before = source["model_settings"] if source else {}
         arguments["loss"] = before.get("loss", "cosine")
         if "strl" in before:
-            arguments["strl"] = {"persons": data.persons, **pick(settings, *STRL_SETTINGS)}
+            arguments["strl"] = strl_arguments(settings, data)
         encoder = SkeletonMAE(**arguments, mask_ratio=0.5)  # it masks nothing, but the default parts may not exist
         if kind == "pretrain":
             encoder.load_state_dict(source["model"])
             loaded = ["pretrained." + name for name in source["model"]]  # by their names in the probe
         model = LinearProbe(encoder, len(data.classes))
     else:
-        arguments |= {"classes": len(data.classes), "persons": data.persons}
-        arguments |= pick(settings, *STRL_SETTINGS, "attention_dropout", "head_dropout")
+        arguments |= {"classes": len(data.classes), **strl_arguments(settings, data), **pick(settings, "attention_dropout", "head_dropout")}
         model = SkeletonClassifier(**arguments)
         if kind == "pretrain":
             loaded = model.load_pretrained(source["model"])

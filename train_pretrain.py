@@ -340,11 +340,18 @@ def encoder_arguments(settings: CommonSettings, data: Dataset) -> dict:
             **pick(settings, "width", "hidden", "layers", "dropout", "motion", "bone")}
 
 
+def strl_arguments(settings: CommonSettings, data: Dataset) -> dict:
+    """What gives the STRL layers their shape, in pre-training and in the classifier."""
+    return {"persons": data.persons, **pick(settings, *STRL_SETTINGS)}
+
+
 def pretraining_arguments(settings: Settings, data: Dataset) -> dict:
     """What SkeletonMAE takes."""
-    strl = {"strl": {"persons": data.persons, **pick(settings, *STRL_SETTINGS)}} if settings.strl_layers else {}
-    return {**encoder_arguments(settings, data), **strl,
-            **pick(settings, "beta", "mask_parts", "mask_num_parts", "mask_ratio", "mask_segments", "loss")}
+    arguments = encoder_arguments(settings, data)
+    arguments |= pick(settings, "beta", "mask_parts", "mask_num_parts", "mask_ratio", "mask_segments", "loss")
+    if settings.strl_layers:
+        arguments["strl"] = strl_arguments(settings, data)
+    return arguments
 
 
 def augmentation(settings: CommonSettings, channels: int) -> Augmentation:

@@ -447,8 +447,9 @@ def reconstruct(checkpoint: dict, wanted: str, seed: int) -> tuple:
     data, known (M, T, V): there and seen, masked (1 or T, V), whether y points up), for the paper's Fig. 6."""
     was, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
     try:
-        data = read_data(Pretraining(**was))
-        model = SkeletonMAE(**pretraining_arguments(Pretraining(**was), data))
+        settings = Pretraining(**was)
+        data = read_data(settings)
+        model = SkeletonMAE(**pretraining_arguments(settings, data))
         model.load_state_dict(checkpoint["model"])
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise Failure(f"the pre-training cannot be drawn ({brief(error)}); make it anew with: python train_pretrain.py --out "
