@@ -76,7 +76,7 @@ class Sequences:
     present: Tensor   # (N, M) bool, stays on the CPU: who is there at all
     there: Tensor     # (F, M) bool: who is there in which frame
     names: list       # (N,) for messages
-    placement: tuple = ()  # see find_placement: what takes each sequence to its normalised form, found once, by load
+    placement: tuple = ()  # see find_placement: what takes each sequence to its normalised form, found by the Loader
     box: bool = False  # see boxed: the other way of normalising, if asked for
 
     def __len__(self) -> int:
@@ -646,9 +646,9 @@ def first_byte(path: str) -> bytes:
 
 
 def load(path: str | None = None, split: str | None = None, layout: str | None = None, test_fraction: float = 0.2,
-         synthetic_size: int = 1600, box: bool = False) -> Dataset:
+         synthetic_size: int = 1600) -> Dataset:
     """Reads a data set by the ending of its name, a pickle also by its first byte, checks all of it, and finds its layout. Without a
-    path: the built-in stick figures. box: batches of it are `boxed`.
+    path: the built-in stick figures.
 
     Raises DataError for what is in the file, OSError for the file itself.
     """
@@ -682,8 +682,7 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     labels = torch.cat([train.label, test.label])
     first = int(labels.min())  # labels that do not start at 0 are shifted
     for half in (train, test):
-        half.label, half.box = half.label - first, box
-        half.placement = find_placements(half, skeleton, C)
+        half.label = half.label - first
     return Dataset(train, test, layout, skeleton, C, score, list(range(first, int(labels.max()) + 1)), note)
 
 
@@ -887,8 +886,10 @@ class Loader:
     """
 
     def __init__(self, data: Sequences, skeleton: dict, channels: int, batch_size: int, frames: int, training: bool, seed: int = 0,
-                 augmentation: Augmentation = Augmentation(), repeat: int = 1, workers: int = 0, rank: int = 0, world: int = 1):
-        self.data = data if data.placement else replace(data, placement=find_placements(data, skeleton, channels))
+                 augmentation: Augmentation = Augmentation(), repeat: int = 1, workers: int = 0, rank: int = 0, world: int = 1,
+                 box: bool = False):
+        data = replace(data, box=box)
+        self.data = replace(data, placement=find_placements(data, skeleton, channels))
         self.skeleton, self.channels, self.frames, self.training = skeleton, channels, frames, training
         self.augmentation = augmentation if training else Augmentation()
         self.batch_size, self.seed, self.repeat, self.workers, self.rank, self.world = batch_size, seed, repeat, workers, rank, world

@@ -19,7 +19,6 @@ Shape legend
 Inside, joints come first, (V, P, T, D): the aggregation A X of S Eq. 1 is then one matrix product without a copy.
 A mask is True where a joint is masked (hidden from the encoder), False where it is kept.
 """
-import itertools
 import warnings
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch alone suffices; numpy is not wanted
@@ -157,16 +156,6 @@ def draw_mask(num: int, skeleton: dict, parts=("right_arm", "right_leg"), num_pa
     if mask.all(1).any():
         raise ValueError("these body parts are all joints; at least one joint must stay visible")
     return mask
-
-
-def check_masking(skeleton: dict, parts, num_parts: int, ratio: float):
-    """Raises the ValueError that draw_mask would raise in some later step: one draw, then every choice of `num_parts` body parts."""
-    draw_mask(1, skeleton, parts, num_parts, ratio, torch.Generator())  # its own: weights do not depend on the masking
-    if num_parts and not ratio:
-        sizes = sorted(map(len, skeleton["parts"].values()))
-        if sum(sizes[-num_parts:]) >= len(skeleton["joints"]):  # else even the largest parts leave a joint visible
-            for chosen in itertools.combinations(skeleton["parts"], num_parts):
-                draw_mask(1, skeleton, chosen)
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -491,7 +480,7 @@ class SkeletonMAE(nn.Module):
         self.skeleton, self.channels, self.beta, self.loss, self.segments = skeleton, channels, beta, loss, mask_segments
         self.masking = dict(parts=tuple(mask_parts), num_parts=mask_num_parts, ratio=mask_ratio)
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
-        check_masking(skeleton, **self.masking)
+        draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # refused now, not in the first step
         self.register_buffer("scale", torch.ones(()))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
         if strl is None:
