@@ -183,11 +183,11 @@ def measure_scale(batches: Loader) -> tuple:
     C = batches.channels
     square = count = pose = frames = 0
     for batch in batches.epoch():
-        joints, there = batch.x[..., :C], batch.there[..., None, None]
+        joints, in_frame = batch.x[..., :C], batch.in_frame[..., None, None]
         square = square + joints.square().sum()
-        count = count + there.sum() * joints.shape[3]
+        count = count + in_frame.sum() * joints.shape[3]
         pose = pose + joints.sum((0, 2))
-        frames = frames + there.sum((0, 2))
+        frames = frames + in_frame.sum((0, 2))
     return (square / count.clamp(min=1)).sqrt(), pose / frames.clamp(min=1)
 
 
@@ -222,7 +222,7 @@ def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose: Tensor)
         unit = batch.unit.to(device).view(len(full), 1, 1, 1, -1)
         x = full[..., :C]
         mask = model.draw(len(x), x.shape[2], torch.Generator().manual_seed(step)).to(device)
-        counted = batch.there.to(device)[..., None] & mask[:, None]  # (N, M, T, V)
+        counted = batch.in_frame.to(device)[..., None] & mask[:, None]  # (N, M, T, V)
         if full.shape[-1] > C:
             counted = counted & (full[..., C] > 0)
         guesses = (model.reconstruct(full, batch.present, mask)[0],
@@ -461,7 +461,7 @@ def loaders(settings: CommonSettings, data: Dataset, device, rank: int, world: i
 
     train = placed(data.train)
     if data.test.frames is data.train.frames:  # a pickle's halves share one tensor: it moves once
-        test = replace(data.test, frames=train.frames, there=train.there).to(train.frames.device)
+        test = replace(data.test, frames=train.frames, in_frame=train.in_frame).to(train.frames.device)
     else:
         test = placed(data.test)
     train = loader(settings, train, data, True, augmentation=augmentation(settings),
@@ -480,7 +480,7 @@ def encoder_arguments(settings: CommonSettings, data: Dataset) -> dict:
 def note_oddities(settings: CommonSettings, data: Dataset, train: Loader, say):
     """Says what may be a mistake in the data or in the settings for them."""
     C, joints = data.channels, data.skeleton["joints"]
-    poses = data.train.frames[:10_000, ..., :C][data.train.there[:10_000]].float()  # (n, V, C)
+    poses = data.train.frames[:10_000, ..., :C][data.train.in_frame[:10_000]].float()  # (n, V, C)
     zero = (poses == 0).all(-1)
     missing = 100 * (zero & ~zero.all(0)).float().mean()  # a centred origin is 0 in every frame
     if settings.data and not settings.layout:
@@ -543,7 +543,7 @@ def write_log(rows: list, path: str):
 def read_checkpoint(path: str, kinds: tuple) -> dict:
     """A checkpoint of one of these kinds ("pretrain", "finetune"), on the CPU."""
     expected = f"expected a {' or '.join(kinds)}.pt that these scripts wrote"
-    checkpoint = read_torch(path, "is no checkpoint", expected)
+    checkpoint = read_torch(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in kinds:
         raise DataError(f"{path} is no checkpoint; {expected}")
     try:
