@@ -1,108 +1,126 @@
-"""SkeletonMAE: Graph-based Masked Autoencoder for Skeleton Sequence Pre-training (Yan et al., ICCV 2023, arXiv 2307.08476).
+"""SkeletonMAE: Graph-based Masked Autoencoder for Skeleton Sequence Pre-training (Yan et al., ICCV
+2023, arXiv 2307.08476).
 
-An independent implementation: the authors' code was never released. This file holds the whole model, needs nothing but
-torch, and works copied alone into another project:
+An independent implementation: the authors' code was never released. This file holds the whole
+model, needs nothing but torch, and works copied alone into another project:
 
     model = SkeletonMAE(SKELETONS["coco17"], channels=2)
-    model.scale.copy_(s)                                                # root mean square distance of the joints from the centre
-    loss, prediction, mask = model(x)                                   # x (N, M, T, V, C), pre-training
+    model.scale.copy_(s)                         # root mean square distance of joints from the centre
+    loss, prediction, mask = model(x)            # x (N, M, T, V, C), pre-training
     classifier = SkeletonClassifier(SKELETONS["coco17"], channels=2, classes=60, persons=2)
     classifier.load_pretrained(model.state_dict())
-    logits = classifier(x)                                              # (N, classes), fine-tuning
+    logits = classifier(x)                       # (N, classes), fine-tuning
 
-"S" marks the paper's supplement. Where neither says how, the docstring says what was chosen.
+"S" marks the paper's supplement. Where neither says how, docs/choices.md says what was chosen.
 
 Shape legend
     N sequences, M persons a sequence (1 or 2), T frames, V joints, C coordinates (2 or 3)
     P persons present in the whole batch, P <= N M: absent ones are packed away and cost nothing
     D embedding width (64), H encoder width (128), K classes; T / stride is rounded up
-Inside, joints come first, (V, P, T, D): the aggregation A X of S Eq. 1 is then one matrix product without a copy.
-A mask is True where a joint is masked (hidden from the encoder), False where it is kept.
+Inside, joints come first, (V, P, T, D): the aggregation A X of S Eq. 1 is then one matrix product
+without a copy. A mask is True where a joint is masked (hidden from the encoder).
 """
 import warnings
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch alone suffices; numpy is not wanted
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch alone suffices
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
-# ---------------------------------------------------------------------------------------------- skeletons
+# ----------------------------------------------------------------------------------- skeletons
 
 def make_skeleton(joints, edges, parts, centre, pairs=None) -> dict:
-    """One skeleton layout as plain data; your own is one call of this function, make_skeleton(**json.load(file)) too.
+    """One skeleton layout as plain data; your own is one call, make_skeleton(**json.load(file)) too.
 
-    joints: V names, as a list or one string; edges: (joint, joint) index pairs, without self-loops; parts: body part
-    name -> joint indices; centre: the joints whose mean is the origin, the first of them the root of the bones; pairs:
-    (left, right) indices that a mirror swaps, by default read off names "left_x" and "right_x". Raises ValueError.
+    joints: V names, as a list or one string; edges: (joint, joint) index pairs, without self-loops;
+    parts: body part name -> joint indices; centre: the joints whose mean is the origin, the first of
+    them the root of the bones; pairs: (left, right) indices that a mirror swaps, by default read off
+    names "left_x" and "right_x". Raises ValueError.
     """
     names = joints.split() if isinstance(joints, str) else list(joints)
     if pairs is None:
         pairs = [(i, names.index("right_" + name[5:])) for i, name in enumerate(names)
                  if name.startswith("left_") and "right_" + name[5:] in names]
     centre = [centre] if isinstance(centre, int) else list(centre)
-    edges, pairs = [[i, j] for i, j in edges], [[left, right] for left, right in pairs]
+    edges = [[i, j] for i, j in edges]
+    pairs = [[left, right] for left, right in pairs]
     used = [j for group in (*edges, *parts.values(), *pairs, centre) for j in group]
-    if not all(isinstance(j, int) and 0 <= j < len(names) for j in used):
-        raise ValueError(f"a skeleton of {len(names)} joints needs indices from 0 to {len(names) - 1} in edges, parts, pairs and centre")
     paired = [j for pair in pairs for j in pair]
+    if not all(isinstance(j, int) and 0 <= j < len(names) for j in used):
+        raise ValueError(f"a skeleton of {len(names)} joints needs indices from 0 to "
+                         f"{len(names) - 1} in edges, parts, pairs and centre")
     if len(set(paired)) < len(paired):
         raise ValueError("a skeleton needs pairs of two different joints, and no joint in two of them")
     if len(set(names)) < len(names) or any(i == j for i, j in edges):
-        raise ValueError("a skeleton needs joint names that differ, and edges between two different joints")
+        raise ValueError("a skeleton needs joint names that differ, and edges between two joints")
     if not parts or not all(parts.values()) or not centre:
-        raise ValueError("a skeleton needs at least one body part, no empty part, and a centre joint")
-    return {"joints": names, "edges": edges, "parts": {k: list(v) for k, v in parts.items()}, "pairs": pairs, "centre": centre}
+        raise ValueError("a skeleton needs a body part, no empty part, and a centre joint")
+    return {"joints": names, "edges": edges, "parts": {k: list(v) for k, v in parts.items()},
+            "pairs": pairs, "centre": centre}
 
 
 def _parts(head, torso, left_arm, right_arm, left_leg, right_leg) -> dict:
     """The paper's six body parts V0 to V5 (paper 3.1.2)."""
-    return dict(head=head, torso=torso, left_arm=left_arm, right_arm=right_arm, left_leg=left_leg, right_leg=right_leg)
+    return {"head": head, "torso": torso, "left_arm": left_arm, "right_arm": right_arm,
+            "left_leg": left_leg, "right_leg": right_leg}
 
 
 SKELETONS = {
     "coco17": make_skeleton(  # 2D poses of HRNet: NTU RGB+D, FineGym, Diving48
-        "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
-        "right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle",
-        [(0, 1), (0, 2), (1, 3), (2, 4), (0, 5), (0, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11), (6, 12), (11, 13),
-         (13, 15), (12, 14), (14, 16)],
-        _parts([0, 1, 2, 3, 4], [5, 6, 11, 12], [7, 9], [8, 10], [13, 15], [14, 16]), centre=[11, 12]),
+        "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow "
+        "right_elbow left_wrist right_wrist left_hip right_hip left_knee right_knee left_ankle "
+        "right_ankle",
+        [(0, 1), (0, 2), (1, 3), (2, 4), (0, 5), (0, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11),
+         (6, 12), (11, 13), (13, 15), (12, 14), (14, 16)],
+        _parts([0, 1, 2, 3, 4], [5, 6, 11, 12], [7, 9], [8, 10], [13, 15], [14, 16]),
+        centre=[11, 12]),
     "ntu25": make_skeleton(  # Kinect v2: NTU RGB+D in 3D
-        "spine_base spine_middle neck head left_shoulder left_elbow left_wrist left_hand right_shoulder right_elbow "
-        "right_wrist right_hand left_hip left_knee left_ankle left_foot right_hip right_knee right_ankle right_foot "
-        "spine_shoulder left_hand_tip left_thumb right_hand_tip right_thumb",
-        [(0, 1), (1, 20), (20, 2), (2, 3), (20, 4), (4, 5), (5, 6), (6, 7), (20, 8), (8, 9), (9, 10), (10, 11), (0, 12),
-         (12, 13), (13, 14), (14, 15), (0, 16), (16, 17), (17, 18), (18, 19), (7, 21), (7, 22), (11, 23), (11, 24)],
-        _parts([2, 3], [0, 1, 4, 8, 12, 16, 20], [5, 6, 7, 21, 22], [9, 10, 11, 23, 24], [13, 14, 15], [17, 18, 19]), centre=1),
+        "spine_base spine_middle neck head left_shoulder left_elbow left_wrist left_hand "
+        "right_shoulder right_elbow right_wrist right_hand left_hip left_knee left_ankle "
+        "left_foot right_hip right_knee right_ankle right_foot spine_shoulder left_hand_tip "
+        "left_thumb right_hand_tip right_thumb",
+        [(0, 1), (1, 20), (20, 2), (2, 3), (20, 4), (4, 5), (5, 6), (6, 7), (20, 8), (8, 9),
+         (9, 10), (10, 11), (0, 12), (12, 13), (13, 14), (14, 15), (0, 16), (16, 17), (17, 18),
+         (18, 19), (7, 21), (7, 22), (11, 23), (11, 24)],
+        _parts([2, 3], [0, 1, 4, 8, 12, 16, 20], [5, 6, 7, 21, 22], [9, 10, 11, 23, 24],
+               [13, 14, 15], [17, 18, 19]),
+        centre=1),
     "kinect20": make_skeleton(  # Kinect v1: Northwestern-UCLA
-        "hip_centre spine shoulder_centre head left_shoulder left_elbow left_wrist left_hand right_shoulder right_elbow "
-        "right_wrist right_hand left_hip left_knee left_ankle left_foot right_hip right_knee right_ankle right_foot",
-        [(0, 1), (1, 2), (2, 3), (2, 4), (4, 5), (5, 6), (6, 7), (2, 8), (8, 9), (9, 10), (10, 11), (0, 12), (12, 13),
-         (13, 14), (14, 15), (0, 16), (16, 17), (17, 18), (18, 19)],
-        _parts([3], [0, 1, 2, 4, 8, 12, 16], [5, 6, 7], [9, 10, 11], [13, 14, 15], [17, 18, 19]), centre=1),
+        "hip_centre spine shoulder_centre head left_shoulder left_elbow left_wrist left_hand "
+        "right_shoulder right_elbow right_wrist right_hand left_hip left_knee left_ankle "
+        "left_foot right_hip right_knee right_ankle right_foot",
+        [(0, 1), (1, 2), (2, 3), (2, 4), (4, 5), (5, 6), (6, 7), (2, 8), (8, 9), (9, 10), (10, 11),
+         (0, 12), (12, 13), (13, 14), (14, 15), (0, 16), (16, 17), (17, 18), (18, 19)],
+        _parts([3], [0, 1, 2, 4, 8, 12, 16], [5, 6, 7], [9, 10, 11], [13, 14, 15], [17, 18, 19]),
+        centre=1),
     "sbu15": make_skeleton(  # SBU Kinect Interaction
-        "head neck torso left_shoulder left_elbow left_hand right_shoulder right_elbow right_hand left_hip left_knee "
-        "left_foot right_hip right_knee right_foot",
-        [(0, 1), (1, 2), (1, 3), (3, 4), (4, 5), (1, 6), (6, 7), (7, 8), (2, 9), (9, 10), (10, 11), (2, 12), (12, 13), (13, 14)],
+        "head neck torso left_shoulder left_elbow left_hand right_shoulder right_elbow "
+        "right_hand left_hip left_knee left_foot right_hip right_knee right_foot",
+        [(0, 1), (1, 2), (1, 3), (3, 4), (4, 5), (1, 6), (6, 7), (7, 8), (2, 9), (9, 10), (10, 11),
+         (2, 12), (12, 13), (13, 14)],
         _parts([0, 1], [2, 3, 6, 9, 12], [4, 5], [7, 8], [10, 11], [13, 14]), centre=2),
     "penn13": make_skeleton(  # Penn Action
-        "head left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist left_hip right_hip left_knee "
-        "right_knee left_ankle right_ankle",
-        [(0, 1), (0, 2), (1, 3), (3, 5), (2, 4), (4, 6), (1, 7), (2, 8), (7, 9), (9, 11), (8, 10), (10, 12)],
+        "head left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist "
+        "left_hip right_hip left_knee right_knee left_ankle right_ankle",
+        [(0, 1), (0, 2), (1, 3), (3, 5), (2, 4), (4, 6), (1, 7), (2, 8), (7, 9), (9, 11), (8, 10),
+         (10, 12)],
         _parts([0], [1, 2, 7, 8], [3, 5], [4, 6], [9, 11], [10, 12]), centre=[7, 8]),
     "jhmdb15": make_skeleton(  # JHMDB
-        "neck belly face right_shoulder left_shoulder right_hip left_hip right_elbow left_elbow right_knee left_knee "
-        "right_wrist left_wrist right_ankle left_ankle",
-        [(0, 1), (0, 2), (0, 3), (0, 4), (1, 5), (1, 6), (3, 7), (4, 8), (5, 9), (6, 10), (7, 11), (8, 12), (9, 13), (10, 14)],
+        "neck belly face right_shoulder left_shoulder right_hip left_hip right_elbow left_elbow "
+        "right_knee left_knee right_wrist left_wrist right_ankle left_ankle",
+        [(0, 1), (0, 2), (0, 3), (0, 4), (1, 5), (1, 6), (3, 7), (4, 8), (5, 9), (6, 10), (7, 11),
+         (8, 12), (9, 13), (10, 14)],
         _parts([0, 2], [1, 3, 4, 5, 6], [8, 12], [7, 11], [10, 14], [9, 13]), centre=1),
     "openpose18": make_skeleton(  # Kinetics-Skeleton
-        "nose neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist right_hip right_knee "
-        "right_ankle left_hip left_knee left_ankle right_eye left_eye right_ear left_ear",
-        [(0, 1), (1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (2, 8), (8, 9), (9, 10), (5, 11), (11, 12), (12, 13),
-         (0, 14), (0, 15), (14, 16), (15, 17)],
-        _parts([0, 14, 15, 16, 17], [1, 2, 5, 8, 11], [6, 7], [3, 4], [12, 13], [9, 10]), centre=[8, 11]),
+        "nose neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist "
+        "right_hip right_knee right_ankle left_hip left_knee left_ankle right_eye left_eye "
+        "right_ear left_ear",
+        [(0, 1), (1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (2, 8), (8, 9), (9, 10), (5, 11),
+         (11, 12), (12, 13), (0, 14), (0, 15), (14, 16), (15, 17)],
+        _parts([0, 14, 15, 16, 17], [1, 2, 5, 8, 11], [6, 7], [3, 4], [12, 13], [9, 10]),
+        centre=[8, 11]),
 }
 
 
@@ -116,88 +134,38 @@ def normalized_adjacency(edges, num_joints: int) -> Tensor:
 
 
 def bone_parents(skeleton: dict) -> list:
-    """The parent of every joint in the tree of bones, (V,) indices; the root, and joints that no path joins to it, are their own."""
+    """The parent of every joint in the tree of bones, (V,) indices, by breadth-first search from the
+    root; the root, and joints that no path joins to it, are their own."""
     root = skeleton["centre"][0]
-    parents, reached = {root: root}, [root]
-    for joint in reached:  # which grows on the way: breadth first
+    parents, queue = {root: root}, [root]
+    for joint in queue:  # grows on the way
         for i, j in skeleton["edges"]:
             other = i + j - joint
             if joint in (i, j) and other not in parents:
                 parents[other] = joint
-                reached.append(other)
+                queue.append(other)
     return [parents.get(joint, joint) for joint in range(len(skeleton["joints"]))]
 
 
-def draw_mask(num: int, skeleton: dict, parts=("right_arm", "right_leg"), num_parts: int = 0, ratio: float = 0.0, generator=None) -> Tensor:
-    """Masks of `num` sequences, bool (num, V): True is masked, False is kept; one mask for all frames of a sequence.
+# ------------------------------------------------------------------------------- graph layers
 
-    Three strategies (paper 3.1.2 and Table 5b, S Table 2): `ratio` > 0 masks that share of the joints, drawn for each sequence;
-    else `num_parts` > 0 masks as many whole body parts, drawn for each sequence; else the named `parts` are masked.
-    Never all joints and never none: ValueError.
-    """
-    V, names = len(skeleton["joints"]), list(skeleton["parts"])
-    if ratio:
-        count = round(ratio * V)
-        if not 0 < count < V:
-            raise ValueError(f"a mask ratio of {ratio} hides {count} of {V} joints; expected at least one and not all")
-        return torch.rand(num, V, generator=generator).argsort(1) < count  # a random order of the joints in each row
-    members = torch.tensor([[joint in part for joint in range(V)] for part in skeleton["parts"].values()])  # (parts, V)
-    if num_parts:
-        if not 0 < num_parts <= len(names):
-            raise ValueError(f"cannot mask {num_parts} of {len(names)} body parts")
-        chosen = torch.rand(num, len(names), generator=generator).argsort(1)[:, :num_parts]
-    else:
-        unknown = [part for part in parts if part not in names]
-        if unknown or not parts:
-            raise ValueError(f"no body part {', '.join(unknown) or 'named'}; this skeleton has {', '.join(names)}: "
-                             "choose with mask_parts, mask_num_parts or mask_ratio")
-        chosen = torch.tensor([[names.index(part) for part in parts]]).expand(num, -1)
-    mask = members[chosen].any(1)
-    if mask.all(1).any():
-        raise ValueError("these body parts are all joints; at least one joint must stay visible")
-    return mask
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm over all leading dimensions of (..., D)."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h.flatten(0, -2)).view(h.shape)
 
 
-# ---------------------------------------------------------------------------------------------- layers
+class PReLU(nn.Module):
+    """max(x, 0) + a min(x, 0), one learnable slope a. torch's own backward is slow on a CPU."""
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over all leading dimensions of (..., D), as one channels-last image: on a CPU its backward takes 18 ms where that of
-    BatchNorm1d takes 205 (69,632 x 256). torch.compile gets the plain form, for it fails at an image of unknown width."""
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.25]))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return super().forward(x.reshape(-1, x.shape[-1], 1, 1)).view(x.shape)
-        return super().forward(as_image(x)).permute(0, 2, 3, 1).reshape(x.shape)
-
-
-def as_image(x: Tensor) -> Tensor:
-    """(..., D) -> (1, D, 1, rows), the same memory seen as one channels-last image."""
-    return x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
-
-
-class NormPReLU(torch.autograd.Function):
-    """PReLU(batch norm(x)), storing x alone for its backward: a third less memory, and 10 ms where the backward of torch's PReLU alone
-    takes 57 (34,816 x 128, 2 cores). Same values and gradients. For the CPU: float(slope) would make a GPU wait."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, mean, variance, training, momentum, eps, slope):
-        u, batch_mean, inverse_std = torch.native_batch_norm(as_image(x), weight, bias, mean, variance, training, momentum, eps)
-        ctx.save_for_backward(x, weight, bias, mean, variance, batch_mean, inverse_std, slope)
-        ctx.training, ctx.eps = training, eps
-        return F.leaky_relu_(u, float(slope)).permute(0, 2, 3, 1).reshape(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, bias, mean, variance, batch_mean, inverse_std, slope = ctx.saved_tensors
-        m, s = (batch_mean, inverse_std) if ctx.training else (mean, (variance + ctx.eps).rsqrt())
-        gain = weight * s
-        u = torch.addcmul((bias - m * gain).to(x.dtype), x, gain.to(x.dtype))
-        grad_u = torch.ops.aten.leaky_relu_backward(grad, u, float(slope), False)
-        grad_slope = u.clamp_(max=0).mul_(grad).sum(-1).sum(dtype=slope.dtype).view(1)  # at once it would copy bfloat16 to float32 first
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            as_image(grad_u), as_image(x), weight, mean, variance, batch_mean, inverse_std, ctx.training, ctx.eps, [True] * 3)
-        return grad_x.permute(0, 2, 3, 1).reshape(x.shape), grad_weight, grad_bias, None, None, None, None, None, grad_slope
+        slope = self.weight.to(x.dtype)
+        return F.prelu(x, slope) if x.is_cuda else F.relu(x) * (1 - slope) + slope * x
 
 
 class GraphConvolution(nn.Module):
@@ -207,129 +175,150 @@ class GraphConvolution(nn.Module):
         super().__init__()
         self.register_buffer("adjacency", adjacency, persistent=False)
         self.linear = nn.Linear(width_in, width_out, bias=False)
-        self.norm, self.activation = BatchNorm(width_out), nn.PReLU()  # on a CPU applied together by NormPReLU
+        self.norm = BatchNorm(width_out)
+        self.activation = PReLU()
 
     def aggregate(self, h: Tensor) -> Tensor:
-        return (self.adjacency @ h.reshape(h.shape[0], -1)).view(h.shape)  # every joint sums its neighbours, (V, V) x (V, ...)
+        """Every joint sums its neighbours: one matrix product (V, V) x (V, ...)."""
+        return (self.adjacency @ h.flatten(1)).view(h.shape)
 
     def forward(self, h: Tensor) -> Tensor:
-        narrow = self.linear.in_features <= self.linear.out_features  # (A H) W = A (H W): aggregate on the narrower side
-        h = self.linear(self.aggregate(h)) if narrow else self.aggregate(self.linear(h))
-        norm = self.norm
-        if h.device.type != "cpu" or torch.compiler.is_compiling():  # torch's own two steps: no GPU waits, the compiler fuses
-            return self.activation(norm(h))
-        if norm.training:
-            norm.num_batches_tracked.add_(1)
-        momentum = 1 / max(1, int(norm.num_batches_tracked)) if norm.momentum is None else norm.momentum  # None: the mean of all batches
-        return NormPReLU.apply(h, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, momentum, norm.eps,
-                               self.activation.weight)
+        if self.linear.in_features <= self.linear.out_features:
+            h = self.linear(self.aggregate(h))
+        else:  # (A H) W = A (H W): aggregate on the narrower side
+            h = self.aggregate(self.linear(h))
+        return self.activation(self.norm(h))
 
 
 class GraphEncoder(nn.Module):
-    """G_E, L_D graph layers after input feature dropout (S A: 0.2). Shape: (V, P, T, D) -> (V, P, T, H)."""
+    """G_E: L_D graph layers after input feature dropout (S A: 0.2), drawn once for all frames of a
+    person. Shape: (V, P, T, D) -> (V, P, T, H)."""
 
-    def __init__(self, adjacency: Tensor, width: int, hidden: int, layers: int = 3, dropout: float = 0.2):
+    def __init__(self, adjacency: Tensor, width: int, hidden: int, layers: int = 3,
+                 dropout: float = 0.2):
         super().__init__()
-        self.layers = nn.ModuleList(GraphConvolution(adjacency, hidden if i else width, hidden) for i in range(layers))
+        self.layers = nn.ModuleList(GraphConvolution(adjacency, hidden if i else width, hidden)
+                                    for i in range(layers))
         self.dropout = dropout
 
     def forward(self, h: Tensor) -> Tensor:
-        if self.training and self.dropout:  # one draw for all frames of a person: T times fewer random numbers
-            h = h * F.dropout(h.new_ones(h.shape[0], h.shape[1], 1, h.shape[3]), self.dropout)
+        if self.training and self.dropout:
+            h = h * F.dropout(torch.ones_like(h[:, :, :1]), self.dropout)
         for layer in self.layers:
             h = layer(h)
         return h
 
 
+# ------------------------------------------------------------------- attention, temporal pooling
+
 class Attention(nn.Module):
-    """Multi-head self-attention over the T frames of each person, softmax(Q K^T / sqrt(d)) V. Shape: (P, T, H) -> (P, T, H)."""
+    """Multi-head self-attention over the T frames of each person, softmax(Q K^T / sqrt(d)) V.
+    Shape: (P, T, H) -> (P, T, H)."""
 
     def __init__(self, width: int, heads: int = 4, dropout: float = 0.1):
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"{heads} attention heads do not divide a width of {width}")
-        self.heads, self.dropout = heads, dropout
-        self.query_key_value, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads = heads
+        self.dropout = dropout
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
 
     def forward(self, g: Tensor) -> Tensor:
-        query, key, value = self.query_key_value(g).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (P, heads, T, d)
-        g = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+        split = self.query_key_value(g).unflatten(-1, (3, self.heads, -1))  # (P, T, 3, heads, d)
+        query, key, value = split.permute(2, 0, 3, 1, 4)                    # each (P, heads, T, d)
+        dropout = self.dropout if self.training else 0.0
+        g = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return self.project(g.transpose(1, 2).flatten(2))
 
 
 class AttentionBlock(nn.Module):
-    """Pre-norm attention and feed-forward, each with its residual; dropout 0.1 (S A) in both. Shape: (P, T, H) -> (P, T, H)."""
+    """Pre-norm attention and feed-forward, each with its residual; dropout 0.1 (S A) in both.
+    Shape: (P, T, H) -> (P, T, H)."""
 
     def __init__(self, width: int, heads: int = 4, ratio: int = 4, dropout: float = 0.1):
         super().__init__()
-        self.attention_norm, self.attention = nn.LayerNorm(width), Attention(width, heads, dropout)
-        self.feed_forward = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, ratio * width), nn.GELU(),
-                                          nn.Linear(ratio * width, width), nn.Dropout(dropout))
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, dropout)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, ratio * width), nn.GELU(),
+            nn.Linear(ratio * width, width), nn.Dropout(dropout))
 
     def forward(self, g: Tensor) -> Tensor:
         g = g + self.attention(self.attention_norm(g))
         return g + self.feed_forward(g)
 
 
-def windows(x: Tensor, dilation: int, stride: int) -> list:
-    """Three frames, `dilation` apart, around every stride-th one: (..., T, D) -> three (..., ceil(T / stride), D), zero beyond the ends."""
-    T, x = x.shape[-2], F.pad(x, (0, 0, dilation, dilation))
+def three_frames(x: Tensor, dilation: int, stride: int) -> list:
+    """The frame `dilation` before, itself and the one after, for every stride-th frame:
+    (..., T, D) -> three (..., ceil(T / stride), D), zero beyond the ends."""
+    T = x.shape[-2]
+    x = F.pad(x, (0, 0, dilation, dilation))
     return [x[..., first:first + T:stride, :] for first in (0, dilation, 2 * dilation)]
 
 
 class TemporalPooling(nn.Module):
-    """Multi-scale temporal pooling after the dilated multi-branch temporal convolution of CTR-GCN, whose kernels span 5 frames, not 3.
+    """Multi-scale temporal pooling after the dilated multi-branch temporal convolution of CTR-GCN,
+    whose kernels span 5 frames where these span 3.
 
-    A 1x1 convolution with batch norm and ReLU, whose channels then split into four branches: three frames, three frames at dilation
-    2, the maximum of three frames, and the frame itself; joined, batch norm again, plus the input, ReLU. A convolution over frames is
-    one matrix product of the three side by side: cuDNN would plan anew for every number of persons, 35 times as long as the step takes.
+    A 1x1 convolution with batch norm and ReLU, whose channels split into four branches: three
+    frames, three frames at dilation 2, the maximum of three frames, and the frame itself; joined,
+    batch norm again, plus the input, ReLU. A convolution over frames is one matrix product of three
+    frames side by side: cuDNN would plan anew for every number of persons.
     Shape: (V, P, T, D) -> (V, P, ceil(T / stride), D).
     """
 
     def __init__(self, width: int, stride: int = 1):
         super().__init__()
         if width % 4:
-            raise ValueError(f"a width of {width} does not divide into the four branches of temporal pooling")
-        branch, self.stride = width // 4, stride
-        self.reduce, self.reduce_norm = nn.Linear(width, width, bias=False), BatchNorm(width)
-        self.near, self.far = nn.Linear(3 * branch, branch, bias=False), nn.Linear(3 * branch, branch, bias=False)
+            raise ValueError(f"a width of {width} does not divide into four branches")
+        branch = width // 4
+        self.stride = stride
+        self.reduce = nn.Linear(width, width, bias=False)
+        self.reduce_norm = BatchNorm(width)
+        self.near = nn.Linear(3 * branch, branch, bias=False)
+        self.far = nn.Linear(3 * branch, branch, bias=False)
         self.norm = BatchNorm(width)
 
     def forward(self, h: Tensor) -> Tensor:
-        near, far, largest, same = F.relu_(self.reduce_norm(self.reduce(h))).chunk(4, -1)  # each (V, P, T, D/4)
-        near = self.near(torch.cat(windows(near, 1, self.stride), -1))
-        far = self.far(torch.cat(windows(far, 2, self.stride), -1))
-        before, middle, after = windows(largest, 1, self.stride)
+        near, far, largest, same = F.relu_(self.reduce_norm(self.reduce(h))).chunk(4, -1)
+        near = self.near(torch.cat(three_frames(near, 1, self.stride), -1))
+        far = self.far(torch.cat(three_frames(far, 2, self.stride), -1))
+        before, middle, after = three_frames(largest, 1, self.stride)
         largest = torch.maximum(torch.maximum(before, middle), after)
-        x = torch.cat([near, far, largest, same[:, :, ::self.stride]], -1)
+        same = same[:, :, ::self.stride]
+        x = torch.cat([near, far, largest, same], -1)  # (V, P, T / stride, D)
         return F.relu_(self.norm(x) + h[:, :, ::self.stride])
 
 
-# ---------------------------------------------------------------------------------------------- persons
+# ------------------------------------------------------------------------------------- persons
 
 class Packing:
     """Which persons are present, and where they stand once the absent ones are packed away.
-
-    present: bool (N, M), on the CPU, at least one a sequence. Packed order: the first persons of all sequences that have
-    two, then their second persons in the same order, then the persons who are alone. So two persons of one sequence are
-    `pairs` rows apart, and S Eq. 2 reads the other person by swapping two halves.
-    """
+    present: bool (N, M), on the CPU, at least one person a sequence."""
 
     def __init__(self, present: Tensor, device):
         if not present.any(1).all():
-            raise ValueError(f"sequence {int(present.any(1).int().argmin())} of the batch has no person present")
+            raise ValueError(f"sequence {int((~present.any(1)).int().argmax())} of the batch has no "
+                             "person present")
         self.persons = present.shape[1]
-        place = torch.arange(present.numel()).view(present.shape)  # (N, M), where each person stands in N M
-        both = present.sum(1) == 2
-        self.paired, alone = place[both], place[present & ~both[:, None]]  # (pairs, 2), (P - 2 pairs,)
-        rows = torch.cat([self.paired.T.reshape(-1), alone])
-        self.rows = rows.to(device, non_blocking=True)                                   # (P,), where each stands in N M
-        self.sequence = (rows // self.persons).to(device, non_blocking=True)             # (P,), the sequence of each
-        self.count = present.sum(1, dtype=torch.float32).to(device, non_blocking=True)   # (N,), persons of each sequence
+        rows = present.flatten().nonzero()[:, 0]
+        sequence = rows // self.persons
+        has_partner = (present.sum(1) == 2)[sequence]
+        beside = torch.arange(len(rows)) + 1 - 2 * (rows % self.persons)  # pairs stand side by side
+        partner = torch.where(has_partner, beside, 0)
 
-    @property
-    def pairs(self) -> int:  # a tensor's size, which torch.compile lets vary; a stored number would become a constant
-        return len(self.paired)
+        def moved(x):
+            return x.to(device, non_blocking=True)
+
+        self.rows = moved(rows)                     # (P,), where each person stands in N M
+        self.sequence = moved(sequence)             # (P,), the sequence of each
+        self.partner = moved(partner)               # (P,), the row of the other person, or 0
+        self.has_partner = moved(has_partner)       # (P,) bool
+        self.count = moved(present.sum(1).float())  # (N,), persons of each sequence
+
+    def tensors(self) -> tuple:
+        return self.rows, self.sequence, self.partner, self.has_partner, self.count
 
     def pack(self, x: Tensor) -> Tensor:
         """(N, M, T, V, C) -> (V, P, T, C)."""
@@ -337,102 +326,142 @@ class Packing:
 
     def unpack(self, h: Tensor) -> Tensor:
         """(V, P, T, C) -> (N, M, T, V, C), absent persons zero."""
-        x = h.new_zeros(len(self.count) * self.persons, h.shape[2], h.shape[0], h.shape[3])
-        return x.index_copy(0, self.rows, h.permute(1, 2, 0, 3)).unflatten(0, (-1, self.persons))
+        N, (V, _, T, C) = len(self.count), h.shape
+        x = h.new_zeros(N * self.persons, T, V, C).index_copy(0, self.rows, h.permute(1, 2, 0, 3))
+        return x.unflatten(0, (N, self.persons))
 
-    def swap(self, h: Tensor) -> Tensor:
-        """The other person's rows for every paired person: (..., 2 pairs, T, D) of the pairs -> the same, persons swapped."""
-        return h.roll(self.pairs, -3)
-
-    def mean(self, features: Tensor) -> Tensor:
-        """Mean over the persons present, (P, F) -> (N, F)."""
-        total = features.new_zeros(len(self.count), features.shape[1]).index_add(0, self.sequence, features)
-        return total / self.count[:, None].to(features.dtype)
+    def other(self, h: Tensor) -> Tensor:
+        """What belongs to the other person, (V, P, T, D) -> the same shape, zero without one."""
+        return h.index_select(1, self.partner) * self.has_partner[:, None, None]
 
     def pool(self, h: Tensor) -> Tensor:
-        """Mean over joints, then mean and maximum over frames, then mean over the persons present: (V, P, T, D) -> (N, 2 D)."""
+        """Mean over joints, then mean and maximum over frames, then mean over the persons present:
+        (V, P, T, D) -> (N, 2 D)."""
         h = h.mean(0)
-        return self.mean(torch.cat([h.mean(1), h.amax(1)], -1))
-
-
-class JointEmbedding(nn.Module):
-    """Paper 3.1.1: a joint's coordinates, mapped linearly to D features, plus a learnable embedding of which joint it is.
-
-    The input streams are batch-normalised per joint and channel: coordinates, motion (x[t + 1] - x[t], zero in the last frame), bones
-    (x - x of the parent joint) and score, in this order; motion and bones are derived here. A bone or a motion with a masked end is
-    zero, for it would give that end away; a masked joint's own features are replaced by the mask token. Both happen after the norm,
-    whose statistics stay those of real joints.
-    Shape: (V, P, T, C) and a mask (V, P), (V, P, T) or None -> (V, P, T, D).
-    """
-
-    def __init__(self, skeleton: dict, channels: int, width: int, motion: bool = False, bone: bool = False, score: bool = False):
-        super().__init__()
-        self.channels, self.motion, self.bone, self.score = channels, motion, bone, score
-        V, streams = len(skeleton["joints"]), channels * (1 + motion + bone) + score
-        parents, first = bone_parents(skeleton), channels * (1 + motion)  # the first bone's channel; motion comes before it
-        self.register_buffer("parents", torch.tensor(parents), persistent=False)
-        self.register_buffer("is_bone", torch.tensor([first <= i < first + channels * bone for i in range(streams)]), persistent=False)
-        self.register_buffer("is_motion", torch.tensor([channels <= i < first for i in range(streams)]), persistent=False)
-        signature = torch.tensor([channels, motion, bone, score, *parents]).float()  # an average of weights would round integers down
-        self.register_buffer("signature", signature)  # load_pretrained compares it
-        self.norm = BatchNorm(V * streams)
-        self.linear = nn.Linear(streams, width)
-        self.joint = nn.Parameter(0.02 * torch.randn(V, width))
-        self.mask_token = nn.Parameter(0.02 * torch.randn(width))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        V, P, T, _ = x.shape
-        joints = x[..., :self.channels]
-        streams = [joints]
-        if self.motion:
-            streams.append(F.pad(joints.diff(dim=2), (0, 0, 0, 1)))
-        if self.bone:
-            streams.append(joints - joints[self.parents])
-        if self.score:
-            streams.append(x[..., self.channels:])
-        x = torch.cat(streams, -1)
-        x = self.norm(x.permute(1, 2, 0, 3).flatten(2)).view(P, T, V, -1).permute(2, 0, 1, 3)  # statistics per joint and channel
-        if mask is not None:
-            mask = mask.reshape(V, P, -1, 1)  # the third dimension is 1 where all frames share a mask
-            if self.bone:
-                x = x.masked_fill((mask | mask[self.parents]) & self.is_bone, 0)
-            if self.motion and mask.shape[2] > 1:  # the motion into a masked frame; a masked joint's own is replaced below
-                x = x.masked_fill(F.pad(mask[:, :, 1:], (0, 0, 0, 1)) & self.is_motion, 0)
-        h = self.linear(x)
-        if mask is not None:
-            h = torch.where(mask, self.mask_token.to(h.dtype), h)
-        return h + self.joint[:, None, None]
+        h = torch.cat([h.mean(1), h.amax(1)], -1)  # (P, 2 D)
+        total = h.new_zeros(len(self.count), h.shape[1]).index_add(0, self.sequence, h)
+        return total / self.count[:, None].to(h.dtype)
 
 
 def find_present(x: Tensor, channels: int) -> Tensor:
-    """Who is present, bool (N, M) on the CPU. A person is absent whose coordinates are all zero or, where x has scores, none of whose
-    scores is above 0 beside another who has one. A sequence without anyone keeps its first person."""
+    """Who is present, bool (N, M) on the CPU. A person is absent whose coordinates are all zero or,
+    where x has scores, none of whose scores is above 0 beside another who has one. A sequence
+    without anyone keeps its first person."""
     present = (x[..., :channels] != 0).flatten(2).any(2)
     if x.shape[-1] > channels:
-        scored = present & (x[..., channels:] > 0).flatten(2).any(2)
+        scored = present & (x[..., channels] > 0).flatten(2).any(2)
         present = torch.where(scored.any(1, keepdim=True), scored, present)
     present[:, 0] |= ~present.any(1)
     return present.cpu()
 
 
-def packing_of(x: Tensor, embedding: JointEmbedding, present: Tensor | Packing | None, persons: int | None = None) -> Packing:
-    """Checks x and present, and returns the Packing of the batch. present: a Packing (torch.compile needs one, for it cannot count
-    persons), bool (N, M), or None: found from x. One clear ValueError instead of a shape error ten layers down."""
-    joints, channels, score = len(embedding.joint), embedding.channels, embedding.score
-    expected = f"(N, M, T, {joints}, {channels}{' + 1 for the joint score' if score else ''})"
-    if x.dim() != 5 or x.shape[3] != joints or not channels + score <= x.shape[4] <= channels + 1:
-        raise ValueError(f"expected skeletons of shape {expected}, got {tuple(x.shape)}")
-    if x.shape[1] not in ((1, 2) if persons is None else (persons,)):
-        raise ValueError(f"expected {persons or '1 or 2'} persons in {expected}, got {x.shape[1]}")
+# ----------------------------------------------------------------------------- joint embedding
+
+class JointEmbedding(nn.Module):
+    """Paper 3.1.1: a joint's coordinates, mapped linearly to D features, plus a learnable embedding
+    of which joint it is.
+
+    Input streams: coordinates, motion (x[t + 1] - x[t], zero in the last frame), bones (x - x of the
+    parent joint), score; each is batch-normalised per joint and channel. A masked joint's features
+    are replaced by the mask token, and a bone or a motion with a masked end is zeroed: it would
+    leak that end's position. Both happen after the norm, whose statistics stay those of real joints.
+    Shape: (V, P, T, C) and a mask (V, P, 1 or T) or None -> (V, P, T, D).
+    """
+
+    def __init__(self, skeleton: dict, channels: int, width: int, motion: bool = False,
+                 bone: bool = False, score: bool = False):
+        super().__init__()
+        V = len(skeleton["joints"])
+        self.channels = channels
+        sizes = {"position": channels, "motion": channels * motion, "bone": channels * bone,
+                 "score": int(score)}
+        self.norms = nn.ModuleDict({name: BatchNorm(V * size) for name, size in sizes.items() if size})
+        self.linear = nn.Linear(sum(sizes.values()), width)
+        self.joint = nn.Parameter(0.02 * torch.randn(V, width))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(width))
+        self.register_buffer("parents", torch.tensor(bone_parents(skeleton)), persistent=False)
+
+    def stream(self, name: str, x: Tensor, mask: Tensor | None) -> Tensor:
+        """One normalised input stream (V, P, T, C or 1) of x (V, P, T, C [+ score])."""
+        V, P, T, _ = x.shape
+        position, hidden = x[..., :self.channels], None
+        if name == "position":
+            values = position
+        elif name == "motion":
+            values = F.pad(position.diff(dim=2), (0, 0, 0, 1))
+            if mask is not None:
+                hidden = mask | F.pad(mask[:, :, 1:], (0, 1))
+        elif name == "bone":
+            values = position - position[self.parents]
+            if mask is not None:
+                hidden = mask | mask[self.parents]
+        else:
+            values = x[..., self.channels:]
+        rows = values.permute(1, 2, 0, 3).flatten(2)  # (P, T, V C): statistics per joint and channel
+        values = self.norms[name](rows).view(P, T, V, -1).permute(2, 0, 1, 3)
+        return values if hidden is None else values.masked_fill(hidden[..., None], 0)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.linear(torch.cat([self.stream(name, x, mask) for name in self.norms], -1))
+        if mask is not None:
+            h = torch.where(mask[..., None], self.mask_token.to(h.dtype), h)
+        return h + self.joint[:, None, None]
+
+
+def packing_of(x: Tensor, embedding: JointEmbedding, present: Tensor | Packing | None,
+               persons: int | None = None) -> Packing:
+    """Checks x, and returns the Packing of the batch. present: a Packing, bool (N, M), or None:
+    found from x. One clear ValueError instead of a shape error ten layers down."""
+    joints, channels, score = len(embedding.joint), embedding.channels, "score" in embedding.norms
+    if (x.dim() != 5 or x.shape[3] != joints or not channels + score <= x.shape[4] <= channels + 1
+            or x.shape[1] not in ((1, 2) if persons is None else (persons,))):
+        raise ValueError(
+            f"expected skeletons of shape (N, {persons or '1 or 2'}, T, {joints}, {channels}"
+            f"{' + 1 for the joint score' if score else ''}), got {tuple(x.shape)}")
+    if isinstance(present, Packing):
+        return present
     present = find_present(x, channels) if present is None else present
-    packed = isinstance(present, Packing)
-    shape, dtype = ((len(present.count), present.persons), torch.bool) if packed else (tuple(present.shape), present.dtype)
-    if shape != tuple(x.shape[:2]) or dtype != torch.bool:
-        raise ValueError(f"expected present of shape {tuple(x.shape[:2])}, got {shape}, and of torch.bool, got {dtype}")
-    return present if packed else Packing(present, x.device)
+    if present.shape != x.shape[:2] or present.dtype != torch.bool:
+        raise ValueError(f"expected present as a bool {tuple(x.shape[:2])}, got {present.dtype} "
+                         f"{tuple(present.shape)}")
+    return Packing(present, x.device)
 
 
-# ---------------------------------------------------------------------------------------------- pre-training
+# -------------------------------------------------------------------------------- pre-training
+
+def draw_mask(num: int, skeleton: dict, parts=("right_arm", "right_leg"), num_parts: int = 0,
+              ratio: float = 0.0, generator=None) -> Tensor:
+    """Masks of `num` sequences, bool (num, V): True is masked; one mask for all frames of a sequence.
+
+    Three strategies (paper 3.1.2 and Table 5b, S Table 2): `ratio` > 0 masks that share of the
+    joints, drawn for each sequence; else `num_parts` > 0 masks as many whole body parts, drawn for
+    each sequence; else the named `parts` are masked. Never all joints and never none: ValueError.
+    """
+    V, names = len(skeleton["joints"]), list(skeleton["parts"])
+    if ratio:
+        count = round(ratio * V)
+        if not 0 < count < V:
+            raise ValueError(f"a mask ratio of {ratio} hides {count} of {V} joints; expected at "
+                             "least one and not all")
+        return torch.rand(num, V, generator=generator).argsort(1) < count  # a random order a row
+    members = torch.tensor([[joint in part for joint in range(V)]
+                            for part in skeleton["parts"].values()])  # (parts, V)
+    if num_parts:
+        if num_parts > len(names):
+            raise ValueError(f"cannot mask {num_parts} of {len(names)} body parts")
+        chosen = torch.rand(num, len(names), generator=generator).argsort(1)[:, :num_parts]
+    else:
+        unknown = [part for part in parts if part not in names]
+        if unknown or not parts:
+            raise ValueError(f"no body part {', '.join(unknown) or 'named'}; this skeleton has "
+                             f"{', '.join(names)}: choose with mask_parts, mask_num_parts or "
+                             "mask_ratio")
+        chosen = torch.tensor([[names.index(part) for part in parts]]).expand(num, -1)
+    mask = members[chosen].any(1)
+    if mask.all(1).any():
+        raise ValueError("these body parts are all joints; at least one joint must stay visible")
+    return mask
+
 
 def selected_mean(error: Tensor, selected: Tensor) -> Tensor:
     """Mean of the errors where selected, 0 where none is. Both of one shape."""
@@ -440,189 +469,223 @@ def selected_mean(error: Tensor, selected: Tensor) -> Tensor:
     return (error * selected).sum() / selected.sum().clamp(min=1)
 
 
-def reweighted_cosine_error(prediction: Tensor, target: Tensor, selected: Tensor, beta: float = 2.0) -> Tensor:
+def reweighted_cosine_error(prediction: Tensor, target: Tensor, selected: Tensor,
+                            beta: float = 2.0) -> Tensor:
     """Paper Eq. 2: mean over the selected (masked) joints of (1 - cos(prediction, target))^beta.
 
-    prediction, target: (..., F); selected: bool (...). No vector is divided by zero: an all-zero one has cosine 0.
+    prediction, target: (..., F); selected: bool (...). An all-zero vector has cosine 0.
     """
-    cosine = F.cosine_similarity(prediction.float(), target.float(), dim=-1)
+    cosine = F.cosine_similarity(prediction, target, dim=-1)
     return selected_mean((1 - cosine).clamp(min=0) ** beta, selected)
 
 
 def squared_error(prediction: Tensor, target: Tensor, selected: Tensor) -> Tensor:
-    """Mean over the selected joints of |prediction - target|^2. Shapes as for reweighted_cosine_error. Ours, not the paper's."""
-    return selected_mean((prediction.float() - target.float()).square().sum(-1), selected)
+    """Mean over the selected joints of |prediction - target|^2. Ours, not the paper's."""
+    return selected_mean((prediction - target).square().sum(-1), selected)
 
 
 class SkeletonMAE(nn.Module):
     """The graph masked autoencoder (paper 3.1) with the layers of S Eq. 1.
 
-    skeleton: an entry of SKELETONS or your own; channels: C, 2 or 3; motion, bone, score: further input streams; mask_parts,
-    mask_num_parts, mask_ratio: see draw_mask. The buffer `scale` is s, the root mean square distance of the training joints from
-    the centre, in the units of x: 1, which suits x of about that size, until model.scale.copy_(s).
+    skeleton: an entry of SKELETONS or your own; channels: C, 2 or 3; motion, bone, score: further
+    input streams; mask_parts, mask_num_parts, mask_ratio: see draw_mask. The buffer `scale` is s,
+    the root mean square distance of the training joints from the centre, in the units of x: 1,
+    which suits x of about that size, until model.scale.copy_(s).
 
-    The target of a masked joint is its position in homogeneous coordinates, (x / s, y / s, [z / s,] 1): fixed, so it cannot
-    collapse as a learned embedding could, and a zero error means the right position, as it would not with the cosine of raw
-    coordinates. Joints whose score is 0 are unknown and never count in the loss, nor do frames in which a person is all zero.
+    The target of a masked joint is its position in homogeneous coordinates, (x / s, y / s, [z / s,]
+    1): fixed, so it cannot collapse as a learned embedding could, and a zero error means the right
+    position, as it would not with the cosine of raw coordinates. Joints of score 0 never count in
+    the loss, nor do frames in which a person is all zero.
 
-    Three further choices are ours, not the paper's. loss: "cosine" (paper Eq. 2) or "squared", the squared error of the position;
-    mask_segments: the frames fall into as many equal segments, each with a mask of its own; strl: arguments of STRLStack, whose
-    layers are then pre-trained as well and take the place of the encoder.
+    Ours, not the paper's: loss "squared", the squared error of the position; mask_segments: the
+    frames fall into as many segments, each with a mask of its own; strl: arguments of STRLStack,
+    whose layers are then pre-trained in the encoder's place.
     """
 
-    def __init__(self, skeleton: dict, channels: int, width: int = 64, hidden: int = 128, layers: int = 3, dropout: float = 0.2,
-                 beta: float = 2.0, mask_parts=("right_arm", "right_leg"), mask_num_parts: int = 0, mask_ratio: float = 0.0,
-                 motion: bool = False, bone: bool = False, score: bool = False, loss: str = "cosine", mask_segments: int = 1,
+    def __init__(self, skeleton: dict, channels: int, width: int = 64, hidden: int = 128,
+                 layers: int = 3, dropout: float = 0.2, beta: float = 2.0,
+                 mask_parts=("right_arm", "right_leg"), mask_num_parts: int = 0,
+                 mask_ratio: float = 0.0, motion: bool = False, bone: bool = False,
+                 score: bool = False, loss: str = "cosine", mask_segments: int = 1,
                  strl: dict | None = None):
         super().__init__()
         if loss not in ("cosine", "squared"):
             raise ValueError(f"unknown loss {loss}; expected cosine or squared")
-        self.skeleton, self.channels, self.beta, self.loss, self.segments = skeleton, channels, beta, loss, mask_segments
-        self.masking = dict(parts=tuple(mask_parts), num_parts=mask_num_parts, ratio=mask_ratio)
+        self.skeleton, self.channels, self.beta = skeleton, channels, beta
+        self.loss_kind, self.segments = loss, mask_segments
+        self.masking = {"parts": mask_parts, "num_parts": mask_num_parts, "ratio": mask_ratio}
+        draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # refused now, not later
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
-        draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # refused now, not in the first step
         self.register_buffer("scale", torch.ones(()))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
+        self.stride, encoded = 1, hidden
         if strl is None:
-            self.encoder, self.stride, encoded = GraphEncoder(adjacency, width, hidden, layers, dropout), 1, hidden
+            self.encoder = GraphEncoder(adjacency, width, hidden, layers, dropout)
         else:
-            self.encoder = STRLStack(adjacency, width, hidden, layers, dropout=dropout, **strl)
+            self.encoder = STRLStack(adjacency, width, hidden, layers=layers, dropout=dropout, **strl)
             self.stride, encoded = self.encoder.stride, width
-            if self.stride > strl["frames"]:
-                raise ValueError(f"these STRL layers leave one of {self.stride} frames, and there are {strl['frames']}; "
-                                 "expected fewer layers or a smaller stride")
-        self.decoder = GraphConvolution(adjacency, encoded, width)                   # one graph layer (paper 3.1.3) ...
-        self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))  # ... and a linear map to the targets
+        self.decoder = GraphConvolution(adjacency, encoded, width)                   # paper 3.1.3
+        self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))  # to the target
 
     def draw(self, num: int, frames: int, generator=None) -> Tensor:
-        """Masks of `num` sequences, True is masked: (num, 1, V), or (num, frames, V) where segments have their own."""
-        mask = draw_mask(num * self.segments, self.skeleton, **self.masking, generator=generator).view(num, self.segments, -1)
+        """Masks of `num` sequences, True is masked: (num, 1, V), or (num, frames, V) where segments
+        have their own."""
+        mask = draw_mask(num * self.segments, self.skeleton, **self.masking, generator=generator)
+        mask = mask.view(num, self.segments, -1)
         return mask if self.segments == 1 else mask[:, torch.arange(frames) * self.segments // frames]
 
     def encode(self, packed: Tensor, packing: Packing, masked: Tensor | None = None) -> Tensor:
-        """Packed joints (V, P, T, C) and their masks (V, P, 1 or T) -> features of the encoder, (V, P, T / stride, H or D)."""
+        """Packed joints (V, P, T, C) and their masks (V, P, 1 or T) -> (V, P, T / stride, H or D)."""
         h = self.embedding(packed, masked)
-        return self.encoder(h, packing) if isinstance(self.encoder, STRLStack) else self.encoder(h)
+        return self.encoder(h, packing) if self.stacked else self.encoder(h)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether STRL layers are pre-trained."""
+        return isinstance(self.encoder, STRLStack)
+
+    def decode(self, encoded: Tensor, frames: int) -> Tensor:
+        """Features of the encoder -> homogeneous coordinates (V, P, T, C + 1) in units of s. With the
+        squared loss the last of them is 1, not predicted."""
+        prediction = self.head(self.decoder(encoded)).float()
+        prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :frames]
+        return prediction if self.loss_kind == "cosine" else F.pad(prediction, (0, 1), value=1.0)
+
+    def loss(self, prediction: Tensor, packed: Tensor, masked: Tensor) -> Tensor:
+        """Error of the masked joints: prediction (V, P, T, C + 1), packed joints (V, P, T, C [+
+        score]), masked bool (V, P, 1 or T) -> a scalar."""
+        C = self.channels
+        target = F.pad(packed[..., :C] / self.scale, (0, 1), value=1.0)  # homogeneous coordinates
+        in_frame = (packed[..., :C] != 0).any(-1).any(0)                 # (P, T)
+        selected = masked & in_frame                                     # (V, P, T)
+        if packed.shape[-1] > C:
+            selected = selected & (packed[..., C] > 0)
+        if self.loss_kind == "squared":
+            return squared_error(prediction, target, selected)
+        return reweighted_cosine_error(prediction, target, selected, self.beta)
+
+    def forward(self, x: Tensor, present: Tensor | Packing | None = None,
+                mask: Tensor | None = None):
+        """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or
+        a Packing, found from x where not given; mask: bool (N, V), or (N, 1 or T, V) where frames
+        differ, True is masked, drawn where not given.
+
+        Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1) in
+        units of s, float32, zero for absent persons; the mask (N, 1 or T, V).
+        """
+        packing = packing_of(x, self.embedding, present)
+        N, _, T, V, _ = x.shape
+        mask = self.draw(N, T) if mask is None else mask
+        if mask.dtype != torch.bool or tuple(mask.shape) not in ((N, V), (N, 1, V), (N, T, V)):
+            raise ValueError(f"expected a bool mask ({N}, {V}) or ({N}, 1 or {T}, {V}), got "
+                             f"{mask.dtype} {tuple(mask.shape)}")
+        mask = mask.view(N, -1, V).to(x.device, non_blocking=True)
+        packed = packing.pack(x)                           # (V, P, T, C)
+        masked = mask[packing.sequence].permute(2, 0, 1)   # (V, P, 1 or T)
+        prediction = self.decode(self.encode(packed, packing, masked), T)
+        loss = self.loss(prediction, packed, masked)
+        return loss, packing.unpack(prediction), mask
 
     def features(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
-        """Features of unmasked skeletons, (N, M, T / stride, V, H or D), zero for absent persons. x and present as in forward."""
+        """Features of unmasked skeletons, (N, M, T / stride, V, H or D), zero for absent persons. x
+        and present as in forward."""
         packing = packing_of(x, self.embedding, present)
         return packing.unpack(self.encode(packing.pack(x), packing))
 
-    def forward(self, x: Tensor, present: Tensor | Packing | None = None, mask: Tensor | None = None):
-        """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or a Packing, found from x where
-        not given; mask: bool (N, V), or (N, 1 or T, V) where frames differ, True is masked, drawn where not given.
-
-        Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1) in units of s, float32, zero for absent
-        persons (with the squared loss their last entry is 1, not predicted); the mask (N, 1 or T, V).
-        """
-        C = self.channels
-        packing = packing_of(x, self.embedding, present)
-        N, _, T, V, _ = x.shape
-        if mask is None:
-            mask = self.draw(N, T)
-        elif mask.dtype != torch.bool or tuple(mask.shape) not in ((N, V), (N, 1, V), (N, T, V)):
-            raise ValueError(f"expected a bool mask (N, V) or (N, 1 or T, V) of x {tuple(x.shape)}, got {mask.dtype} {tuple(mask.shape)}")
-        mask = mask.reshape(N, -1, V).to(x.device, non_blocking=True)
-        packed = packing.pack(x)                                          # (V, P, T, C)
-        masked = mask[packing.sequence].permute(2, 0, 1)                  # (V, P, 1 or T)
-        prediction = self.head(self.decoder(self.encode(packed, packing, masked))).float()
-        prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :T]  # every output frame predicts `stride`
-        target = F.pad(packed[..., :C] / self.scale, (0, 1), value=1.0)   # homogeneous coordinates
-        selected = masked & (packed[..., :C] != 0).any(-1).any(0)         # (V, P, T): not where a person is out of sight
-        if packed.shape[-1] > C:
-            selected = selected & (packed[..., C] > 0)
-        if self.loss == "cosine":
-            loss = reweighted_cosine_error(prediction, target, selected, self.beta)
-        else:
-            prediction = F.pad(prediction, (0, 1), value=1.0)             # a position, as its target
-            loss = squared_error(prediction, target, selected)
-        return loss, packing.unpack(prediction), mask
-
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, present: Tensor | Packing | None = None, mask: Tensor | None = None):
-        """Puts the masked joints back: a prediction (y, w) stands for the position s y / max(w, 0.01), in the units of x.
+    def reconstruct(self, x: Tensor, present: Tensor | Packing | None = None,
+                    mask: Tensor | None = None):
+        """Puts the masked joints back, in evaluation mode: a prediction (y, w) stands for the
+        position s y / max(w, 0.01), in the units of x.
 
-        Returns (coordinates (N, M, T, V, C), visible joints as given and absent persons zero; the mask (N, 1 or T, V)).
+        Returns (coordinates (N, M, T, V, C), visible joints as given and absent persons zero; the
+        mask (N, 1 or T, V)).
         """
         C, packing = self.channels, packing_of(x, self.embedding, present)
-        in_training = [module for module in self.modules() if module.training]
-        try:
-            _, prediction, mask = self.eval()(x, packing, mask)
-        finally:
-            for module in in_training:
-                module.training = True
+        _, prediction, mask = self(x, packing, mask)
         position = self.scale * prediction[..., :C] / prediction[..., C:].clamp(min=1e-2)
         joints = torch.where(mask[:, None, ..., None], position, x[..., :C])
-        return packing.unpack(packing.pack(joints)), mask  # packing them away leaves absent persons zero
+        return packing.unpack(packing.pack(joints)), mask  # packing leaves absent persons zero
 
 
-# ---------------------------------------------------------------------------------------------- fine-tuning
+# --------------------------------------------------------------------------------- fine-tuning
 
 def concat_linear(g: Tensor, h: Tensor, weight: Tensor) -> Tensor:
-    """Concat(Repeat(g; V), h) W of paper Eq. 3 and 4 without the repeated tensor: g W_g, broadcast over the joints, + h W_h.
-
-    g: (P, T, H), h: (V, P, T, D), weight: (out, H + D) -> (V, P, T, out).
+    """Concat(Repeat(g; V), h) W of paper Eq. 3 and 4 without the repeated tensor: g W_g, broadcast
+    over the joints, + h W_h. g: (P, T, H), h: (V, P, T, D), weight: (out, H + D) -> (V, P, T, out).
     """
-    return F.linear(h, weight[:, g.shape[-1]:]) + F.linear(g, weight[:, :g.shape[-1]])
+    H = g.shape[-1]
+    return F.linear(h, weight[:, H:]) + F.linear(g, weight[:, :H])
 
 
 class STRL(nn.Module):
-    """One spatial-temporal representation learning layer (paper 3.2, S D), with its own copy of the pre-trained encoder.
+    """One spatial-temporal representation learning layer (paper 3.2, S D), with its own copy of the
+    pre-trained encoder.
 
-    Paper Eq. 3: SM(H) = Concat(Repeat(SumPool_joints(G_E(H)); V), H), with attention over the frame tokens before Repeat.
-    S Eq. 2 and paper Eq. 4: H'_p = ReLU(BN(W_own SM(H_p^l) + W_other SM(H_q^(l-1))) + residual), q the other person; without q
-    the W_other term is exactly 0, and with one person a sequence there is no W_other. Then multi-scale temporal pooling.
+    Paper Eq. 3: SM(H) = Concat(Repeat(SumPool_joints(G_E(H)); V), H), with attention over the frame
+    tokens before Repeat. S Eq. 2 and paper Eq. 4: H'_p = ReLU(BN(W_own SM(H_p^l) + W_other
+    SM(H_q^(l-1))) + residual), q the other person; without q the W_other term is exactly 0, and with
+    one person a sequence there is no W_other. Then multi-scale temporal pooling.
     """
 
-    def __init__(self, adjacency: Tensor, width: int, hidden: int, layers: int, persons: int, blocks: int, heads: int, ratio: int,
-                 stride: int, dropout: float, attention_dropout: float):
+    def __init__(self, adjacency: Tensor, width: int, hidden: int, *, layers: int, persons: int,
+                 blocks: int, heads: int, ratio: int, stride: int, dropout: float,
+                 attention_dropout: float):
         super().__init__()
         self.encoder = GraphEncoder(adjacency, width, hidden, layers, dropout)
         self.token_norm = nn.LayerNorm(hidden)
-        self.attention = nn.Sequential(*(AttentionBlock(hidden, heads, ratio, attention_dropout) for _ in range(blocks)))
+        self.attention = nn.Sequential(*(AttentionBlock(hidden, heads, ratio, attention_dropout)
+                                         for _ in range(blocks)))
         self.own = nn.Linear(hidden + width, width, bias=False)
         self.other = nn.Linear(hidden + width, width, bias=False) if persons == 2 else None
-        self.norm, self.residual = BatchNorm(width), nn.Linear(width, width)
+        self.norm = BatchNorm(width)
+        self.residual = nn.Linear(width, width)
         self.pool = TemporalPooling(width, stride)
 
     def forward(self, h: Tensor, previous: tuple | None, packing: Packing):
-        """h: (V, P, T, D); previous: SM of the layer before as (tokens (P, T, H), h (V, P, T, D)), None in the first layer,
-        where SM of this one stands in. Returns (h (V, P, T / stride, D), this layer's SM at the same frames)."""
-        tokens = self.attention(self.token_norm(self.encoder(h).sum(0)))  # SumPool of paper Eq. 3, (P, T, H)
+        """h: (V, P, T, D); previous: SM of the layer before as (tokens (P, T, H), h (V, P, T, D)),
+        None in the first layer, where SM of this one stands in. Returns (h (V, P, T / stride, D),
+        this layer's SM at the same frames)."""
+        tokens = self.attention(self.token_norm(self.encoder(h).sum(0)))  # SumPool of paper Eq. 3
         mixed = concat_linear(tokens, h, self.own.weight)
-        if self.other is not None:
-            paired = slice(0, 2 * packing.pairs)  # the other person's term of S Eq. 2
-            other_tokens, other_h = (tokens, h) if previous is None else previous
-            other = packing.swap(concat_linear(other_tokens[paired], other_h[:, paired], self.other.weight))
-            mixed = torch.cat([mixed[:, paired] + other, mixed[:, 2 * packing.pairs:]], 1)
-        out = self.pool(F.relu_(self.norm(mixed) + self.residual(h)))  # paper Eq. 4, (V, P, T / stride, D)
+        if self.other is not None:                                        # S Eq. 2
+            other_tokens, other_h = previous or (tokens, h)
+            mixed = mixed + packing.other(concat_linear(other_tokens, other_h, self.other.weight))
+        out = self.pool(F.relu_(self.norm(mixed) + self.residual(h)))     # paper Eq. 4
         stride = self.pool.stride
         return out, (tokens[:, ::stride], h[:, :, ::stride])
 
 
 class STRLStack(nn.Module):
-    """A learnable temporal position, then M_l STRL layers with a temporal stride after each but the last.
+    """A learnable temporal position, then M_l STRL layers with a temporal stride after each but the
+    last.
 
-    persons: M, 1 or 2; frames: T of the position table (for another T at run time it is interpolated linearly, ends on ends).
-    Shape: (V, P, T, D) -> (V, P, T / stride, D), where `stride` is that of all layers together.
+    persons: M, 1 or 2; frames: T of the position table (for another T at run time it is interpolated
+    linearly, ends on ends). Shape: (V, P, T, D) -> (V, P, T / stride, D), where `stride` is that of
+    all layers together.
     """
 
-    def __init__(self, adjacency: Tensor, width: int, hidden: int, layers: int, persons: int, frames: int, strl_layers: int = 3,
-                 blocks: int = 2, heads: int = 4, ratio: int = 4, stride: int = 2, dropout: float = 0.2, attention_dropout: float = 0.1):
+    def __init__(self, adjacency: Tensor, width: int, hidden: int, *, persons: int, frames: int,
+                 layers: int = 3, strl_layers: int = 3, blocks: int = 2, heads: int = 4,
+                 ratio: int = 4, stride: int = 2, dropout: float = 0.2,
+                 attention_dropout: float = 0.1):
         super().__init__()
         if persons not in (1, 2):
             raise ValueError(f"{persons} persons a sequence; expected 1 or 2")
         self.stride = stride ** (strl_layers - 1)
+        if self.stride > frames:
+            raise ValueError(f"these STRL layers leave one of {self.stride} frames, and there are "
+                             f"{frames}; expected fewer layers or a smaller stride")
         self.position = nn.Parameter(0.02 * torch.randn(frames, width))
         self.layers = nn.ModuleList(
-            STRL(adjacency, width, hidden, layers, persons, blocks, heads, ratio, stride if i + 1 < strl_layers else 1, dropout,
-                 attention_dropout) for i in range(strl_layers))
+            STRL(adjacency, width, hidden, layers=layers, persons=persons, blocks=blocks, heads=heads,
+                 ratio=ratio, stride=stride if i + 1 < strl_layers else 1, dropout=dropout,
+                 attention_dropout=attention_dropout) for i in range(strl_layers))
 
     def forward(self, h: Tensor, packing: Packing) -> Tensor:
-        position = self.position
-        if len(position) != h.shape[2]:
-            position = F.interpolate(position.T[None], h.shape[2], mode="linear", align_corners=True)[0].T
+        T, position = h.shape[2], self.position
+        if len(position) != T:
+            position = F.interpolate(position.T[None], T, mode="linear", align_corners=True)[0].T
         h, previous = h + position, None
         for layer in self.layers:
             h, previous = layer(h, previous, packing)
@@ -630,63 +693,71 @@ class STRLStack(nn.Module):
 
 
 class SkeletonClassifier(nn.Module):
-    """The paper's Skeleton Sequence Learning model (SSL): joint embedding, STRLStack, pooling, and an MLP of one hidden layer, 2 H wide.
+    """The paper's Skeleton Sequence Learning model (SSL): joint embedding, STRLStack, pooling, and an
+    MLP of one hidden layer, 2 H wide.
 
-    persons, frames: see STRLStack. About 1.5 M parameters (S A) for 60 classes, most of them in the attention blocks, which see one
-    token a frame where the encoder sees V.
+    About 1.5 M parameters (S A) for 60 classes, most of them in the attention blocks, which see one
+    token a frame where the encoder sees V. Further keywords: see STRLStack.
     """
 
-    def __init__(self, skeleton: dict, channels: int, classes: int, persons: int = 1, frames: int = 64, width: int = 64,
-                 hidden: int = 128, layers: int = 3, strl_layers: int = 3, blocks: int = 2, heads: int = 4, ratio: int = 4,
-                 stride: int = 2, dropout: float = 0.2, attention_dropout: float = 0.1, head_dropout: float = 0.0,
-                 motion: bool = False, bone: bool = False, score: bool = False):
+    def __init__(self, skeleton: dict, channels: int, classes: int, persons: int = 1,
+                 frames: int = 64, width: int = 64, hidden: int = 128, head_dropout: float = 0.0,
+                 motion: bool = False, bone: bool = False, score: bool = False, **strl):
         super().__init__()
         self.skeleton, self.channels, self.persons = skeleton, channels, persons
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
         self.embedding.mask_token.requires_grad_(False)  # nothing is masked here
-        self.strl = STRLStack(adjacency, width, hidden, layers, persons, frames, strl_layers, blocks, heads, ratio, stride, dropout,
-                              attention_dropout)
-        self.hidden_layer = nn.Sequential(nn.Linear(2 * width, 2 * hidden), nn.ReLU(), nn.Dropout(head_dropout))
+        self.strl = STRLStack(adjacency, width, hidden, persons=persons, frames=frames, **strl)
+        self.hidden_layer = nn.Sequential(nn.Linear(2 * width, 2 * hidden), nn.ReLU(),
+                                          nn.Dropout(head_dropout))
         self.head = nn.Linear(2 * hidden, classes)
 
     def features(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
         """The features before the classifier, (N, 2 H). x and present as in forward."""
         packing = packing_of(x, self.embedding, present, self.persons)
-        return self.hidden_layer(packing.pool(self.strl(self.embedding(packing.pack(x)), packing)))
+        h = self.strl(self.embedding(packing.pack(x)), packing)
+        return self.hidden_layer(packing.pool(h))
 
     def forward(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
-        """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or a Packing, found from x where
-        not given (an absent person is all zero). Returns logits (N, K)."""
+        """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or
+        a Packing, found from x where not given (an absent person is all zero). Returns logits
+        (N, K)."""
         return self.head(self.features(x, present)).float()
 
     def load_pretrained(self, state: dict) -> list:
-        """Copies the joint embedding and the encoder of a SkeletonMAE state dict, the encoder into every STRL layer; or, where
-        the STRL layers were pre-trained as well, these as they are.
+        """Copies the joint embedding and the encoder of a SkeletonMAE state dict, the encoder into
+        every STRL layer; or, where STRL layers were pre-trained, these as they are.
 
-        Returns the names of the tensors that were loaded; raises ValueError where widths, joints or streams differ.
+        Returns the names of the tensors that were loaded; raises ValueError where one does not fit.
         """
-        own, stacked = self.state_dict(), "encoder.position" in state
-        targets = ["strl."] if stacked else [f"strl.layers.{i}.encoder." for i in range(len(self.strl.layers))]
-        moves = [("embedding.", "embedding."), *(("encoder.", target) for target in targets)]  # (name there, name here)
-        loaded = {new + name.removeprefix(old): value for name, value in state.items() for old, new in moves if name.startswith(old)}
-        expected = {name for name in own if name.startswith(("embedding.", *targets))}
-        wrong = sorted(expected ^ loaded.keys()) or [n for n in sorted(expected) if own[n].shape != loaded[n].shape]
-        if wrong:
-            shapes = [tuple(d[wrong[0]].shape) if wrong[0] in d else "absent" for d in (own, loaded)]
-            raise ValueError(f"the pre-trained encoder does not fit: {wrong[0]} is {shapes[0]} here and {shapes[1]} there; "
-                             "expected the same skeleton, channels, streams, width, hidden and layers"
-                             + ", and the same persons, frames, STRL layers and blocks" * stacked)
-        signature = own["embedding.signature"]
-        if (signature - loaded["embedding.signature"].to(signature.device)).abs().max() > 0.5:
-            raise ValueError("the pre-trained encoder does not fit: it was trained on another skeleton or other input streams")
+        if "encoder.position" in state:
+            targets = ["strl."]
+        else:
+            targets = [f"strl.layers.{i}.encoder." for i in range(len(self.strl.layers))]
+        loaded = {}
+        for name, value in state.items():
+            if name.startswith("embedding."):
+                loaded[name] = value
+            elif name.startswith("encoder."):
+                loaded |= {target + name.removeprefix("encoder."): value for target in targets}
+        own = {name: value for name, value in self.state_dict().items()
+               if name.startswith(("embedding.", *targets))}
+        for name in sorted(own.keys() | loaded.keys()):
+            shapes = [tuple(d[name].shape) if name in d else "absent" for d in (own, loaded)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"the pre-trained weights do not fit: {name} is {shapes[0]} here and {shapes[1]} "
+                    "there; expected the same skeleton, channels, streams and widths, and of STRL "
+                    "layers the same persons, frames, layers and blocks")
         self.load_state_dict(loaded, strict=False)
         return sorted(loaded)
 
 
 class LinearProbe(nn.Module):
-    """A linear classifier on frozen features: Packing.pool over joints, frames and persons, then batch norm without learnable weights,
-    so that their scale does not matter. Freezes `pretrained` itself."""
+    """A linear classifier on frozen features: Packing.pool over joints, frames and persons, then
+    batch norm without learnable weights, so that their scale does not matter. Freezes `pretrained`
+    itself."""
 
     def __init__(self, pretrained: SkeletonMAE, classes: int):
         super().__init__()

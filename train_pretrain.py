@@ -215,6 +215,7 @@ def neighbour_mean(x: Tensor, mask: Tensor, distance: Tensor) -> Tensor:
 def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose: Tensor) -> dict:
     """Mean distance of the masked joints from where they are, in the units of the file: of the
     reconstruction, of the training set's mean pose, and of each joint's nearest visible joints."""
+    model.eval()
     C, device, distance = model.channels, model.scale.device, joint_distances(model.skeleton)
     sums = torch.zeros(4, dtype=torch.float64)
     for step, batch in enumerate(batches.epoch()):
@@ -639,16 +640,16 @@ class Replay:
         self.pool = torch.cuda.graph_pool_handle()  # graphs run in turn and share their memory
 
     def __call__(self, packing: Packing, *tensors: Tensor) -> Tensor:
-        inputs = packing.rows, packing.sequence, packing.count, *tensors
+        inputs = *packing.tensors(), *tensors
         shapes = tuple(x.shape for x in inputs)
         if shapes not in self.recorded:
             self.recorded[shapes] = None
             return self.step(packing, *tensors)
         if self.recorded[shapes] is None:
-            own = *inputs[:3], *(x.clone() for x in tensors)  # a slice would keep its whole batch
+            own = *packing.tensors(), *(x.clone() for x in tensors)  # a slice keeps its whole batch
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                loss = self.step(packing, *own[3:])
+                loss = self.step(packing, *own[-len(tensors):])
             self.recorded[shapes] = graph, own, loss
         graph, own, loss = self.recorded[shapes]
         for mine, x in zip(own, inputs):
