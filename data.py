@@ -47,8 +47,6 @@ class Sequences:
     present: Tensor   # (N, M) bool, stays on the CPU: who is there at all
     in_frame: Tensor  # (F, M) bool: who is in which frame; others are all zero
     names: list       # (N,) for messages
-    placement: tuple = ()
-    box: bool = False
 
     def __len__(self) -> int:
         return len(self.start)
@@ -91,14 +89,16 @@ class Dataset:
                 f"{int(lengths.max())} frames")
 
 
-# ---------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------- sampling and normalising
 
-def sample_frames(length: Tensor, frames: int, training: bool, crop: float = 1.0, generator=None) -> Tensor:
-    """Which T frames of each sequence are taken, (N, T) from 0: one of each of T equal segments, a random one in training, the
-    middle one in testing; shorter sequences repeat frames. crop < 1: in training the segments divide a random window of at
-    least that share of the sequence."""
+def sample_frames(length: Tensor, frames: int, training: bool, crop: float = 1.0,
+                  generator=None) -> Tensor:
+    """Which T frames of each sequence are taken, (N, T) from 0: one of each of T equal segments, a
+    random one in training, the middle one in testing; shorter sequences repeat frames. crop < 1: in
+    training the segments divide a random window of at least that share of the sequence."""
     def uniform(count):
-        return torch.rand(len(length), count, dtype=torch.float64, generator=generator, device=length.device)
+        return torch.rand(len(length), count, dtype=torch.float64, generator=generator,
+                          device=length.device)
 
     length = length[:, None].double()
     first, share, within = 0.0, 1.0, 0.5
@@ -108,195 +108,181 @@ def sample_frames(length: Tensor, frames: int, training: bool, crop: float = 1.0
             share = crop + (1 - crop) * uniform(1)
             first = (1 - share) * uniform(1)
     steps = torch.arange(frames, dtype=torch.float64, device=length.device)
-    return torch.minimum(((first + share * (steps + within) / frames) * length).long(), length.long() - 1)
+    position = (first + share * (steps + within) / frames) * length
+    return torch.minimum(position.long(), length.long() - 1)
 
 
-def turn(angle: Tensor, axis: int) -> Tensor:
+def rotation(angle: Tensor, axis: int) -> Tensor:
     """Rotations by angle (N,), in radians, about a coordinate axis of 3D space, (N, 3, 3)."""
     a, b = [k for k in range(3) if k != axis]
     matrix = torch.eye(3, device=angle.device).repeat(len(angle), 1, 1)
     matrix[:, a, a] = matrix[:, b, b] = angle.cos()
-    matrix[:, a, b], matrix[:, b, a] = angle.sin(), -angle.sin()
+    matrix[:, a, b] = angle.sin()
+    matrix[:, b, a] = -angle.sin()
     return matrix
 
 
-def compose(a: Tensor, b: Tensor) -> Tensor:
-    """The matrix products a b, (N, I, J) and (N, J, K), in full precision: a GPU may round the factors of a @ b to ten bits."""
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, (N, I, J) and (N, J, K). On a GPU as a sum, for a @ b may round factors to ten bits."""
     return (a[..., None] * b[:, None]).sum(2) if a.is_cuda else a @ b
 
 
-def joint_mean(x: Tensor, joints: list) -> Tensor:
-    """The mean position of some joints, (..., V, C) -> (..., C), without an index list, for which a GPU would have to wait."""
-    return torch.stack([x[..., joint, :] for joint in joints]).mean(0)
-
-
-def find_placement(frames: Tensor, in_frame: Tensor, owner: Tensor, num: int, skeleton: dict, channels: int, turned: bool = True) -> tuple:
-    """How each of `num` sequences is normalised: x -> linear (x - origin).
-
-    The origin is the centre joint, averaged over frames and persons: one origin for both persons, or their distance would
-    vanish. The unit is the root mean square distance of the seen joints (score above 0; all, where a sequence has none) from it,
-    at least 1e-6: the size of the body and of its path. In 3D (y is vertical), if `turned`, the sequence is turned about the
-    vertical so that the first present person's left and right torso joints (shoulders, hips) lie along x, the left at larger x, on
-    the average over frames: what the camera's place adds is gone.
-
-    frames: (F, M, V, C [+ score]); in_frame: bool (F, M); owner: (F,) the sequence of each frame. Returns (linear (num, C, C),
-    origin (num, C), unit (num,)): linear is the turn divided by the unit.
-    """
-    def total(values):  # over the frames of each sequence, (F, ...) -> (num, ...)
-        return values.new_zeros(num, *values.shape[1:]).index_add_(0, owner, values)
-
-    joints, seen = frames[..., :channels], in_frame[..., None].expand(frames.shape[:3])  # (F, M, V)
-    centre = joint_mean(joints, skeleton["centre"]) * in_frame[..., None]                # (F, M, C)
-    origin = total(centre.sum(1)) / total(in_frame.sum(1).float()).clamp(min=1)[:, None]
-    if frames.shape[-1] > channels:
-        scored = seen & (frames[..., channels] > 0)
-        seen = torch.where((total(scored.sum((1, 2))) > 0)[owner, None, None], scored, seen)  # nothing seen: all guesses count
-    square = torch.linalg.vector_norm(joints - origin[owner, None, None], dim=-1).square() * seen
-    unit = (total(square.sum((1, 2))) / total(seen.sum((1, 2))).clamp(min=1)).sqrt().clamp(min=1e-6)
-    linear = torch.eye(channels, device=frames.device).repeat(num, 1, 1)
-    across = [(left, right) for left, right in skeleton["pairs"] if left in skeleton["parts"].get("torso", ())]
-    if turned and channels == 3 and across:
-        lead = (total(in_frame[:, 0].long()) == 0).long().clamp(max=in_frame.shape[1] - 1)[owner]  # the second person where no first one is
-        first = joints[torch.arange(len(joints), device=joints.device), lead]              # (F, V, 3)
-        left, right = (total(joint_mean(first, side)) for side in zip(*across))            # (num, 3)
-        linear = turn(torch.atan2((left - right)[:, 2], (left - right)[:, 0]), axis=1)
-    return linear / unit[:, None, None], origin, unit
-
-
-def find_placements(data: Sequences, skeleton: dict, channels: int) -> tuple:
-    """find_placement of every sequence of a split, in chunks, so that a memory-mapped array is never copied."""
-    parts = []
-    for start, length in zip(data.start.split(64), data.length.split(64)):
-        owner = torch.arange(len(start)).repeat_interleave(length)
-        rows = torch.arange(len(owner)) + (start - length.cumsum(0) + length)[owner]
-        frames, in_frame = data.frames.index_select(0, rows).float(), data.in_frame.index_select(0, rows)
-        parts.append(find_placement(frames, in_frame, owner, len(start), skeleton, channels, not data.box))
-    return tuple(torch.cat(part) for part in zip(*parts))
-
-
-def place(x: Tensor, in_frame: Tensor, linear: Tensor, origin: Tensor, shift: Tensor | float = 0.0) -> Tensor:
-    """linear (x - origin) + shift for every joint of x (N, M, T, V, C [+ score]). The score passes through; who is not there is all
-    zero and stays so.
-
-    in_frame: bool (N, M, T); linear: (N, C, C); origin, shift: (N, C). One matrix product for each sequence, of a plane (M, T, V)
-    per coordinate: with the coordinates innermost the same takes four times as long on a CPU.
-    """
-    N, C, S = len(x), linear.shape[1], x.shape[4]
-    planes = x.new_empty(N, S + 1, *x.shape[1:4])
-    planes[:, :S], planes[:, S] = x.movedim(4, 1), in_frame[..., None]  # the last plane, 1 where someone is, takes the constant part
-    matrix = torch.eye(S, S + 1, dtype=x.dtype, device=x.device).repeat(N, 1, 1)
-    matrix[:, :C, :C], matrix[:, :C, S] = linear, shift - (linear * origin[:, None]).sum(-1)
-    return compose(matrix, planes.flatten(2)).view(N, S, *x.shape[1:4]).movedim(1, 4)
-
-
-def find_batch_placement(x: Tensor, in_frame: Tensor, skeleton: dict, channels: int, turned: bool = True) -> tuple:
-    """find_placement of every sequence of a batch x (N, M, T, V, C [+ score]) with in_frame (N, M, T)."""
-    owner = torch.arange(len(x), device=x.device).repeat_interleave(x.shape[2])
-    return find_placement(x.transpose(1, 2).flatten(0, 1), in_frame.transpose(1, 2).flatten(0, 1), owner, len(x), skeleton, channels, turned)
-
-
-def boxed(x: Tensor, in_frame: Tensor, unit: Tensor, channels: int) -> tuple:
-    """Each axis of every sequence of a batch x (N, M, T, V, C [+ score]), in_frame (N, M, T), from -1 to 1 over its persons and frames,
-    as CTR-GCN's feeder for NW-UCLA has it: how wide, high and deep a movement is no longer matters. Returns (x, the unit of
-    each axis (N, C), where that of all was unit (N,))."""
-    absent, planes = ~in_frame[:, None, ..., None], x[..., :channels].movedim(4, 1)  # (N, 1, M, T, 1), (N, C, M, T, V)
-    low, high = planes.masked_fill(absent, math.inf).amin((2, 3, 4)), planes.masked_fill(absent, -math.inf).amax((2, 3, 4))
-    half = ((high - low) / 2).clamp(min=1e-6)
-    return place(x, in_frame, torch.diag_embed(1 / half), ((low + high) / 2).nan_to_num()), unit[:, None] * half
-
-
-def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False, frames: int | None = None) -> tuple:
-    """Raw whole sequences x (N, M, any T, V, C [+ score]) as a model is tested on them: joints that nobody saw filled in as by
-    fill_missing, where scores tell; centred, scaled, and in 3D turned to face the viewer, as find_placement describes, or else
-    `boxed`; of each as many frames as asked for, spread evenly over those before the padding at its end, else all T. Persons
-    who are all zero and padding stay zero, as do those of whom nothing was seen beside another (find_present). Returns (x, origin
-    (N, C), unit (N,), or (N, C) for the axes of what was boxed); the turn, and the middle of the box, are not returned."""
-    scored = x.shape[-1] > channels
-    x = without_absent(x) if scored else x
-    in_frame = (x[..., :channels] != 0).flatten(3).any(3)
-    length = length_without_padding(in_frame.transpose(1, 2))
-    if scored:
-        x = torch.stack([fill_missing(sequence.transpose(0, 1)).transpose(0, 1) for sequence in x])
-        in_frame = (x[..., :channels] != 0).flatten(3).any(3)
-        in_frame = in_frame & (torch.arange(x.shape[2], device=x.device) < length[:, None])[:, None]  # padding is nobody
-        x = x * in_frame[..., None, None]
-    linear, origin, unit = find_batch_placement(x, in_frame, skeleton, channels, not box)
-    if frames:
-        rows, steps = torch.arange(len(x), device=x.device)[:, None], sample_frames(length, frames, False)
-        x, in_frame = (t.transpose(1, 2)[rows, steps].transpose(1, 2) for t in (x, in_frame))
-    x = place(x, in_frame, linear, origin)
-    if box:
-        x, unit = boxed(x, in_frame, unit, channels)
-    return x, origin, unit
+def mean_joint(pose: Tensor, joints: list) -> Tensor:
+    """Mean of some joints, (..., V) -> (...). Without an index list, for which a GPU would wait."""
+    return torch.stack([pose[..., joint] for joint in joints]).mean(0)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a batch is normalised and, on the way, randomly changed, by one draw for all frames of a sequence, but for the noise. 0 turns a
-    change off."""
-    rotation: float = 0.0   # degrees to either side about the vertical axis, half of it about the horizontal one; 3D only
+    """Random changes of a normalised sequence, one draw for all its frames but for the noise. 0
+    turns a change off."""
+    rotation: float = 0.0   # 3D: degrees to either side about the vertical, half about the horizontal
     scaling: float = 0.0    # each axis is scaled by 1 - scaling to 1 + scaling
-    shift: float = 0.0      # the whole sequence moves by up to this, in units of the normalised body
+    shift: float = 0.0      # the sequence moves by up to this, in units of the normalised body
     flip: float = 0.0       # probability of a mirror image, left and right joints swapped
     noise: float = 0.0      # standard deviation of Gaussian noise on every coordinate
     crop: float = 1.0       # see sample_frames
 
-    def __call__(self, x: Tensor, in_frame: Tensor, placement: tuple, skeleton: dict, generator=None) -> Tensor:
-        """Normalises raw x (N, M, T, V, C [+ score]) by its placement and changes it, in one affine map a sequence; without left/right
-        pairs nothing is mirrored."""
-        linear, origin, _ = placement
-        N, C = linear.shape[:2]
-        pairs = skeleton["pairs"]
-        flip = self.flip if pairs else 0.0
-
+    def draw(self, num: int, channels: int, generator, device) -> tuple:
+        """Of `num` sequences (linear maps (num, C, C), shifts (num, C), which are mirrored)."""
         def uniform(*shape, reach):
-            return (2 * torch.rand(N, *shape, generator=generator, device=x.device) - 1) * reach
+            return reach * (2 * torch.rand(num, *shape, generator=generator, device=device) - 1)
 
-        change = torch.eye(C, device=x.device).repeat(N, 1, 1)
-        if self.rotation and C == 3:
+        change = torch.eye(channels, device=device).repeat(num, 1, 1)
+        if self.rotation and channels == 3:
             reach = math.radians(self.rotation)
-            change = compose(turn(uniform(reach=reach / 2), axis=0), turn(uniform(reach=reach), axis=1))
-        mirror = torch.rand(N, generator=generator, device=x.device) < flip
-        change[:, 0] *= 1 - 2 * mirror[:, None].float()
-        change, shift = change * (1 + uniform(C, 1, reach=self.scaling)), uniform(C, reach=self.shift)
-        x = place(x, in_frame, compose(change, linear), origin, shift)
-        if flip:
-            swap = dict(pairs) | {right: left for left, right in pairs}
-            order = [swap.get(joint, joint) for joint in range(x.shape[3])]
-            mirrored = x.index_select(3, torch.tensor(order).to(x.device, non_blocking=True))
-            x = torch.where(mirror.view(-1, 1, 1, 1, 1), mirrored, x)
-        if self.noise:
-            x[..., :C] += self.noise * torch.randn(x[..., :C].shape, generator=generator, device=x.device) * in_frame[..., None, None]
-        return x
+            tilt = rotation(uniform(reach=reach / 2), axis=0)
+            change = product(tilt, rotation(uniform(reach=reach), axis=1))
+        mirrored = torch.rand(num, generator=generator, device=device) < self.flip
+        change[:, 0] *= torch.where(mirrored, -1.0, 1.0)[:, None]
+        change = change * (1 + uniform(channels, 1, reach=self.scaling))
+        return change, uniform(channels, reach=self.shift), mirrored
 
+
+def normalise_frames(x: Tensor, in_frame: Tensor, skeleton: dict, channels: int, box: bool = False,
+                     augmentation: Augmentation | None = None, generator=None) -> tuple:
+    """Centres, scales and turns sampled frames x (N, M, T, V, C [+ score]) and changes them at
+    random: x -> linear (x - origin) + shift, one affine map a sequence. in_frame: bool (N, M, T);
+    who is not in a frame stays all zero there.
+
+    The origin is the mean of the centre joints over frames and persons: one for both persons, or
+    their distance would vanish. The unit is the root mean square distance of the seen joints (all
+    joints, where a sequence has none) from it: the size of the body and of its path. 3D sequences
+    (y is vertical) are turned about the vertical so that the first person's left and right shoulders
+    and hips lie along x on average, the left at larger x: the camera's place drops out.
+    box: instead of turning, each axis is stretched to -1 to 1 at the end, as in CTR-GCN's feeder.
+    Returns (x, origin (N, C), unit (N,), or (N, C) for the axes of a box), in the units of the file.
+    """
+    C, N = channels, len(x)
+    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+    planes = x.new_empty(N, C + 1, *x.shape[1:4], dtype=precision)  # (N, C + 1, M, T, V): a plane a
+    planes[:, :C] = x[..., :C].movedim(4, 1)                        # coordinate, and one that is 1
+    planes[:, C] = in_frame[..., None]                              # where someone is in the frame
+    pose = planes.sum(3)                                            # over frames, (N, C + 1, M, V)
+    total = mean_joint(pose, skeleton["centre"]).sum(2)             # over persons, (N, C + 1)
+    origin = total[:, :C] / total[:, C:].clamp(min=1)
+
+    square = (planes[:, :C] - origin[:, :, None, None, None]).square_()
+    counted = in_frame[..., None]                                   # (N, M, T, 1), or V if scored
+    if x.shape[-1] > C:
+        seen = counted & (x[..., C] > 0)
+        counted = torch.where(seen.flatten(1).any(1).view(-1, 1, 1, 1), seen, counted)
+        square *= counted[:, None]
+    square = (square.sum(4).sum(1) * in_frame).sum((1, 2))
+    number = counted.sum((1, 2, 3)) * (x.shape[3] // counted.shape[3])
+    unit = (square / number.clamp(min=1)).sqrt().clamp(min=1e-6)
+
+    linear = torch.eye(C, device=x.device).repeat(N, 1, 1)
+    torso = skeleton["parts"].get("torso", ())
+    sides = [(left, right) for left, right in skeleton["pairs"] if left in torso]
+    if C == 3 and sides and not box:
+        left, right = (mean_joint(pose, joints) for joints in zip(*sides))
+        first_absent = ~in_frame[:, 0].any(1)
+        leader = first_absent.long() * (x.shape[1] - 1)  # person 1 where person 0 never appears
+        across = (left - right).gather(2, leader[:, None, None].expand(-1, C + 1, 1))[..., 0]
+        linear = rotation(torch.atan2(across[:, 2], across[:, 0]), axis=1)
+    linear = linear / unit[:, None, None]
+    shift = torch.zeros_like(origin)
+    if augmentation:
+        change, shift, mirrored = augmentation.draw(N, C, generator, x.device)
+        linear = product(change.to(precision), linear)
+    constant = shift - (linear * origin[:, None]).sum(2)
+    planes = product(torch.cat([linear, constant[..., None]], 2), planes.flatten(2))
+    planes = planes.view(N, C, *x.shape[1:4]).float()
+    x = torch.cat([planes, x[..., C:].movedim(4, 1)], 1) if x.shape[-1] > C else planes
+    if augmentation and augmentation.flip:
+        swap = dict(skeleton["pairs"]) | {right: left for left, right in skeleton["pairs"]}
+        order = torch.tensor([swap.get(joint, joint) for joint in range(x.shape[4])])
+        swapped = x.index_select(4, order.to(x.device, non_blocking=True))
+        x = torch.where(mirrored.view(-1, 1, 1, 1, 1), swapped, x)
+    if augmentation and augmentation.noise:
+        noise = torch.randn(planes.shape, generator=generator, device=x.device)
+        x[:, :C] += augmentation.noise * noise * in_frame[:, None, ..., None]
+    if box:
+        there = in_frame[:, None, ..., None]
+        low = x[:, :C].masked_fill(~there, math.inf).amin((2, 3, 4), keepdim=True)
+        high = x[:, :C].masked_fill(~there, -math.inf).amax((2, 3, 4), keepdim=True)
+        half = ((high - low) / 2).clamp(min=1e-6)
+        x[:, :C] = torch.where(there, (x[:, :C] - (low + high) / 2) / half, 0.0)
+        unit = unit[:, None] * half.view(N, C)
+    return x.movedim(1, 4), origin, unit
+
+
+def normalise(x: Tensor, skeleton: dict, channels: int, box: bool = False,
+              frames: int | None = None) -> tuple:
+    """Raw whole sequences x (N, M, any T, V, C [+ score]) as a model is tested on them: missing
+    joints filled in, persons of whom nothing was seen beside another left out, `frames` frames
+    sampled evenly from those before the padding at the end (None: all T), then as
+    normalise_frames. Returns (x, origin, unit)."""
+    scored = x.shape[-1] > channels
+    if scored:
+        x = without_absent(x)
+    in_frame = (x[..., :channels] != 0).flatten(3).any(3)  # (N, M, T)
+    length = length_without_padding(in_frame.transpose(1, 2))
+    if scored:
+        x = torch.stack([fill_missing(sequence.transpose(0, 1)).transpose(0, 1) for sequence in x])
+        padding = torch.arange(x.shape[2], device=x.device) >= length[:, None]  # (N, T)
+        x = x.masked_fill(padding[:, None, :, None, None], 0)
+        in_frame = (x[..., :channels] != 0).flatten(3).any(3)
+    if frames:
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        steps = sample_frames(length, frames, training=False)
+        x = x.transpose(1, 2)[rows, steps].transpose(1, 2)
+        in_frame = in_frame.transpose(1, 2)[rows, steps].transpose(1, 2)
+    return normalise_frames(x, in_frame, skeleton, channels, box)
+
+
+# ------------------------------------------------------------------------------------- batches
 
 @dataclass
 class Batch:
-    x: Tensor        # (N, M, T, V, C), or C + 1 with the joint score last, normalised
-    label: Tensor    # (N,)
-    present: Tensor  # (N, M) bool, on the CPU
-    in_frame: Tensor    # (N, M, T) bool: who is in which frame
-    unit: Tensor     # (N,), or (N, C) for the axes of what was boxed: x times unit is in the units of the file
-    index: Tensor    # (N,) which sequences these are, on the CPU
+    x: Tensor         # (N, M, T, V, C), or C + 1 with the joint score last, normalised
+    label: Tensor     # (N,)
+    present: Tensor   # (N, M) bool, on the CPU
+    in_frame: Tensor  # (N, M, T) bool: who is in which frame
+    unit: Tensor      # (N,), or (N, C) for the axes of a box: x times unit is in the file's units
+    index: Tensor     # (N,) which sequences these are, on the CPU
 
 
 class Loader:
-    """Epochs of batches. What a batch holds depends on (seed, epoch, step) alone, not on workers or on what was drawn before; where
-    the frames lie on a GPU, the random numbers are drawn in_frame, and are others, and sums agree up to rounding.
+    """Epochs of batches. What a batch holds depends on (seed, epoch, step) alone, not on workers or
+    on what was drawn before; on a GPU the random numbers are drawn there, and are others.
 
-    repeat: passes over the data per epoch, each in an order of its own. No sequence is dropped: a last batch of fewer than two
-    for each process, too few for batch norm, joins its neighbour. rank, world: this process takes every world-th
-    sequence of each batch. workers: loader processes; 0 builds batches here, one gather and a few vector operations each.
+    repeat: passes over the data per epoch, each in an order of its own. No sequence is dropped: a
+    last batch of fewer than two for each process, too few for batch norm, joins its neighbour.
+    rank, world: this process takes every world-th sequence of each batch. workers: loader processes;
+    0 builds batches here, one gather and a few vector operations each.
     """
 
-    def __init__(self, data: Sequences, skeleton: dict, channels: int, batch_size: int, frames: int, training: bool, seed: int = 0,
-                 augmentation: Augmentation = Augmentation(), repeat: int = 1, workers: int = 0, rank: int = 0, world: int = 1,
-                 box: bool = False):
-        data = replace(data, box=box)
-        self.data = replace(data, placement=find_placements(data, skeleton, channels))
-        self.skeleton, self.channels, self.frames, self.training = skeleton, channels, frames, training
-        self.augmentation = augmentation if training else Augmentation()
-        self.batch_size, self.seed, self.repeat, self.workers, self.rank, self.world = batch_size, seed, repeat, workers, rank, world
+    def __init__(self, data: Sequences, skeleton: dict, channels: int, batch_size: int, frames: int,
+                 training: bool, seed: int = 0, augmentation: Augmentation | None = None,
+                 box: bool = False, repeat: int = 1, workers: int = 0, rank: int = 0,
+                 world: int = 1):
+        self.data, self.skeleton, self.channels = data, skeleton, channels
+        self.batch_size, self.frames, self.training, self.box = batch_size, frames, training, box
+        self.augmentation = augmentation if training else None
+        self.seed, self.repeat, self.workers = seed, repeat, workers
+        self.rank, self.world = rank, world
         self.steps = len(self._batches(torch.arange(len(data) * repeat)))
 
     def _batches(self, order: Tensor) -> list:
@@ -307,39 +293,37 @@ class Loader:
         return batches
 
     def epoch(self, epoch: int = 0):
-        """The batches of one epoch, in order of (seed, epoch) in training and of the file in testing."""
+        """The batches of one epoch, in training in an order of its own, in testing in the file's."""
         order = torch.arange(len(self.data))
         if self.training:
             generator = torch.Generator().manual_seed(self._seed(epoch))
-            order = torch.cat([torch.randperm(len(self.data), generator=generator) for _ in range(self.repeat)])
+            order = torch.cat([torch.randperm(len(self.data), generator=generator)
+                               for _ in range(self.repeat)])
         batches = [(index[self.rank::self.world], self._seed(epoch, step) + self.rank)
                    for step, index in enumerate(self._batches(order), 1)]
         if not self.workers:
             return map(self.batch, batches)
-        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers, collate_fn=self.batch,
-                                           generator=torch.Generator())  # its own: the global one goes on as without workers
+        own = torch.Generator()  # the global one goes on as without workers
+        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers,
+                                           collate_fn=self.batch, generator=own)
 
     def _seed(self, epoch: int, step: int = 0) -> int:
-        """A seed of its own for every step of every epoch, the same in all processes; step 0 is the order of the epoch."""
+        """A seed for every step of every epoch, the same in all processes; step 0 is the order."""
         return ((self.seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_003 % 2**62
 
     def batch(self, index_and_seed) -> Batch:
-        """One vectorised gather on the device that holds the frames, then normalisation and augmentation as one affine map."""
+        """Gathers the sampled frames on the device that holds them, and normalises them."""
         index, seed = index_and_seed
         data, device = self.data, self.data.frames.device
         generator = torch.Generator(device).manual_seed(seed)
         here = index.to(device, non_blocking=True)
-        steps = sample_frames(data.length[here], self.frames, self.training, self.augmentation.crop, generator)
+        crop = self.augmentation.crop if self.augmentation else 1.0
+        steps = sample_frames(data.length[here], self.frames, self.training, crop, generator)
         rows = (data.start[here][:, None] + steps).flatten()
-        x, in_frame = (t.index_select(0, rows).unflatten(0, steps.shape).transpose(1, 2) for t in (data.frames, data.in_frame))
-        x = x.float()
-        if self.augmentation.crop < 1:  # a window is normalised by what it shows, as a sequence that short would be
-            placement = find_batch_placement(x, in_frame, self.skeleton, self.channels, not data.box)
-        else:
-            placement = tuple(p[here] for p in data.placement)
-        x, unit = self.augmentation(x, in_frame, placement, self.skeleton, generator), placement[2]  # (N, M, T, V, C), (N,)
-        if data.box:
-            x, unit = boxed(x, in_frame, unit, self.channels)
+        x, in_frame = (flat.index_select(0, rows).unflatten(0, steps.shape).transpose(1, 2)
+                       for flat in (data.frames, data.in_frame))
+        x, _, unit = normalise_frames(x, in_frame, self.skeleton, self.channels, self.box,
+                                      self.augmentation, generator)
         return Batch(x, data.label[here], data.present[index], in_frame, unit, index)
 
 
@@ -669,15 +653,7 @@ def divide(data: Sequences, splits: dict | None, wanted: str | None, test_fracti
     if splits is None:
         if wanted:
             raise DataError(f"no splits, so --split {wanted} cannot be found; leave it out")
-        if not 0 < test_fraction < 1 or len(data) < 2:
-            raise DataError(f"test fraction {test_fraction} of {len(data)} sequences; expected a "
-                            "share between 0 and 1 of two or more")
-        import hashlib
-        digests = [hashlib.sha256(name.encode(errors="replace")).digest() for name in data.names]
-        order = sorted(range(len(data)), key=digests.__getitem__)
-        cut = min(max(round(test_fraction * len(data)), 1), len(data) - 1)
-        return (data.subset(order[cut:]), data.subset(order[:cut]),
-                f"a random {test_fraction:g} for testing")
+        return divide_at_random(data, test_fraction)
     train_name, test_name = find_split(list(splits), wanted)
     positions = {}
     for i, name in enumerate(data.names):
@@ -693,6 +669,24 @@ def divide(data: Sequences, splits: dict | None, wanted: str | None, test_fracti
     return *halves, (f"{train_name} / {test_name}"
                      + f", {unknown} of their names without an annotation" * (unknown > 0)
                      + f", {shared} of their names in both" * (shared > 0))
+
+
+def divide_at_random(data: Sequences, test_fraction: float) -> tuple:
+    """Of every class the same share tests, at least one sequence and not all. Drawn by a fixed seed
+    from the sorted names, so that other classes and their order do not matter."""
+    classes, test = {}, []
+    for i in sorted(range(len(data)), key=data.names.__getitem__):
+        classes.setdefault(int(data.label[i]), []).append(i)
+    for members in classes.values():
+        order = torch.randperm(len(members), generator=torch.Generator().manual_seed(0)).tolist()
+        count = min(max(round(test_fraction * len(members)), 1), len(members) - 1)
+        test += [members[i] for i in order[:count]]
+    tests = torch.zeros(len(data), dtype=torch.bool)
+    tests[test] = True
+    if not 0 < test_fraction < 1 or not tests.any():
+        raise DataError(f"test fraction {test_fraction} of {len(data)} sequences; expected a share "
+                        "between 0 and 1, and two sequences of a class")
+    return data.subset(~tests), data.subset(tests), f"a random {test_fraction:g} of each class tests"
 
 
 def find_split(names: list, wanted: str | None) -> tuple:
@@ -791,8 +785,8 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
     asked = load_skeleton(layout) if layout else None
     try:
         if path is None:
-            layout = layout or "coco17"
-            train, test, note, score = stick_figures(synthetic_size)
+            layout, score = layout or "coco17", False
+            train, test, note = divide(stick_figures(synthetic_size), None, split, test_fraction)
         elif path.endswith((".pt", ".pth")):
             train, test, note, score = from_pt(path)
         elif path.endswith(".npz"):
@@ -802,7 +796,7 @@ def load(path: str | None = None, split: str | None = None, layout: str | None =
         else:
             raise DataError("its name ends in neither .npz, .pkl nor .pt; expected CTR-GCN's npz, "
                             "PYSKL's pickle or a .pt dict")
-        if split and note in ("x_train / x_test", "built-in stick figures, a fifth for testing"):
+        if split and note == "x_train / x_test":
             raise DataError(f"it has one split, and --split {split} was asked for; leave it out")
         return describe(train, test, layout, asked, score, note)
     except DataError as error:
@@ -836,105 +830,102 @@ def describe(train: Sequences, test: Sequences, layout: str | None, asked: dict 
     return Dataset(train, test, layout, skeleton, C, score, classes, split)
 
 
-# ---------------------------------------------------------------------------------------------- built-in stick figures
+# ------------------------------------------------------------------------ built-in stick figures
 
-# What the angles of a stick figure do in each action: joint angle -> (amplitude in radians or body units, cycles per period,
-# phase in periods). All swing about the same resting pose, so that no single pose gives the action away. "l" and "r" are
-# exchanged at random. After "|" comes the second person, who stands face to face.
-ANGLES = "swing_l swing_r raise_l raise_r elbow_l elbow_r leg_l leg_r knee_l knee_r lean sway up forward".split()
+# What the angles of a stick figure do in each action: joint angle, amplitude in radians or body
+# units, cycles per period, phase in periods. All swing about the same resting pose, so no single
+# pose gives the action away. _l and _r are exchanged at random. After "|": the second person, who
+# stands face to face.
 ACTIONS = {
     "walk": "leg_l .5 1 0, leg_r .5 1 .5, swing_l .5 1 .5, swing_r .5 1 0, knee_l .3 1 .3, knee_r .3 1 .8",
-    "march": "leg_l .55 1 0, leg_r .55 1 .5, knee_l .5 1 .3, knee_r .5 1 .8, up .05 2 0",
     "jumping jack": "raise_l .8 1 0, raise_r .8 1 0, up .12 1 .1",
     "windmill": "raise_l .8 1 0, raise_r .8 1 .5",
     "squat": "knee_l .6 1 0, knee_r .6 1 0, leg_l .4 1 0, leg_r .4 1 0, up .2 1 .5",
     "wave": "elbow_r .6 2 0, raise_r .3 2 .25",
     "wave slowly": "elbow_r .6 .7 0, raise_r .3 .7 .25",
     "box": "swing_l .6 1.5 0, swing_r .6 1.5 .5, elbow_l .6 1.5 .5, elbow_r .6 1.5 0",
-    "lift": "swing_l .6 1 0, swing_r .6 1 0, elbow_l .4 1 0, elbow_r .4 1 0, up .08 1 0",
     "kick": "leg_r .8 1 0, knee_r .5 1 .25",
-    "bow": "lean .6 .7 0",
-    "sway": "sway .4 1 0",
     "shake hands": "swing_r .35 2 0, elbow_r .2 2 0 | swing_r .35 2 .5, elbow_r .2 2 .5",
     "push": "swing_l .7 1 0, swing_r .7 1 0, elbow_l .5 1 .5 | lean .4 1 .65, forward .3 1 .65",
-    "dance in step": "sway .4 1 0, leg_l .3 1 0 | sway .4 1 0, leg_l .3 1 0",
-    "approach": "forward .5 .6 0, leg_l .3 1.8 0, leg_r .3 1.8 .5 | forward .5 .6 0, leg_l .3 1.8 .5, leg_r .3 1.8 0",
 }
+# joint angle -> its resting value
+ANGLES = dict(swing_l=0, swing_r=0, raise_l=.7, raise_r=.7, elbow_l=1, elbow_r=1, leg_l=0, leg_r=0,
+              knee_l=.5, knee_r=.5, lean=0, up=0, forward=0)
+# body part -> its mean length
+BONES = dict(trunk=.5, neck=.22, upper_arm=.3, forearm=.27, thigh=.42, shin=.4, shoulder=.19, hip=.11,
+             eye=.05, ear=.08)
 
 
-def stick_figures(size: int) -> tuple:
-    """`size` sequences of ACTIONS, 2D coco17 poses of 40 to 80 frames in pixels, a fifth of them for testing; always the same.
+def stick_figures(size: int) -> Sequences:
+    """`size` sequences of ACTIONS, 2D coco17 poses of 40 to 80 frames in pixels; always the same.
 
-    Forward kinematics in the body's frame (x to its left, y up, z ahead), then a random view. Body proportions, resting pose,
-    tempo, phase, amplitude, view and pixel noise vary from one sequence to the next.
+    Forward kinematics in the body's frame (x to its left, y up, z ahead), then a random view. Body
+    proportions, resting pose, tempo, phase, amplitude, view and pixel noise vary between sequences.
     """
-    if size < 2 * len(ACTIONS):
-        raise DataError(f"a built-in set of {size} sequences; expected at least {2 * len(ACTIONS)}, two for each action")
-    table = torch.zeros(len(ACTIONS), 2, len(ANGLES), 3)  # (K, M, angles, amplitude / cycles / phase)
+    generator, T = torch.Generator().manual_seed(0), 80
+
+    def normal(*shape, std):
+        return std * torch.randn(size, *shape, generator=generator)
+
+    def uniform(*shape):
+        return torch.rand(size, *shape, generator=generator)
+
+    names = list(ANGLES)
+    table = torch.zeros(len(ACTIONS), 2, len(names), 3)  # (K, M, angles, amplitude / cycles / phase)
     for k, action in enumerate(ACTIONS.values()):
         for person, terms in enumerate(action.split("|")):
             for angle, *numbers in map(str.split, terms.split(",")):
-                table[k, person, ANGLES.index(angle)] = torch.tensor([float(n) for n in numbers])
-    generator, labels = torch.Generator().manual_seed(0), torch.arange(size) % len(ACTIONS)
-    pairs = torch.tensor(["|" in action for action in ACTIONS.values()])[labels]
-    parts = [draw_figures(table[chunk], pair, generator) for chunk, pair in zip(labels.split(2048), pairs.split(2048))]
-    frames, length = map(torch.cat, zip(*parts))
-    present = torch.stack([torch.ones_like(pairs), pairs], 1)
-    data = Sequences(frames, length.cumsum(0) - length, length, labels, present, present.repeat_interleave(length, 0),
-                     [f"stick[{i}]" for i in range(size)])
-    order = torch.randperm(size, generator=generator)
-    return data.subset(order[size // 5:]), data.subset(order[:size // 5]), "built-in stick figures, a fifth for testing", False
-
-
-def draw_figures(table: Tensor, pairs: Tensor, generator) -> tuple:
-    """Frames (F, 2, 17, 2) and lengths (n,) of n sequences whose angles follow table (n, 2, angles, 3)."""
-    def normal(*shape, spread=1.0):
-        return spread * torch.randn(n, *shape, generator=generator)
-
-    n, T = len(table), 80
+                table[k, person, names.index(angle)] = torch.tensor([float(n) for n in numbers])
+    label = torch.arange(size) % len(ACTIONS)
+    of_two = torch.tensor(["|" in action for action in ACTIONS.values()])[label]
+    table = table[label]
     other_side = {"_l": "_r", "_r": "_l"}
-    mirrored = table[:, :, [ANGLES.index(a[:-2] + other_side.get(a[-2:], a[-2:])) for a in ANGLES]]
-    table = torch.where(torch.rand(n, 1, 1, 1, generator=generator) < 0.5, table, mirrored)
-    amplitude, cycles, phase = (table * torch.cat([1 + normal(1, 1, 1, spread=0.15), torch.ones(n, 1, 1, 2)], -1)).unbind(-1)
-    period = 30 * torch.exp(normal(1, 1, 1, spread=0.12))                          # frames, (n, 1, 1, 1)
-    time = torch.arange(T).view(T, 1) / period + torch.rand(n, 1, 1, 1, generator=generator)
-    rest = torch.tensor([{"knee": .5, "elbow": 1., "raise": .7}.get(a.split("_")[0], 0.) for a in ANGLES])
-    wave = torch.sin(2 * math.pi * (cycles[:, :, None] * time + phase[:, :, None]))
-    angle = rest + normal(2, 1, len(ANGLES), spread=0.12) + amplitude[:, :, None] * wave
-    a = dict(zip(ANGLES, angle.unbind(-1)))                                        # each (n, 2, T)
-    size = (1 + normal(2, 1, 10, spread=0.07)) * torch.tensor([.5, .22, .3, .27, .42, .4, .19, .11, .05, .08])
-    bone = dict(zip("trunk neck upper_arm forearm thigh shin shoulder hip eye ear".split(), size.unbind(-1)))  # each (n, 2, 1)
-    zero = torch.zeros(n, 2, T)
+    mirrored = [names.index(n[:-2] + other_side.get(n[-2:], n[-2:])) for n in names]
+    table = torch.where(uniform(1, 1, 1) < 0.5, table, table[:, :, mirrored])
+    amplitude, cycles, phase = table[..., None, :].unbind(-1)                    # (n, 2, angles, 1)
+    period = 30 * torch.exp(normal(1, 1, 1, std=0.12))                           # frames
+    time = torch.arange(T) / period + uniform(1, 1, 1)                           # (n, 1, 1, T)
+    swing = amplitude * (1 + normal(1, 1, 1, std=0.15)) * torch.sin(2 * math.pi * (cycles * time + phase))
+    rest = torch.tensor(list(ANGLES.values()))[:, None] + normal(2, len(names), 1, std=0.12)
+    a = dict(zip(names, (rest + swing).unbind(2)))                               # each (n, 2, T)
+    lengths = torch.tensor(list(BONES.values())) * (1 + normal(2, 1, len(BONES), std=0.07))
+    bone = dict(zip(BONES, lengths.unbind(-1)))                                  # each (n, 2, 1)
 
-    def along(x, y, z):
-        return torch.stack([zero + x, zero + y, zero + z], -1)                     # (n, 2, T, 3)
+    def point(x, y, z):
+        return torch.stack(torch.broadcast_tensors(x, y, z, a["up"])[:3], -1)    # (n, 2, T, 3)
 
-    def limb(side, bend, length, lift=zero):
+    def limb(length, side, bend, lift=torch.zeros(())):
         """A bone that hangs down, swung forward by `bend` and raised sideways by `lift`."""
-        return along(side * lift.sin(), -lift.cos() * bend.cos(), lift.cos() * bend.sin()) * length[..., None]
+        return point(side * length * lift.sin(), -length * lift.cos() * bend.cos(),
+                     length * lift.cos() * bend.sin())
 
-    hips = along(0, a["up"], a["forward"])
-    trunk = along(a["sway"].sin(), a["lean"].cos() * a["sway"].cos(), a["lean"].sin())
-    neck = hips + trunk * bone["trunk"][..., None]
-    head = neck + trunk * bone["neck"][..., None]
-    joints = {"nose": head + along(0, 0, .1)}
+    zero = torch.zeros(())
+    hips = point(zero, a["up"], a["forward"])
+    neck = hips + point(zero, bone["trunk"] * a["lean"].cos(), bone["trunk"] * a["lean"].sin())
+    head = neck + point(zero, bone["neck"] * a["lean"].cos(), bone["neck"] * a["lean"].sin())
+    joints = {"nose": head + point(zero, zero, zero + 0.1)}
     for side, name in ((1, "left_"), (-1, "right_")):
-        swing, lift, bend, leg, knee = (a[f"{angle}_{name[0]}"] for angle in ("swing", "raise", "elbow", "leg", "knee"))
-        joints[name + "eye"] = head + along(side * bone["eye"], .05, .07)
-        joints[name + "ear"] = head + along(side * bone["ear"], .02, 0)
-        joints[name + "shoulder"] = neck + along(side * bone["shoulder"], 0, 0)
-        joints[name + "elbow"] = joints[name + "shoulder"] + limb(side, swing, bone["upper_arm"], lift)
-        joints[name + "wrist"] = joints[name + "elbow"] + limb(side, swing + bend, bone["forearm"], lift)
-        joints[name + "hip"] = hips + along(side * bone["hip"], 0, 0)
-        joints[name + "knee"] = joints[name + "hip"] + limb(side, leg, bone["thigh"])
-        joints[name + "ankle"] = joints[name + "knee"] + limb(side, leg - knee, bone["shin"])
+        s = name[0]
+        joints[name + "eye"] = head + point(side * bone["eye"], zero + 0.05, zero + 0.07)
+        joints[name + "ear"] = head + point(side * bone["ear"], zero + 0.02, zero)
+        shoulder = neck + point(side * bone["shoulder"], zero, zero)
+        elbow = shoulder + limb(bone["upper_arm"], side, a[f"swing_{s}"], a[f"raise_{s}"])
+        bent = a[f"swing_{s}"] + a[f"elbow_{s}"]
+        wrist = elbow + limb(bone["forearm"], side, bent, a[f"raise_{s}"])
+        hip = hips + point(side * bone["hip"], zero, zero)
+        knee = hip + limb(bone["thigh"], side, a[f"leg_{s}"])
+        ankle = knee + limb(bone["shin"], side, a[f"leg_{s}"] - a[f"knee_{s}"])
+        joints |= {name + "shoulder": shoulder, name + "elbow": elbow, name + "wrist": wrist,
+                   name + "hip": hip, name + "knee": knee, name + "ankle": ankle}
     body = torch.stack([joints[name] for name in SKELETONS["coco17"]["joints"]], 3)  # (n, 2, T, 17, 3)
-    body[..., 2] -= 0.5 * (1 + normal(1, 1, 1, spread=0.1)) * pairs.view(n, 1, 1, 1)  # of two, each stands half a step back
-    view = (2 * torch.rand(n, 1, generator=generator) - 1 + math.pi * torch.arange(2))[:, :, None, None]  # the second faces the first
+    body[..., 2] -= 0.5 * (1 + normal(1, 1, 1, std=0.1)) * of_two.view(-1, 1, 1, 1)  # half a step back
+    view = (2 * uniform(1) - 1 + math.pi * torch.arange(2))[:, :, None, None]  # the second faces the first
     x = body[..., 0] * view.cos() + body[..., 2] * view.sin()
-    depth = 4 + normal(1, 1, 1, spread=0.3) - body[..., 0] * view.sin() + body[..., 2] * view.cos()
-    pixels = torch.stack([320 + normal(1, 1, 1, spread=40.) + 500 * x / depth, 240 - 500 * body[..., 1] / depth], -1)
-    pixels += torch.randn(pixels.shape, generator=generator) * 1.5
-    pixels[~pairs, 1] = 0
-    length = torch.randint(40, T + 1, (n,), generator=generator)
-    return pixels.transpose(1, 2)[torch.arange(T) < length[:, None]], length
+    depth = 4 + normal(1, 1, 1, std=0.3) - body[..., 0] * view.sin() + body[..., 2] * view.cos()
+    pixels = torch.stack([320 + normal(1, 1, 1, std=40.0) + 500 * x / depth,
+                          240 - 500 * body[..., 1] / depth], -1)
+    pixels += normal(*pixels.shape[1:], std=1.5)
+    pixels[~of_two, 1] = 0
+    length = torch.randint(40, T + 1, (size,), generator=generator)
+    sequences = [s[:n] for s, n in zip(pixels.transpose(1, 2), length.tolist())]
+    return flatten(sequences, label, [f"stick[{i:06}]" for i in range(size)], 2, False)

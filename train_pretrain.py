@@ -45,7 +45,7 @@ class CommonSettings:
     split: str = option("", "of a pickle: xsub for xsub_train and xsub_val, or train_name,test_name")
     layout: str = option("", "skeleton layout where two fit, or a JSON file with your own")
     test_fraction: float = option(0.2, "test share where a pickle has no split", low=0, high=1)
-    synthetic_size: int = option(1600, "number of built-in stick figures", low=32, high=1_000_000)
+    synthetic_size: int = option(1600, "number of built-in stick figures", low=32, high=20_000)
     frames: int = option(64, "T, frames sampled from each sequence", small=16, low=2, high=10_000)
     box: bool = option(None, "stretch each axis to -1 to 1, do not turn to the viewer (3D, small: on)")
     rotation: float = option(None, "random rotation, degrees (3D: 30, small 60)", low=0, high=180)
@@ -70,7 +70,7 @@ class CommonSettings:
     eval_every: int = option(10, "epochs between measurements on the test split", low=1)
     seed: int = option(0, "of weights, order, masks and augmentation", low=0, high=2**31)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
-    amp: bool = option(None, "bfloat16 autocast (on where the GPU has it)")
+    amp: bool = option(None, "bfloat16 (on where the GPU or CPU has instructions for it)")
     graphs: bool = option(None, "CUDA graphs (on one GPU, for passes of at most 128 sequences)")
     resume: bool = option(False, "go on from the checkpoint in --out, with its settings")
 
@@ -336,7 +336,7 @@ def suit(settings: CommonSettings, data: Dataset) -> CommonSettings:
     small, solid = settings.recipe == "small", data.channels == 3
     steps_of_a_pass = len(data.train) * settings.epochs / settings.batch_size
     suiting = {"box": small and solid, "rotation": (60.0 if small else 30.0) if solid else 0.0,
-               "scaling": 0.1, "shift": 0.1, "flip": 0.0 if solid else 0.5,
+               "scaling": 0.1, "shift": 0.1, "flip": 0.5 if data.skeleton["pairs"] and not solid else 0.0,
                "noise": 0.0 if solid else 0.01,
                "repeat": math.ceil(4000 / steps_of_a_pass) if small else 1}
     missing = {name: value for name, value in suiting.items() if getattr(settings, name) is None}
@@ -409,8 +409,15 @@ def set_up(settings: CommonSettings) -> tuple:
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return device, native if settings.amp is None else settings.amp, rank, world
+    return device, has_bfloat16(device) if settings.amp is None else settings.amp, rank, world
+
+
+def has_bfloat16(device) -> bool:
+    """Whether the device has instructions for bfloat16; on a CPU False where torch cannot tell."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def keep_freed_memory():
