@@ -1,0 +1,431 @@
+"""Tests of what is in this folder: python -m extras.test_extras, under 90 seconds on one core.
+
+Figures are drawn of runs that the scripts made a moment before, or of such a run with the numbers
+replaced. Ends with "N passed, N failed, N skipped".
+"""
+import contextlib
+import glob
+import io
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import unittest
+import xml.etree.ElementTree as ElementTree
+import zipfile
+from pathlib import Path
+
+import data  # before torch: it silences torch's one remark about numpy
+from extras import benchmark, reliability, visualize
+from extras.drawing import FIGURES
+import train_finetune
+import train_pretrain
+import torch
+
+ROOT = Path(data.__file__).parent
+TINY = "--synthetic-size 60 --device cpu --width 8 --hidden 8 --layers 1 --frames 8 --epochs 2"
+DataError = data.DataError
+
+
+def quietly(main, *words: str) -> str:
+    """What main(words) prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        main(list(words))
+    return said.getvalue()
+
+
+def load(*path: str) -> dict:
+    return torch.load(os.path.join(*path), weights_only=True)
+
+
+def text_of(*path: str) -> str:
+    return Path(*path).read_text(encoding="utf-8")
+
+
+class Case(unittest.TestCase):
+    """A test with a folder of its own, beside the folder of one pre-training and one run."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.trained = f"{folder.name}/finetune"
+        cls.pretrained = f"{folder.name}/pretrain/pretrain.pt"
+        quietly(train_pretrain.main, *TINY.split(), "--out", f"{folder.name}/pretrain")
+        words = "--device cpu --strl-layers 2 --blocks 1 --epochs 2 --eval-every 1".split()
+        quietly(train_finetune.main, "--ckpt", cls.pretrained, *words, "--out", cls.trained)
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def make_run(self, folder: str, K: int = 5, N: int = 60, pretrained: str = "") -> dict:
+        """A run with random outputs of K classes; class 1 has no test sequence."""
+        os.makedirs(folder, exist_ok=True)
+        checkpoint = load(self.trained, "finetune.pt")
+        checkpoint["settings"]["ckpt"] = pretrained
+        torch.save(checkpoint, f"{folder}/finetune.pt")
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.randint(K, (N,), generator=generator)
+        labels[labels == 1] = 0
+        outputs = load(self.trained, "test_outputs.pt") | {
+            "logits": torch.randn(N, K, generator=generator), "labels": labels,
+            "features": torch.randn(N, 16, generator=generator), "classes": list(range(K)),
+            "train_counts": torch.arange(K) * 3 + 1}
+        torch.save(outputs, f"{folder}/test_outputs.pt")
+        return outputs
+
+    def make_pretraining(self, folder: str, **masking):
+        os.makedirs(folder)
+        checkpoint = load(self.pretrained)
+        checkpoint["model_settings"] |= masking
+        torch.save(checkpoint, f"{folder}/pretrain.pt")
+
+    def draw(self, *words: str) -> str:
+        return quietly(visualize.main, *words)
+
+    def refused(self, pattern: str, *words: str):
+        with self.assertRaisesRegex(DataError, pattern) as caught:
+            self.draw(*words)
+        self.assertNotIn("\n", str(caught.exception))
+
+
+# ------------------------------------------------------------------------------------ numbers
+
+class NumberTest(unittest.TestCase):
+    def test_pca_is_the_eigen_decomposition(self):
+        """Coordinates and shares agree with torch.linalg.eigh of the covariance, up to sign."""
+        generator = torch.Generator().manual_seed(1)
+        spread = torch.tensor([5.0, 3.0, 2.0, 1.0, 0.5, 0.1])
+        x = torch.randn(200, 6, generator=generator) * spread + 7
+        points, share = visualize.pca(x, 3)
+        values, vectors = torch.linalg.eigh(torch.cov(x.T))
+        for k in range(3):
+            expected = (x - x.mean(0)) @ vectors[:, -1 - k]
+            expected = expected * torch.sign(expected @ points[:, k])
+            torch.testing.assert_close(points[:, k], expected, atol=2e-3, rtol=1e-3)
+            self.assertAlmostEqual(float(share[k]), float(values[-1 - k] / values.sum()), places=4)
+
+    def test_perplexity_is_reached(self):
+        """exp(entropy) of each row of the affinities, summed in a loop, is the perplexity."""
+        x = torch.randn(120, 8, generator=torch.Generator().manual_seed(2)) * 4 + 3
+        for wanted in (5.0, 30.0):
+            p = visualize.affinities(x, wanted)
+            for row in p:
+                entropy = -sum(v * math.log(v) for v in row.tolist() if v > 0)
+                self.assertAlmostEqual(math.exp(entropy), wanted, delta=0.01 * wanted)
+            self.assertEqual(float(p.diagonal().abs().max()), 0)
+
+    def test_tsne_separates_three_blobs(self):
+        """The nearest neighbour is of one's own blob, and the divergence falls to what its formula
+        says of the coordinates."""
+        generator = torch.Generator().manual_seed(3)
+        label = torch.arange(3).repeat_interleave(30)
+        x = torch.randn(90, 10, generator=generator) + 12 * torch.eye(3, 10)[label]
+        y, divergence = visualize.tsne(x, perplexity=12, iterations=350, early=100)
+        self.assertLess(divergence[-1], 0.5 * divergence[0])
+        for before, after in zip(divergence[3:], divergence[4:]):
+            self.assertLess(after, before + 0.01)
+        kernel = (1 / (1 + torch.cdist(y, y) ** 2)).fill_diagonal_(0)
+        q = (kernel / kernel.sum()).clamp(min=1e-12)
+        p = visualize.affinities(x, 12)
+        p = ((p + p.T) / 180).clamp(min=1e-12)
+        self.assertAlmostEqual(divergence[-1], float((p * (p / q).log()).sum()), places=3)
+        distance = torch.cdist(y, y).fill_diagonal_(math.inf)
+        self.assertTrue((label[distance.argmin(1)] == label).all())
+
+    def test_confusion_and_class_accuracy_against_loops(self):
+        """Fig. 2 says the accuracy of each class that has sequences, their mean and spread."""
+        generator = torch.Generator().manual_seed(4)
+        labels = torch.randint(5, (300,), generator=generator)
+        predicted = torch.randint(5, (300,), generator=generator)
+        labels[labels == 2] = 4
+        counts = visualize.confusion(labels, predicted, 5)
+        expected = [[0] * 5 for _ in range(5)]
+        for true, guess in zip(labels.tolist(), predicted.tolist()):
+            expected[true][guess] += 1
+        self.assertEqual(counts.tolist(), expected)
+        accuracy = {c: 100 * expected[c][c] / sum(expected[c]) for c in (0, 1, 3, 4)}
+        names = [f"class {c}" for c in range(5)]
+        drawn = visualize.fig2({"run": counts}, names, list("01234"))
+        order = sorted(accuracy, key=accuracy.get, reverse=True)
+        self.assertEqual(re.findall(r"<title>class (\d): ([\d.]+) %", drawn.content),
+                         [(str(c), f"{accuracy[c]:.1f}") for c in order])
+        mean = statistics.mean(accuracy.values())
+        spread = statistics.pstdev(accuracy.values())
+        self.assertIn(f"average {mean:.1f} %, spread ±{spread:.1f} points", drawn.content)
+        self.assertIn("Left out: 1 ", drawn.caption)
+
+
+# ------------------------------------------------------------------------------------ figures
+
+class FigureTest(Case):
+    def test_report_of_a_run(self):
+        """All figures of a pre-training and its fine-tuning, and the numbers of their logs."""
+        said = self.draw(self.trained, "--table", self.trained, "--out", self.folder)
+        self.assertIn("10 figures", said)
+        files = {path.stem for path in Path(self.folder).glob("*.svg")}
+        self.assertEqual(files, set(FIGURES))
+        metrics = load(self.trained, "test_outputs.pt")["metrics"]
+        page = text_of(self.folder, "report.html")
+        self.assertIn(f"{metrics['top1']:.2f} % top-1, {metrics['top5']:.2f} % top-5", page)
+
+    def test_names_are_escaped_and_clipped_in_well_formed_files(self):
+        """5, 60 and 120 classes with bad names: XML that parses, nothing loaded from elsewhere."""
+        names = f"{self.folder}/names.txt"
+        for K in (5, 60, 120):
+            self.make_run(self.folder, K, 4 * K)
+            lines = [f"<b>\"{i}' & \x01" + "W" * 90 for i in range(K)]
+            Path(names).write_text("\n".join(lines))
+            self.draw(self.folder, "--class-names", names, "--compare", self.folder, "--no-tsne")
+            files = glob.glob(f"{self.folder}/*.svg")
+            self.assertEqual(len(files), 7, files)
+            for path in files:
+                for element in ElementTree.parse(path).iter():
+                    if element.tag.endswith(("}text", "}title")):
+                        self.assertNotIn("W" * 60, element.text, path)
+                        self.assertLessEqual(len(element.text), 140, path)
+            confusion = text_of(self.folder, "fig4-confusion.svg")
+            self.assertIn("&lt;b&gt;&quot;0&#x27; &amp; ", confusion)
+            page = text_of(self.folder, "report.html")
+            self.assertNotIn("<b>", page)
+            self.assertNotRegex(page, r"https?:|<link|\bsrc=|@import|url\(")
+            counts = re.findall(r": (\d+) of \d+ taken for", page)
+            self.assertEqual(sum(map(int, counts)), 4 * K)  # hovering counts each sequence once
+
+    def test_reconstruction_of_a_pretraining(self):
+        """Eight frames three times over, a ring at each masked joint, and their mean distance from
+        where they are in the units of the data (paper Fig. 6)."""
+        checkpoint = load(self.pretrained)
+        _, x, guess, known, masked, upwards = visualize.reconstruct(checkpoint, "3", 0)
+        self.assertFalse(upwards)  # stick figures are in the pixels of an image
+        test = data.load(synthetic_size=60).test
+        own = slice(int(test.start[3]), int(test.start[3] + test.length[3]))
+        raw = test.frames[own, 0, :, :2].float()
+        for pose in x[0]:  # distances between joints are those of one of its frames
+            gap = (torch.cdist(raw, raw) - torch.cdist(pose, pose)).abs().amax((1, 2))
+            self.assertLess(float(gap.min()), 1e-2)
+        distances = []
+        for m, t, v in (known & masked).nonzero().tolist():
+            distances.append(math.dist(x[m, t, v].tolist(), guess[m, t, v].tolist()))
+        self.assertEqual(len(distances) % (4 * 8), 0)  # right arm and right leg in eight frames
+        self.draw(self.trained, "--no-tsne", "--sequence", "3", "--out", self.folder)
+        path = f"{self.folder}/paper-fig6-reconstruction.svg"
+        elements = list(ElementTree.parse(path).iter())
+        self.assertEqual(sum(e.tag.endswith("}svg") for e in elements), 1 + 3 * 8)
+        rings = [e.get("d").count("M") for e in elements if e.get("class") == "joint ring"]
+        self.assertEqual(sum(rings), len(distances))
+        self.assertIn(f"Mean error of its masked joints: {statistics.mean(distances):.3g} in the "
+                      "units of the data", text_of(self.folder, "report.html"))
+        for wanted in ("1000", "9" * 5000, "nobody"):
+            self.refused("no test sequence", self.trained, "--no-tsne", "--sequence", wanted)
+
+    def test_table_2(self):
+        """The best and the worst set of as many joints, mean and deviation over runs, a dash where
+        there is none; other test labels make a table of their own."""
+        runs = {"a": {}, "b": {}, "c": {"mask_parts": ("left_arm", "left_leg")},
+                "d": {"mask_ratio": 4 / 17}, "e": None}
+        for i, (name, masking) in enumerate(runs.items()):
+            folder = f"{self.folder}/{name}"
+            pretrained = ""
+            if masking is not None:
+                self.make_pretraining(folder + "-pre", **masking)
+                pretrained = folder + "-pre/pretrain.pt"
+            outputs = self.make_run(folder, pretrained=pretrained)
+            outputs["metrics"]["top1"] = 80.0 + i * i
+            torch.save(outputs, f"{folder}/test_outputs.pt")
+        os.makedirs(f"{self.folder}/eval-only")
+        torch.save(outputs, f"{self.folder}/eval-only/test_outputs.pt")
+        other = self.make_run(f"{self.folder}/other")
+        torch.save(other | {"labels": 0 * other["labels"]}, f"{self.folder}/other/test_outputs.pt")
+        self.draw(f"{self.folder}/e", "--table", *sorted(glob.glob(f"{self.folder}/*")),
+                  "--no-tsne", "--out", self.folder)
+        page = text_of(self.folder, "report.html")
+        self.assertEqual(page.count("<h2>Table 2"), 2)
+        found = page.partition("<h2>Table 2")[2].partition("</table>")[0].split("<tr>")[1:]
+        rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in found]
+        parts = list(load(self.pretrained)["skeleton"]["parts"])
+        high, low = (f"V{parts.index(side + '_arm')} V{parts.index(side + '_leg')}"
+                     for side in ("left", "right"))
+        self.assertEqual(rows, [["Masked joints", "0", "4"],
+                                ["Ratio", "0 %", "24 %"],
+                                ["No pre-training", "96.0 ", "–"],
+                                ["Random joints", "–", "89.0 "],
+                                ["Body parts, high", "–", f"84.0 {high}"],
+                                ["Body parts, low", "–", f"80.5 ± 0.7 (n = 2) {low}"]])
+        self.refused("--table names no folder", f"{self.folder}/e", "--no-tsne", "--table",
+                     f"{self.folder}/a-pre")
+
+    def test_what_an_earlier_report_left_is_removed(self):
+        self.make_run(self.folder)
+        Path(self.folder, "own.svg").write_text("<svg/>")
+        self.draw(self.folder)
+        before = {path.stem for path in Path(self.folder).glob("*.svg")}
+        missing = {"paper-fig6-reconstruction", "training-pretrain"}
+        self.assertEqual(before, FIGURES.keys() - missing | {"own"})
+        self.draw(self.folder, "--no-tsne")
+        after = {path.stem for path in Path(self.folder).glob("*.svg")}
+        self.assertEqual(before - after, {"fig1-tsne"})
+
+    def test_classes_are_named_or_drawn_from_the_rarer_half(self):
+        """Table 1 has the classes asked for; else five of the rarer half, drawn by the seed."""
+        outputs = self.make_run(self.folder, 24, 480)
+        names = f"{self.folder}/names.txt"
+        lines = "\n".join(f"name {i}" for i in range(24))
+        Path(names).write_text(lines, encoding="utf-8-sig")  # as Windows writes it
+        tables = []
+        for words in (["--classes", "name 7,0"], ["--seed", "1"], ["--seed", "1"], ["--seed", "2"]):
+            self.draw(self.folder, "--no-tsne", "--class-names", names, *words)
+            page = text_of(self.folder, "report.html")
+            rows = page.partition("Table 1")[2].partition("</table>")[0].split("<tr>")[2:]
+            tables.append([re.findall("<td>(.*?)</td>", row) for row in rows])
+        tested = [int((outputs["labels"] == c).sum()) for c in range(24)]
+        expected = [[str(c), str(3 * c + 1), str(tested[c]), f"name {c}"] for c in (7, 0)]
+        self.assertEqual(tables[0], expected)
+        for drawn in tables[1:]:  # the training sequences grow with the id: 0 to 11 are rarer
+            self.assertEqual(len({int(row[0]) for row in drawn} & set(range(12))), 5)
+        self.assertEqual(tables[1], tables[2])
+        self.assertNotEqual(tables[1], tables[3])
+        self.refused("no class 77", self.folder, "--no-tsne", "--classes", "77")
+        Path(names).write_text("one name")
+        self.refused("has 1 lines; expected 24", self.folder, "--class-names", names)
+
+    def test_missing_and_foreign_files(self):
+        """One line with the command that makes the file, exit status 2, and no report."""
+        command = [sys.executable, "-m", "extras.visualize", f"{self.folder}/nothing"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (2, "", 1))
+        mend = r"missing; make it with: python train_finetune\.py --out \S*nothing"
+        self.assertRegex(done.stderr, mend)
+
+        self.make_run(self.folder, pretrained=f"{self.folder}/gone/pretrain.pt")
+        self.refused(r"make it with: python train_pretrain\.py --out \S*gone, or leave its figures "
+                     "out: --pretrained none", self.folder)
+        for name in ("test_outputs.pt", "finetune.pt"):
+            for content in ("broken", {"x": 1}, load(self.pretrained)):
+                self.make_run(self.folder)
+                torch.save(content, f"{self.folder}/{name}")
+                if content == "broken":
+                    Path(self.folder, name).write_text(content)
+                self.refused(rf"{name} cannot be used .*train_finetune\.py --out", self.folder)
+        outputs = self.make_run(self.folder)
+        for change in ({"labels": outputs["labels"] + 3}, {"metrics": {"top1": "high"}}):
+            torch.save(outputs | change, f"{self.folder}/test_outputs.pt")
+            self.refused("test_outputs.pt cannot be used", self.folder)
+        self.make_run(self.folder)
+        self.make_run(f"{self.folder}/other", N=61)
+        self.refused("was tested on other sequences", self.folder, "--compare",
+                     f"{self.folder}/other")
+        self.assertFalse(os.path.exists(f"{self.folder}/report.html"))
+
+    def test_a_run_that_started_from_itself(self):
+        """Fine-tuned again in its own folder, its checkpoint names itself: no pre-training."""
+        path = f"{self.folder}/finetune.pt"
+        self.make_run(self.folder, pretrained=path)
+        self.assertIsNone(visualize.read_pretraining(path))
+
+
+# ------------------------------------------------------------------------------------ the others
+
+class BenchmarkTest(unittest.TestCase):
+    def test_a_row(self):
+        lines = list(benchmark.p4(sequences=64))
+        self.assertEqual(len(lines), 2)
+        self.assertRegex(lines[1], r"batch 8: \d+\.\d{4} ms$")
+
+    def test_ntu(self):
+        """Data in NTU's layout: as many sequences as asked for, of two persons at most."""
+        with tempfile.TemporaryDirectory() as folder:
+            quietly(benchmark.main, "--write-ntu", f"{folder}/ntu.npz", "130", "60")
+            ntu = data.load(f"{folder}/ntu.npz")
+        self.assertEqual((len(ntu.train), len(ntu.test), len(ntu.classes)), (130, 60, 60))
+        self.assertEqual((ntu.channels, len(ntu.skeleton["joints"])), (3, 25))
+        self.assertTrue(ntu.train.present[:, 0].all())
+        self.assertLess(float(ntu.train.present[:, 1].float().mean()), 0.5)
+
+    def test_unknown_row(self):
+        with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit):
+            benchmark.main(["P1", "P99"])
+        self.assertIn("no row P99; expected P1, P2", said.getvalue())
+
+
+class ReliabilityTest(unittest.TestCase):
+    def test_killed_and_resumed(self):
+        for script in ("pretrain", "finetune"):
+            self.assertIn("1 kills", reliability.kills(script, 1, epochs=12))
+
+    def test_mutations(self):
+        said = "\n".join(reliability.mutations(20))
+        for file, count in (("stored.npz", 10), ("deflated.npz", 10), ("annotations.pkl", 20),
+                            ("data.pt", 20), ("finetune.pt", 20)):
+            self.assertRegex(said, rf"(?m)^{file}: {count} mutations, \d+ still readable$")
+
+    def test_memory(self):
+        self.assertIn("120 steps", reliability.memory(120))
+
+    def test_a_changed_bit_is_found(self):
+        """The comparison of two runs fails for one weight, one logged number, one logit."""
+        with tempfile.TemporaryDirectory() as folder:
+            words = f"{TINY} --strl-layers 2 --blocks 1 --out"
+            for out in ("a", "b"):
+                quietly(train_finetune.main, *words.split(), f"{folder}/{out}")
+            runs = f"{folder}/a", f"{folder}/b"
+            reliability.check_same("finetune", *runs)
+            for file, key in (("finetune.pt", "epoch"), ("test_outputs.pt", "logits")):
+                content = load(runs[1], file)
+                torch.save(content | {key: content[key] + 1}, f"{runs[1]}/{file}")
+                with self.assertRaises(AssertionError):
+                    reliability.check_same("finetune", *runs)
+                torch.save(content, f"{runs[1]}/{file}")
+            Path(runs[1], "log.csv").write_text("epoch,loss\n")
+            with self.assertRaisesRegex(AssertionError, "log.csv"):
+                reliability.check_same("finetune", *runs)
+
+    def test_mutated_files_are_read_before(self):
+        """What is damaged can be read: the pickle like numpy's, both archives, the .pt."""
+        numpy = sys.modules.get("numpy")
+        with tempfile.TemporaryDirectory() as folder:
+            reliability.write_pt(f"{folder}/a.pt")
+            reliability.write_npz(f"{folder}/b.npz", zipfile.ZIP_DEFLATED)
+            reliability.write_pickle(f"{folder}/c.pkl")
+            for name, sizes in (("a.pt", (4, 2, 17, 2)), ("b.npz", (4, 2, 20, 3)),
+                                ("c.pkl", (4, 2, 17, 2))):
+                found = data.load(f"{folder}/{name}")
+                joints = len(found.skeleton["joints"])
+                self.assertEqual((len(found.train), len(found.test), joints, found.channels), sizes)
+            self.assertTrue(found.score)
+            self.assertEqual(found.train.frames[0, 0, :3].tolist(),
+                             [[1.0, 2.0, 1.0], [3.0, 4.0, 2.0], [5.0, 6.0, 3.0]])
+        self.assertIs(sys.modules.get("numpy"), numpy)  # nothing stands in for it afterwards
+
+
+class CoreTest(unittest.TestCase):
+    def test_the_core_does_not_know_this_folder(self):
+        """It can be deleted: no file beside it imports it."""
+        files = sorted(ROOT.glob("*.py"))
+        self.assertIn("skeletonmae.py", [path.name for path in files])
+        for path in files:
+            self.assertNotRegex(path.read_text(), r"(?m)^\s*(import|from) extras", path.name)
+
+
+class Result(unittest.TextTestResult):
+    def line(self) -> str:
+        """Counts whole tests: one with several failing sub-tests failed once."""
+        failed = {getattr(test, "test_case", test).id() for test, _ in self.failures + self.errors}
+        passed = self.testsRun - len(failed) - len(self.skipped)
+        return f"{passed} passed, {len(failed)} failed, {len(self.skipped)} skipped"
+
+
+class Runner(unittest.TextTestRunner):
+    resultclass = Result
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    result = unittest.main(exit=False, testRunner=Runner).result
+    print(result.line(), flush=True)
+    sys.exit(not result.wasSuccessful())
