@@ -5,7 +5,7 @@ An independent implementation: the authors' code was never released. This file h
 model, needs nothing but torch, and works copied alone into another project:
 
     model = SkeletonMAE(SKELETONS["coco17"], channels=2)
-    model.scale.copy_(s)                         # root mean square distance of joints from the centre
+    model.scale.copy_(s)                         # root mean square distance from the centre
     loss, prediction, mask = model(x)            # x (N, M, T, V, C), pre-training
     classifier = SkeletonClassifier(SKELETONS["coco17"], channels=2, classes=60, persons=2)
     classifier.load_pretrained(model.state_dict())
@@ -28,17 +28,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # ----------------------------------------------------------------------------------- skeletons
 
-def make_skeleton(joints, edges, parts, centre, pairs=None) -> dict:
-    """One skeleton layout as plain data; your own is one call, make_skeleton(**json.load(file)) too.
+def make_skeleton(joints, edges, parts, centre, pairs=None):
+    """One skeleton layout as plain data, your own too: make_skeleton(**json.load(file)).
 
     joints: V names, as a list or one string; edges: (joint, joint) index pairs, without self-loops;
-    parts: body part name -> joint indices; centre: the joints whose mean is the origin, the first of
-    them the root of the bones; pairs: (left, right) indices that a mirror swaps, by default read off
-    names "left_x" and "right_x". Raises ValueError.
-    """
+    parts: body part name -> joint indices; centre: the joints whose mean is the origin, the first
+    of them the root of the bones; pairs: (left, right) indices that a mirror swaps, by default read
+    off names "left_x" and "right_x". Raises ValueError."""
     names = joints.split() if isinstance(joints, str) else list(joints)
     if pairs is None:
         pairs = [(i, names.index("right_" + name[5:])) for i, name in enumerate(names)
@@ -51,80 +49,68 @@ def make_skeleton(joints, edges, parts, centre, pairs=None) -> dict:
     if not all(isinstance(j, int) and 0 <= j < len(names) for j in used):
         raise ValueError(f"a skeleton of {len(names)} joints needs indices from 0 to "
                          f"{len(names) - 1} in edges, parts, pairs and centre")
-    if len(set(paired)) < len(paired):
-        raise ValueError("a skeleton needs pairs of two different joints, and no joint in two of them")
-    if len(set(names)) < len(names) or any(i == j for i, j in edges):
-        raise ValueError("a skeleton needs joint names that differ, and edges between two joints")
+    if (len(set(names)) < len(names) or len(set(paired)) < len(paired)
+            or any(i == j for i, j in edges)):
+        raise ValueError("a skeleton needs joint names that differ, edges and pairs of two "
+                         "different joints, and no joint in two pairs")
     if not parts or not all(parts.values()) or not centre:
         raise ValueError("a skeleton needs a body part, no empty part, and a centre joint")
     return {"joints": names, "edges": edges, "parts": {k: list(v) for k, v in parts.items()},
             "pairs": pairs, "centre": centre}
 
-
-def _parts(head, torso, left_arm, right_arm, left_leg, right_leg) -> dict:
-    """The paper's six body parts V0 to V5 (paper 3.1.2)."""
-    return {"head": head, "torso": torso, "left_arm": left_arm, "right_arm": right_arm,
-            "left_leg": left_leg, "right_leg": right_leg}
-
+def built_in(joints, chains, parts, centre):
+    """A layout with chains of bones, as "0 1 3, 0 2 4", and the six body parts V0 to V5 (paper
+    3.1.2) in their order."""
+    chains, parts = ([[int(joint) for joint in group.split()] for group in text.split(",")]
+                     for text in (chains, parts))
+    edges = [edge for chain in chains for edge in zip(chain, chain[1:])]
+    names = "head", "torso", "left_arm", "right_arm", "left_leg", "right_leg"
+    return make_skeleton(joints, edges, dict(zip(names, parts)), centre)
 
 SKELETONS = {
-    "coco17": make_skeleton(  # 2D poses of HRNet: NTU RGB+D, FineGym, Diving48
+    "coco17": built_in(  # 2D poses of HRNet: NTU RGB+D, FineGym, Diving48
         "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow "
         "right_elbow left_wrist right_wrist left_hip right_hip left_knee right_knee left_ankle "
         "right_ankle",
-        [(0, 1), (0, 2), (1, 3), (2, 4), (0, 5), (0, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11),
-         (6, 12), (11, 13), (13, 15), (12, 14), (14, 16)],
-        _parts([0, 1, 2, 3, 4], [5, 6, 11, 12], [7, 9], [8, 10], [13, 15], [14, 16]),
-        centre=[11, 12]),
-    "ntu25": make_skeleton(  # Kinect v2: NTU RGB+D in 3D
+        "0 1 3, 0 2 4, 0 5 7 9, 0 6 8 10, 5 11 13 15, 6 12 14 16",
+        "0 1 2 3 4, 5 6 11 12, 7 9, 8 10, 13 15, 14 16", centre=[11, 12]),
+    "ntu25": built_in(  # Kinect v2: NTU RGB+D in 3D
         "spine_base spine_middle neck head left_shoulder left_elbow left_wrist left_hand "
         "right_shoulder right_elbow right_wrist right_hand left_hip left_knee left_ankle "
         "left_foot right_hip right_knee right_ankle right_foot spine_shoulder left_hand_tip "
         "left_thumb right_hand_tip right_thumb",
-        [(0, 1), (1, 20), (20, 2), (2, 3), (20, 4), (4, 5), (5, 6), (6, 7), (20, 8), (8, 9),
-         (9, 10), (10, 11), (0, 12), (12, 13), (13, 14), (14, 15), (0, 16), (16, 17), (17, 18),
-         (18, 19), (7, 21), (7, 22), (11, 23), (11, 24)],
-        _parts([2, 3], [0, 1, 4, 8, 12, 16, 20], [5, 6, 7, 21, 22], [9, 10, 11, 23, 24],
-               [13, 14, 15], [17, 18, 19]),
-        centre=1),
-    "kinect20": make_skeleton(  # Kinect v1: Northwestern-UCLA
+        "0 1 20 2 3, 20 4 5 6 7 21, 20 8 9 10 11 23, 0 12 13 14 15, 0 16 17 18 19, 7 22, 11 24",
+        "2 3, 0 1 4 8 12 16 20, 5 6 7 21 22, 9 10 11 23 24, 13 14 15, 17 18 19", centre=1),
+    "kinect20": built_in(  # Kinect v1: Northwestern-UCLA, MSRC-12
         "hip_centre spine shoulder_centre head left_shoulder left_elbow left_wrist left_hand "
         "right_shoulder right_elbow right_wrist right_hand left_hip left_knee left_ankle "
         "left_foot right_hip right_knee right_ankle right_foot",
-        [(0, 1), (1, 2), (2, 3), (2, 4), (4, 5), (5, 6), (6, 7), (2, 8), (8, 9), (9, 10), (10, 11),
-         (0, 12), (12, 13), (13, 14), (14, 15), (0, 16), (16, 17), (17, 18), (18, 19)],
-        _parts([3], [0, 1, 2, 4, 8, 12, 16], [5, 6, 7], [9, 10, 11], [13, 14, 15], [17, 18, 19]),
-        centre=1),
-    "sbu15": make_skeleton(  # SBU Kinect Interaction
-        "head neck torso left_shoulder left_elbow left_hand right_shoulder right_elbow "
-        "right_hand left_hip left_knee left_foot right_hip right_knee right_foot",
-        [(0, 1), (1, 2), (1, 3), (3, 4), (4, 5), (1, 6), (6, 7), (7, 8), (2, 9), (9, 10), (10, 11),
-         (2, 12), (12, 13), (13, 14)],
-        _parts([0, 1], [2, 3, 6, 9, 12], [4, 5], [7, 8], [10, 11], [13, 14]), centre=2),
-    "penn13": make_skeleton(  # Penn Action
-        "head left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist "
-        "left_hip right_hip left_knee right_knee left_ankle right_ankle",
-        [(0, 1), (0, 2), (1, 3), (3, 5), (2, 4), (4, 6), (1, 7), (2, 8), (7, 9), (9, 11), (8, 10),
-         (10, 12)],
-        _parts([0], [1, 2, 7, 8], [3, 5], [4, 6], [9, 11], [10, 12]), centre=[7, 8]),
-    "jhmdb15": make_skeleton(  # JHMDB
+        "0 1 2 3, 2 4 5 6 7, 2 8 9 10 11, 0 12 13 14 15, 0 16 17 18 19",
+        "3, 0 1 2 4 8 12 16, 5 6 7, 9 10 11, 13 14 15, 17 18 19", centre=1),
+    "sbu15": built_in(  # SBU Kinect Interaction
+        "head neck torso left_shoulder left_elbow left_hand right_shoulder right_elbow right_hand "
+        "left_hip left_knee left_foot right_hip right_knee right_foot",
+        "0 1 2 9 10 11, 1 3 4 5, 1 6 7 8, 2 12 13 14",
+        "0 1, 2 3 6 9 12, 4 5, 7 8, 10 11, 13 14", centre=2),
+    "penn13": built_in(  # Penn Action
+        "head left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist left_hip "
+        "right_hip left_knee right_knee left_ankle right_ankle",
+        "0 1 3 5, 0 2 4 6, 1 7 9 11, 2 8 10 12",
+        "0, 1 2 7 8, 3 5, 4 6, 9 11, 10 12", centre=[7, 8]),
+    "jhmdb15": built_in(  # JHMDB
         "neck belly face right_shoulder left_shoulder right_hip left_hip right_elbow left_elbow "
         "right_knee left_knee right_wrist left_wrist right_ankle left_ankle",
-        [(0, 1), (0, 2), (0, 3), (0, 4), (1, 5), (1, 6), (3, 7), (4, 8), (5, 9), (6, 10), (7, 11),
-         (8, 12), (9, 13), (10, 14)],
-        _parts([0, 2], [1, 3, 4, 5, 6], [8, 12], [7, 11], [10, 14], [9, 13]), centre=1),
-    "openpose18": make_skeleton(  # Kinetics-Skeleton
+        "0 1 5 9 13, 0 2, 0 3 7 11, 0 4 8 12, 1 6 10 14",
+        "0 2, 1 3 4 5 6, 8 12, 7 11, 10 14, 9 13", centre=1),
+    "openpose18": built_in(  # Kinetics-Skeleton
         "nose neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist "
         "right_hip right_knee right_ankle left_hip left_knee left_ankle right_eye left_eye "
         "right_ear left_ear",
-        [(0, 1), (1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (2, 8), (8, 9), (9, 10), (5, 11),
-         (11, 12), (12, 13), (0, 14), (0, 15), (14, 16), (15, 17)],
-        _parts([0, 14, 15, 16, 17], [1, 2, 5, 8, 11], [6, 7], [3, 4], [12, 13], [9, 10]),
-        centre=[8, 11]),
+        "0 1 2 3 4, 1 5 6 7, 2 8 9 10, 5 11 12 13, 0 14 16, 0 15 17",
+        "0 14 15 16 17, 1 2 5 8 11, 6 7, 3 4, 12 13, 9 10", centre=[8, 11]),
 }
 
-
-def normalized_adjacency(edges, num_joints: int) -> Tensor:
+def normalized_adjacency(edges, num_joints) -> Tensor:
     """D^-1/2 (A + I) D^-1/2 of S Eq. 1, (V, V), with D the degrees of A + I."""
     adjacency = torch.eye(num_joints)
     for i, j in edges:
@@ -132,10 +118,9 @@ def normalized_adjacency(edges, num_joints: int) -> Tensor:
     inverse_root = adjacency.sum(1).rsqrt()
     return inverse_root[:, None] * adjacency * inverse_root[None, :]
 
-
-def bone_parents(skeleton: dict) -> list:
-    """The parent of every joint in the tree of bones, (V,) indices, by breadth-first search from the
-    root; the root, and joints that no path joins to it, are their own."""
+def bone_parents(skeleton):
+    """The parent of every joint in the tree of bones, (V,) indices, by breadth-first search; the
+    root, and joints that no path joins to it, are their own."""
     root = skeleton["centre"][0]
     parents, queue = {root: root}, [root]
     for joint in queue:  # grows on the way
@@ -146,19 +131,15 @@ def bone_parents(skeleton: dict) -> list:
                 queue.append(other)
     return [parents.get(joint, joint) for joint in range(len(skeleton["joints"]))]
 
-
 # ------------------------------------------------------------------------------- graph layers
 
 class BatchNorm(nn.BatchNorm1d):
     """Batch norm over all leading dimensions of (..., D)."""
-
     def forward(self, h: Tensor) -> Tensor:
         return super().forward(h.flatten(0, -2)).view(h.shape)
 
-
 class PReLU(nn.Module):
     """max(x, 0) + a min(x, 0), one learnable slope a. torch's own backward is slow on a CPU."""
-
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([0.25]))
@@ -167,11 +148,9 @@ class PReLU(nn.Module):
         slope = self.weight.to(x.dtype)
         return F.prelu(x, slope) if x.is_cuda else F.relu(x) * (1 - slope) + slope * x
 
-
 class GraphConvolution(nn.Module):
     """S Eq. 1: H' = PReLU(BN(D^-1/2 (A+I) D^-1/2 H W)). Shape: (V, ..., in) -> (V, ..., out)."""
-
-    def __init__(self, adjacency: Tensor, width_in: int, width_out: int):
+    def __init__(self, adjacency: Tensor, width_in, width_out):
         super().__init__()
         self.register_buffer("adjacency", adjacency, persistent=False)
         self.linear = nn.Linear(width_in, width_out, bias=False)
@@ -189,13 +168,10 @@ class GraphConvolution(nn.Module):
             h = self.aggregate(self.linear(h))
         return self.activation(self.norm(h))
 
-
 class GraphEncoder(nn.Module):
     """G_E: L_D graph layers after input feature dropout (S A: 0.2), drawn once for all frames of a
     person. Shape: (V, P, T, D) -> (V, P, T, H)."""
-
-    def __init__(self, adjacency: Tensor, width: int, hidden: int, layers: int = 3,
-                 dropout: float = 0.2):
+    def __init__(self, adjacency: Tensor, width, hidden, layers=3, dropout=0.2):
         super().__init__()
         self.layers = nn.ModuleList(GraphConvolution(adjacency, hidden if i else width, hidden)
                                     for i in range(layers))
@@ -208,14 +184,12 @@ class GraphEncoder(nn.Module):
             h = layer(h)
         return h
 
-
 # ------------------------------------------------------------------- attention, temporal pooling
 
 class Attention(nn.Module):
     """Multi-head self-attention over the T frames of each person, softmax(Q K^T / sqrt(d)) V.
     Shape: (P, T, H) -> (P, T, H)."""
-
-    def __init__(self, width: int, heads: int = 4, dropout: float = 0.1):
+    def __init__(self, width, heads=4, dropout=0.1):
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"{heads} attention heads do not divide a width of {width}")
@@ -231,12 +205,10 @@ class Attention(nn.Module):
         g = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return self.project(g.transpose(1, 2).flatten(2))
 
-
 class AttentionBlock(nn.Module):
     """Pre-norm attention and feed-forward, each with its residual; dropout 0.1 (S A) in both.
     Shape: (P, T, H) -> (P, T, H)."""
-
-    def __init__(self, width: int, heads: int = 4, ratio: int = 4, dropout: float = 0.1):
+    def __init__(self, width, heads=4, ratio=4, dropout=0.1):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads, dropout)
@@ -248,14 +220,12 @@ class AttentionBlock(nn.Module):
         g = g + self.attention(self.attention_norm(g))
         return g + self.feed_forward(g)
 
-
-def three_frames(x: Tensor, dilation: int, stride: int) -> list:
+def three_frames(x: Tensor, dilation, stride):
     """The frame `dilation` before, itself and the one after, for every stride-th frame:
     (..., T, D) -> three (..., ceil(T / stride), D), zero beyond the ends."""
     T = x.shape[-2]
     x = F.pad(x, (0, 0, dilation, dilation))
     return [x[..., first:first + T:stride, :] for first in (0, dilation, 2 * dilation)]
-
 
 class TemporalPooling(nn.Module):
     """Multi-scale temporal pooling after the dilated multi-branch temporal convolution of CTR-GCN,
@@ -265,10 +235,8 @@ class TemporalPooling(nn.Module):
     frames, three frames at dilation 2, the maximum of three frames, and the frame itself; joined,
     batch norm again, plus the input, ReLU. A convolution over frames is one matrix product of three
     frames side by side: cuDNN would plan anew for every number of persons.
-    Shape: (V, P, T, D) -> (V, P, ceil(T / stride), D).
-    """
-
-    def __init__(self, width: int, stride: int = 1):
+    Shape: (V, P, T, D) -> (V, P, ceil(T / stride), D)."""
+    def __init__(self, width, stride=1):
         super().__init__()
         if width % 4:
             raise ValueError(f"a width of {width} does not divide into four branches")
@@ -290,17 +258,14 @@ class TemporalPooling(nn.Module):
         x = torch.cat([near, far, largest, same], -1)  # (V, P, T / stride, D)
         return F.relu_(self.norm(x) + h[:, :, ::self.stride])
 
-
 # ------------------------------------------------------------------------------------- persons
 
 class Packing:
     """Which persons are present, and where they stand once the absent ones are packed away.
     present: bool (N, M), on the CPU, at least one person a sequence."""
-
     def __init__(self, present: Tensor, device):
         if not present.any(1).all():
-            raise ValueError(f"sequence {int((~present.any(1)).int().argmax())} of the batch has no "
-                             "person present")
+            raise ValueError("a sequence of the batch has no person present")
         self.persons = present.shape[1]
         rows = present.flatten().nonzero()[:, 0]
         sequence = rows // self.persons
@@ -308,17 +273,11 @@ class Packing:
         beside = torch.arange(len(rows)) + 1 - 2 * (rows % self.persons)  # pairs stand side by side
         partner = torch.where(has_partner, beside, 0)
 
-        def moved(x):
-            return x.to(device, non_blocking=True)
-
-        self.rows = moved(rows)                     # (P,), where each person stands in N M
-        self.sequence = moved(sequence)             # (P,), the sequence of each
-        self.partner = moved(partner)               # (P,), the row of the other person, or 0
-        self.has_partner = moved(has_partner)       # (P,) bool
-        self.count = moved(present.sum(1).float())  # (N,), persons of each sequence
-
-    def tensors(self) -> tuple:
-        return self.rows, self.sequence, self.partner, self.has_partner, self.count
+        tensors = rows, sequence, partner, has_partner, present.sum(1).float()
+        self.tensors = [x.to(device, non_blocking=True) for x in tensors]
+        self.rows, self.sequence = self.tensors[:2]         # (P,), each person's place in N M; in N
+        self.partner, self.has_partner = self.tensors[2:4]  # (P,), the row of the other, or 0; bool
+        self.count = self.tensors[4]                        # (N,), persons of each sequence
 
     def pack(self, x: Tensor) -> Tensor:
         """(N, M, T, V, C) -> (V, P, T, C)."""
@@ -342,8 +301,7 @@ class Packing:
         total = h.new_zeros(len(self.count), h.shape[1]).index_add(0, self.sequence, h)
         return total / self.count[:, None].to(h.dtype)
 
-
-def find_present(x: Tensor, channels: int) -> Tensor:
+def find_present(x: Tensor, channels) -> Tensor:
     """Who is present, bool (N, M) on the CPU. A person is absent whose coordinates are all zero or,
     where x has scores, none of whose scores is above 0 beside another who has one. A sequence
     without anyone keeps its first person."""
@@ -354,62 +312,56 @@ def find_present(x: Tensor, channels: int) -> Tensor:
     present[:, 0] |= ~present.any(1)
     return present.cpu()
 
-
 # ----------------------------------------------------------------------------- joint embedding
 
 class JointEmbedding(nn.Module):
     """Paper 3.1.1: a joint's coordinates, mapped linearly to D features, plus a learnable embedding
     of which joint it is.
 
-    Input streams: coordinates, motion (x[t + 1] - x[t], zero in the last frame), bones (x - x of the
-    parent joint), score; each is batch-normalised per joint and channel. A masked joint's features
-    are replaced by the mask token, and a bone or a motion with a masked end is zeroed: it would
-    leak that end's position. Both happen after the norm, whose statistics stay those of real joints.
-    Shape: (V, P, T, C) and a mask (V, P, 1 or T) or None -> (V, P, T, D).
-    """
-
-    def __init__(self, skeleton: dict, channels: int, width: int, motion: bool = False,
-                 bone: bool = False, score: bool = False):
+    Input streams: coordinates, motion (x[t + 1] - x[t], zero in the last frame), bones (x - x of
+    the parent joint), score; each is batch-normalised per joint and channel. A masked joint's
+    features are replaced by the mask token, and a bone or a motion with a masked end is zeroed: it
+    would leak that end's position. Both happen after the norm, whose statistics stay those of real
+    joints.
+    Shape: (V, P, T, C) and a mask (V, P, 1 or T) or None -> (V, P, T, D)."""
+    def __init__(self, skeleton, channels, width, motion=False, bone=False, score=False):
         super().__init__()
         V = len(skeleton["joints"])
         self.channels = channels
         sizes = {"position": channels, "motion": channels * motion, "bone": channels * bone,
                  "score": int(score)}
-        self.norms = nn.ModuleDict({name: BatchNorm(V * size) for name, size in sizes.items() if size})
+        self.norms = nn.ModuleDict({name: BatchNorm(V * n) for name, n in sizes.items() if n})
         self.linear = nn.Linear(sum(sizes.values()), width)
         self.joint = nn.Parameter(0.02 * torch.randn(V, width))
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.register_buffer("parents", torch.tensor(bone_parents(skeleton)), persistent=False)
 
-    def stream(self, name: str, x: Tensor, mask: Tensor | None) -> Tensor:
-        """One normalised input stream (V, P, T, C or 1) of x (V, P, T, C [+ score])."""
+    def forward(self, x: Tensor, mask=None) -> Tensor:
         V, P, T, _ = x.shape
-        position, hidden = x[..., :self.channels], None
-        if name == "position":
-            values = position
-        elif name == "motion":
-            values = F.pad(position.diff(dim=2), (0, 0, 0, 1))
-            if mask is not None:
-                hidden = mask | F.pad(mask[:, :, 1:], (0, 1))
-        elif name == "bone":
-            values = position - position[self.parents]
-            if mask is not None:
-                hidden = mask | mask[self.parents]
-        else:
-            values = x[..., self.channels:]
-        rows = values.permute(1, 2, 0, 3).flatten(2)  # (P, T, V C): statistics per joint and channel
-        values = self.norms[name](rows).view(P, T, V, -1).permute(2, 0, 1, 3)
-        return values if hidden is None else values.masked_fill(hidden[..., None], 0)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        h = self.linear(torch.cat([self.stream(name, x, mask) for name in self.norms], -1))
+        position, score = x[..., :self.channels], x[..., self.channels:]
+        streams = []
+        for name, norm in self.norms.items():
+            if name == "motion":
+                stream = F.pad(position.diff(dim=2), (0, 0, 0, 1))
+            elif name == "bone":
+                stream = position - position[self.parents]
+            else:
+                stream = position if name == "position" else score
+            stream = norm(stream.permute(1, 2, 0, 3).flatten(2))  # (P, T, V C): per joint, channel
+            stream = stream.view(P, T, V, -1).permute(2, 0, 1, 3)
+            if mask is not None and name == "motion":
+                next_mask = F.pad(mask[:, :, 1:], (0, 1))
+                stream = stream.masked_fill((mask | next_mask)[..., None], 0)
+            if mask is not None and name == "bone":
+                stream = stream.masked_fill((mask | mask[self.parents])[..., None], 0)
+            streams.append(stream)
+        h = self.linear(torch.cat(streams, -1))
         if mask is not None:
             h = torch.where(mask[..., None], self.mask_token.to(h.dtype), h)
         return h + self.joint[:, None, None]
 
-
 def packing_of(x: Tensor, embedding: JointEmbedding, present: Tensor | Packing | None,
-               persons: int | None = None) -> Packing:
+               persons=None) -> Packing:
     """Checks x, and returns the Packing of the batch. present: a Packing, bool (N, M), or None:
     found from x. One clear ValueError instead of a shape error ten layers down."""
     joints, channels, score = len(embedding.joint), embedding.channels, "score" in embedding.norms
@@ -426,12 +378,11 @@ def packing_of(x: Tensor, embedding: JointEmbedding, present: Tensor | Packing |
                          f"{tuple(present.shape)}")
     return Packing(present, x.device)
 
-
 # -------------------------------------------------------------------------------- pre-training
 
-def draw_mask(num: int, skeleton: dict, parts=("right_arm", "right_leg"), num_parts: int = 0,
-              ratio: float = 0.0, generator=None) -> Tensor:
-    """Masks of `num` sequences, bool (num, V): True is masked; one mask for all frames of a sequence.
+def draw_mask(num, skeleton, parts=("right_arm", "right_leg"), num_parts=0, ratio=0.0,
+              generator=None) -> Tensor:
+    """Masks of `num` sequences, bool (num, V): True is masked, in all frames.
 
     Three strategies (paper 3.1.2 and Table 5b, S Table 2): `ratio` > 0 masks that share of the
     joints, drawn for each sequence; else `num_parts` > 0 masks as many whole body parts, drawn for
@@ -462,35 +413,29 @@ def draw_mask(num: int, skeleton: dict, parts=("right_arm", "right_leg"), num_pa
         raise ValueError("these body parts are all joints; at least one joint must stay visible")
     return mask
 
-
 def selected_mean(error: Tensor, selected: Tensor) -> Tensor:
     """Mean of the errors where selected, 0 where none is. Both of one shape."""
     selected = selected.to(error.dtype)
     return (error * selected).sum() / selected.sum().clamp(min=1)
 
-
 def reweighted_cosine_error(prediction: Tensor, target: Tensor, selected: Tensor,
-                            beta: float = 2.0) -> Tensor:
+                            beta=2.0) -> Tensor:
     """Paper Eq. 2: mean over the selected (masked) joints of (1 - cos(prediction, target))^beta.
 
-    prediction, target: (..., F); selected: bool (...). An all-zero vector has cosine 0.
-    """
+    prediction, target: (..., F); selected: bool (...). An all-zero vector has cosine 0."""
     cosine = F.cosine_similarity(prediction, target, dim=-1)
     return selected_mean((1 - cosine).clamp(min=0) ** beta, selected)
-
 
 def squared_error(prediction: Tensor, target: Tensor, selected: Tensor) -> Tensor:
     """Mean over the selected joints of |prediction - target|^2. Ours, not the paper's."""
     return selected_mean((prediction - target).square().sum(-1), selected)
-
 
 class SkeletonMAE(nn.Module):
     """The graph masked autoencoder (paper 3.1) with the layers of S Eq. 1.
 
     skeleton: an entry of SKELETONS or your own; channels: C, 2 or 3; motion, bone, score: further
     input streams; mask_parts, mask_num_parts, mask_ratio: see draw_mask. The buffer `scale` is s,
-    the root mean square distance of the training joints from the centre, in the units of x: 1,
-    which suits x of about that size, until model.scale.copy_(s).
+    the root mean square distance of the training joints from the centre, in the units of x.
 
     The target of a masked joint is its position in homogeneous coordinates, (x / s, y / s, [z / s,]
     1): fixed, so it cannot collapse as a learned embedding could, and a zero error means the right
@@ -499,61 +444,54 @@ class SkeletonMAE(nn.Module):
 
     Ours, not the paper's: loss "squared", the squared error of the position; mask_segments: the
     frames fall into as many segments, each with a mask of its own; strl: arguments of STRLStack,
-    whose layers are then pre-trained in the encoder's place.
-    """
-
-    def __init__(self, skeleton: dict, channels: int, width: int = 64, hidden: int = 128,
-                 layers: int = 3, dropout: float = 0.2, beta: float = 2.0,
-                 mask_parts=("right_arm", "right_leg"), mask_num_parts: int = 0,
-                 mask_ratio: float = 0.0, motion: bool = False, bone: bool = False,
-                 score: bool = False, loss: str = "cosine", mask_segments: int = 1,
-                 strl: dict | None = None):
+    whose layers are then pre-trained in the encoder's place."""
+    def __init__(self, skeleton, channels, width=64, hidden=128, layers=3, dropout=0.2, beta=2.0,
+                 mask_parts=("right_arm", "right_leg"), mask_num_parts=0, mask_ratio=0.0,
+                 motion=False, bone=False, score=False, loss="cosine", mask_segments=1, strl=None):
         super().__init__()
         if loss not in ("cosine", "squared"):
             raise ValueError(f"unknown loss {loss}; expected cosine or squared")
         self.skeleton, self.channels, self.beta = skeleton, channels, beta
         self.loss_kind, self.segments = loss, mask_segments
         self.masking = {"parts": mask_parts, "num_parts": mask_num_parts, "ratio": mask_ratio}
-        draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # refused now, not later
+        draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # is refused now
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
         self.register_buffer("scale", torch.ones(()))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
-        self.stride, encoded = 1, hidden
-        if strl is None:
-            self.encoder = GraphEncoder(adjacency, width, hidden, layers, dropout)
+        self.stacked = strl is not None
+        if self.stacked:
+            self.encoder = STRLStack(adjacency, width, hidden, layers=layers, dropout=dropout,
+                                     **strl)
         else:
-            self.encoder = STRLStack(adjacency, width, hidden, layers=layers, dropout=dropout, **strl)
-            self.stride, encoded = self.encoder.stride, width
-        self.decoder = GraphConvolution(adjacency, encoded, width)                   # paper 3.1.3
-        self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))  # to the target
+            self.encoder = GraphEncoder(adjacency, width, hidden, layers, dropout)
+        self.stride = self.encoder.stride if self.stacked else 1
+        self.decoder = GraphConvolution(adjacency, width if self.stacked else hidden, width)
+        self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))
 
-    def draw(self, num: int, frames: int, generator=None) -> Tensor:
+    def draw(self, num, frames, generator=None) -> Tensor:
         """Masks of `num` sequences, True is masked: (num, 1, V), or (num, frames, V) where segments
         have their own."""
         mask = draw_mask(num * self.segments, self.skeleton, **self.masking, generator=generator)
         mask = mask.view(num, self.segments, -1)
-        return mask if self.segments == 1 else mask[:, torch.arange(frames) * self.segments // frames]
+        if self.segments > 1:
+            mask = mask[:, torch.arange(frames) * self.segments // frames]
+        return mask
 
-    def encode(self, packed: Tensor, packing: Packing, masked: Tensor | None = None) -> Tensor:
-        """Packed joints (V, P, T, C) and their masks (V, P, 1 or T) -> (V, P, T / stride, H or D)."""
+    def encode(self, packed: Tensor, packing: Packing, masked=None) -> Tensor:
+        """Packed joints (V, P, T, C), masks (V, P, 1 or T) -> (V, P, T / stride, H or D)."""
         h = self.embedding(packed, masked)
         return self.encoder(h, packing) if self.stacked else self.encoder(h)
 
-    @property
-    def stacked(self) -> bool:
-        """Whether STRL layers are pre-trained."""
-        return isinstance(self.encoder, STRLStack)
-
-    def decode(self, encoded: Tensor, frames: int) -> Tensor:
-        """Features of the encoder -> homogeneous coordinates (V, P, T, C + 1) in units of s. With the
-        squared loss the last of them is 1, not predicted."""
+    def decode(self, encoded: Tensor, frames) -> Tensor:
+        """Features of the encoder -> homogeneous coordinates (V, P, T, C + 1) in units of s; with
+        the squared loss the last of them is 1, not predicted. One graph layer (paper 3.1.3)."""
         prediction = self.head(self.decoder(encoded)).float()
         prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :frames]
         return prediction if self.loss_kind == "cosine" else F.pad(prediction, (0, 1), value=1.0)
 
     def loss(self, prediction: Tensor, packed: Tensor, masked: Tensor) -> Tensor:
-        """Error of the masked joints: prediction (V, P, T, C + 1), packed joints (V, P, T, C [+
-        score]), masked bool (V, P, 1 or T) -> a scalar."""
+        """Error of the masked joints, a scalar. prediction: (V, P, T, C + 1), packed: (V, P, T, C
+        [+ score]), masked: bool (V, P, 1 or T)."""
         C = self.channels
         target = F.pad(packed[..., :C] / self.scale, (0, 1), value=1.0)  # homogeneous coordinates
         in_frame = (packed[..., :C] != 0).any(-1).any(0)                 # (P, T)
@@ -564,15 +502,13 @@ class SkeletonMAE(nn.Module):
             return squared_error(prediction, target, selected)
         return reweighted_cosine_error(prediction, target, selected, self.beta)
 
-    def forward(self, x: Tensor, present: Tensor | Packing | None = None,
-                mask: Tensor | None = None):
-        """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or
-        a Packing, found from x where not given; mask: bool (N, V), or (N, 1 or T, V) where frames
-        differ, True is masked, drawn where not given.
+    def forward(self, x: Tensor, present=None, mask=None):
+        """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU
+        or a Packing, found from x where not given; mask: bool (N, V), or (N, 1 or T, V) where
+        frames differ, True is masked, drawn where not given.
 
         Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1) in
-        units of s, float32, zero for absent persons; the mask (N, 1 or T, V).
-        """
+        units of s, float32, zero for absent persons; the mask (N, 1 or T, V)."""
         packing = packing_of(x, self.embedding, present)
         N, _, T, V, _ = x.shape
         mask = self.draw(N, T) if mask is None else mask
@@ -586,51 +522,40 @@ class SkeletonMAE(nn.Module):
         loss = self.loss(prediction, packed, masked)
         return loss, packing.unpack(prediction), mask
 
-    def features(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
-        """Features of unmasked skeletons, (N, M, T / stride, V, H or D), zero for absent persons. x
-        and present as in forward."""
+    def features(self, x: Tensor, present=None) -> Tensor:
+        """Features of unmasked skeletons, (N, M, T / stride, V, H or D), absent persons zero."""
         packing = packing_of(x, self.embedding, present)
         return packing.unpack(self.encode(packing.pack(x), packing))
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, present: Tensor | Packing | None = None,
-                    mask: Tensor | None = None):
-        """Puts the masked joints back, in evaluation mode: a prediction (y, w) stands for the
-        position s y / max(w, 0.01), in the units of x.
-
-        Returns (coordinates (N, M, T, V, C), visible joints as given and absent persons zero; the
-        mask (N, 1 or T, V)).
-        """
+    def reconstruct(self, x: Tensor, present=None, mask=None):
+        """Puts the masked joints back (call eval() first): a prediction (y, w) stands for the
+        position s y / max(w, 0.01). Returns (coordinates (N, M, T, V, C) in the units of x, visible
+        joints as given and absent persons zero; the mask (N, 1 or T, V))."""
         C, packing = self.channels, packing_of(x, self.embedding, present)
         _, prediction, mask = self(x, packing, mask)
         position = self.scale * prediction[..., :C] / prediction[..., C:].clamp(min=1e-2)
         joints = torch.where(mask[:, None, ..., None], position, x[..., :C])
         return packing.unpack(packing.pack(joints)), mask  # packing leaves absent persons zero
 
-
 # --------------------------------------------------------------------------------- fine-tuning
 
 def concat_linear(g: Tensor, h: Tensor, weight: Tensor) -> Tensor:
     """Concat(Repeat(g; V), h) W of paper Eq. 3 and 4 without the repeated tensor: g W_g, broadcast
-    over the joints, + h W_h. g: (P, T, H), h: (V, P, T, D), weight: (out, H + D) -> (V, P, T, out).
-    """
+    over joints, + h W_h. g: (P, T, H), h: (V, P, T, D), weight: (out, H + D) -> (V, P, T, out)."""
     H = g.shape[-1]
     return F.linear(h, weight[:, H:]) + F.linear(g, weight[:, :H])
 
-
 class STRL(nn.Module):
-    """One spatial-temporal representation learning layer (paper 3.2, S D), with its own copy of the
-    pre-trained encoder.
+    """One spatial-temporal representation learning layer (paper 3.2, S D), with its own copy of
+    the pre-trained encoder.
 
     Paper Eq. 3: SM(H) = Concat(Repeat(SumPool_joints(G_E(H)); V), H), with attention over the frame
     tokens before Repeat. S Eq. 2 and paper Eq. 4: H'_p = ReLU(BN(W_own SM(H_p^l) + W_other
-    SM(H_q^(l-1))) + residual), q the other person; without q the W_other term is exactly 0, and with
-    one person a sequence there is no W_other. Then multi-scale temporal pooling.
-    """
-
-    def __init__(self, adjacency: Tensor, width: int, hidden: int, *, layers: int, persons: int,
-                 blocks: int, heads: int, ratio: int, stride: int, dropout: float,
-                 attention_dropout: float):
+    SM(H_q^(l-1))) + residual), q the other person; without q the W_other term is exactly 0, and
+    with one person a sequence there is no W_other. Then multi-scale temporal pooling."""
+    def __init__(self, adjacency: Tensor, width, hidden, *, layers, persons, blocks, heads, ratio,
+                 stride, dropout, attention_dropout):
         super().__init__()
         self.encoder = GraphEncoder(adjacency, width, hidden, layers, dropout)
         self.token_norm = nn.LayerNorm(hidden)
@@ -642,7 +567,7 @@ class STRL(nn.Module):
         self.residual = nn.Linear(width, width)
         self.pool = TemporalPooling(width, stride)
 
-    def forward(self, h: Tensor, previous: tuple | None, packing: Packing):
+    def forward(self, h: Tensor, previous, packing: Packing):
         """h: (V, P, T, D); previous: SM of the layer before as (tokens (P, T, H), h (V, P, T, D)),
         None in the first layer, where SM of this one stands in. Returns (h (V, P, T / stride, D),
         this layer's SM at the same frames)."""
@@ -655,20 +580,14 @@ class STRL(nn.Module):
         stride = self.pool.stride
         return out, (tokens[:, ::stride], h[:, :, ::stride])
 
-
 class STRLStack(nn.Module):
-    """A learnable temporal position, then M_l STRL layers with a temporal stride after each but the
-    last.
-
-    persons: M, 1 or 2; frames: T of the position table (for another T at run time it is interpolated
-    linearly, ends on ends). Shape: (V, P, T, D) -> (V, P, T / stride, D), where `stride` is that of
-    all layers together.
-    """
-
-    def __init__(self, adjacency: Tensor, width: int, hidden: int, *, persons: int, frames: int,
-                 layers: int = 3, strl_layers: int = 3, blocks: int = 2, heads: int = 4,
-                 ratio: int = 4, stride: int = 2, dropout: float = 0.2,
-                 attention_dropout: float = 0.1):
+    """A learnable temporal position, then M_l STRL layers with a temporal stride after each but
+    the last. persons: M, 1 or 2; frames: T of the position table (another T at run time
+    interpolates it linearly, ends on ends). `stride` becomes that of all layers together.
+    Shape: (V, P, T, D) -> (V, P, T / stride, D)."""
+    def __init__(self, adjacency: Tensor, width, hidden, *, persons, frames, layers=3,
+                 strl_layers=3, blocks=2, heads=4, ratio=4, stride=2, dropout=0.2,
+                 attention_dropout=0.1):
         super().__init__()
         if persons not in (1, 2):
             raise ValueError(f"{persons} persons a sequence; expected 1 or 2")
@@ -678,9 +597,9 @@ class STRLStack(nn.Module):
                              f"{frames}; expected fewer layers or a smaller stride")
         self.position = nn.Parameter(0.02 * torch.randn(frames, width))
         self.layers = nn.ModuleList(
-            STRL(adjacency, width, hidden, layers=layers, persons=persons, blocks=blocks, heads=heads,
-                 ratio=ratio, stride=stride if i + 1 < strl_layers else 1, dropout=dropout,
-                 attention_dropout=attention_dropout) for i in range(strl_layers))
+            STRL(adjacency, width, hidden, layers=layers, persons=persons, blocks=blocks,
+                 heads=heads, ratio=ratio, stride=stride if i + 1 < strl_layers else 1,
+                 dropout=dropout, attention_dropout=attention_dropout) for i in range(strl_layers))
 
     def forward(self, h: Tensor, packing: Packing) -> Tensor:
         T, position = h.shape[2], self.position
@@ -691,18 +610,13 @@ class STRLStack(nn.Module):
             h, previous = layer(h, previous, packing)
         return h
 
-
 class SkeletonClassifier(nn.Module):
-    """The paper's Skeleton Sequence Learning model (SSL): joint embedding, STRLStack, pooling, and an
-    MLP of one hidden layer, 2 H wide.
-
-    About 1.5 M parameters (S A) for 60 classes, most of them in the attention blocks, which see one
-    token a frame where the encoder sees V. Further keywords: see STRLStack.
-    """
-
-    def __init__(self, skeleton: dict, channels: int, classes: int, persons: int = 1,
-                 frames: int = 64, width: int = 64, hidden: int = 128, head_dropout: float = 0.0,
-                 motion: bool = False, bone: bool = False, score: bool = False, **strl):
+    """The paper's Skeleton Sequence Learning model (SSL): joint embedding, STRLStack, pooling, and
+    an MLP of one hidden layer, 2 H wide. About 1.5 M parameters (S A) for 60 classes, most of them
+    in the attention blocks, which see one token a frame where the encoder sees V. Further keywords:
+    see STRLStack."""
+    def __init__(self, skeleton, channels, classes, persons=1, frames=64, width=64, hidden=128,
+                 head_dropout=0.0, motion=False, bone=False, score=False, **strl):
         super().__init__()
         self.skeleton, self.channels, self.persons = skeleton, channels, persons
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
@@ -713,24 +627,20 @@ class SkeletonClassifier(nn.Module):
                                           nn.Dropout(head_dropout))
         self.head = nn.Linear(2 * hidden, classes)
 
-    def features(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
-        """The features before the classifier, (N, 2 H). x and present as in forward."""
+    def features(self, x: Tensor, present=None) -> Tensor:
+        """The features before the last linear layer, (N, 2 H)."""
         packing = packing_of(x, self.embedding, present, self.persons)
         h = self.strl(self.embedding(packing.pack(x)), packing)
         return self.hidden_layer(packing.pool(h))
 
-    def forward(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
-        """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU or
-        a Packing, found from x where not given (an absent person is all zero). Returns logits
-        (N, K)."""
+    def forward(self, x: Tensor, present=None) -> Tensor:
+        """x and present as in SkeletonMAE.forward. Returns logits (N, K)."""
         return self.head(self.features(x, present)).float()
 
-    def load_pretrained(self, state: dict) -> list:
+    def load_pretrained(self, state):
         """Copies the joint embedding and the encoder of a SkeletonMAE state dict, the encoder into
-        every STRL layer; or, where STRL layers were pre-trained, these as they are.
-
-        Returns the names of the tensors that were loaded; raises ValueError where one does not fit.
-        """
+        every STRL layer; or, where STRL layers were pre-trained, these as they are. Returns the
+        names of the loaded tensors; raises ValueError where one does not fit."""
         if "encoder.position" in state:
             targets = ["strl."]
         else:
@@ -746,39 +656,34 @@ class SkeletonClassifier(nn.Module):
         for name in sorted(own.keys() | loaded.keys()):
             shapes = [tuple(d[name].shape) if name in d else "absent" for d in (own, loaded)]
             if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"the pre-trained weights do not fit: {name} is {shapes[0]} here and {shapes[1]} "
-                    "there; expected the same skeleton, channels, streams and widths, and of STRL "
-                    "layers the same persons, frames, layers and blocks")
+                raise ValueError(f"the pre-trained weights do not fit: {name} is {shapes[0]} here "
+                                 f"and {shapes[1]} there; expected the same skeleton, streams, "
+                                 "widths and layers, of STRL layers the same persons and frames")
         self.load_state_dict(loaded, strict=False)
         return sorted(loaded)
-
 
 class LinearProbe(nn.Module):
     """A linear classifier on frozen features: Packing.pool over joints, frames and persons, then
     batch norm without learnable weights, so that their scale does not matter. Freezes `pretrained`
     itself."""
-
-    def __init__(self, pretrained: SkeletonMAE, classes: int):
+    def __init__(self, pretrained: SkeletonMAE, classes):
         super().__init__()
-        self.pretrained = pretrained.requires_grad_(False).eval()
+        self.pretrained = pretrained.requires_grad_(False)
         self.norm = nn.BatchNorm1d(2 * pretrained.decoder.linear.in_features, affine=False)
         self.head = nn.Linear(self.norm.num_features, classes)
+        self.train()
 
-    def train(self, mode: bool = True):
+    def train(self, mode=True):
         super().train(mode)
         self.pretrained.eval()  # frozen: running statistics, no dropout
         return self
 
-    @torch.no_grad()
-    def pooled(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
+    def features(self, x: Tensor, present=None) -> Tensor:
         """(N, M, T, V, C) -> (N, 2 H), or (N, 2 D) of STRL layers."""
         packing = packing_of(x, self.pretrained.embedding, present)
-        return packing.pool(self.pretrained.encode(packing.pack(x), packing)).float()
+        pooled = packing.pool(self.pretrained.encode(packing.pack(x), packing))
+        return self.norm(pooled.float())
 
-    def features(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
-        return self.norm(self.pooled(x, present))
-
-    def forward(self, x: Tensor, present: Tensor | Packing | None = None) -> Tensor:
-        """As SkeletonClassifier.forward."""
+    def forward(self, x: Tensor, present=None) -> Tensor:
+        """x and present as in SkeletonMAE.forward. Returns logits (N, K)."""
         return self.head(self.features(x, present)).float()

@@ -1,4 +1,4 @@
-"""Fine-tunes the pre-trained encoder in the paper's classifier (SSL), or trains it from random weights.
+"""Fine-tunes the pre-trained encoder in the paper's classifier (SSL), or trains that from scratch.
 
     python train_finetune.py                                  # stick figures, from random weights
     python train_finetune.py --ckpt                           # the newest pre-training, on its data
@@ -24,7 +24,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-
 @dataclass
 class Settings(shared.CommonSettings):
     """Fine-tuning. The defaults are supplement A."""
@@ -34,26 +33,24 @@ class Settings(shared.CommonSettings):
     epochs: int = option(110, "supplement A: 110", low=1)
     batch_size: int = option(128, "supplement A: 128", small=16, low=2)
     optimizer: str = option("sgd", "supplement A: sgd", small="adamw", choices=("sgd", "adamw"))
-    lr: float = option(0.1, "learning rate, supplement A: 0.1", small=3e-3, low=0)
-    momentum: float = option(0.9, "of SGD, supplement A: 0.9", low=0, high=1)
+    lr: float = option(0.1, "learning rate, supplement A: 0.1", small=3e-3)
+    momentum: float = option(0.9, "of SGD, supplement A: 0.9", high=1)
     nesterov: bool = option(False, "Nesterov's momentum in SGD")
-    weight_decay: float = option(0.005, "supplement A: 0.005", small=0.05, low=0)
-    warmup: int = option(5, "epochs of linear warm-up, supplement A: 5", low=0)
-    milestones: tuple = option((90, 100), "epochs at which the rate is divided by 10, supplement A: "
-                               "90,100", low=0)
-    clip: float = option(0.0, "largest gradient norm; 0: none", small=5.0, low=0)
-    label_smoothing: float = option(0.1, "supplement A: 0.1", low=0, high=1)
-    encoder_lr_scale: float = option(1.0, "learning-rate multiplier of the pre-trained weights",
-                                     low=0)
+    weight_decay: float = option(0.005, "supplement A: 0.005", small=0.05)
+    warmup: int = option(5, "epochs of linear warm-up, supplement A: 5")
+    milestones: tuple = option((90, 100), "epochs at which the rate falls to a tenth, supplement "
+                               "A: 90,100")
+    clip: float = option(0.0, "largest gradient norm; 0: none", small=5.0)
+    label_smoothing: float = option(0.1, "supplement A: 0.1", high=1)
+    encoder_lr_scale: float = option(1.0, "learning-rate multiplier of the pre-trained weights")
     label_fraction: float = option(1.0, "share of the training labels, at least one a class",
                                    low=0, high=1)
-    label_seed: int = option(0, "which labels --label-fraction keeps", low=0)
+    label_seed: int = option(0, "which labels --label-fraction keeps")
     linear_probe: bool = option(False, "train one linear layer on the frozen encoder's features")
     eval_only: bool = option(False, "test a fine-tuned --ckpt, train nothing")
     strl_layers: int = option(3, "M_l, STRL layers", low=1, high=100)
-    attention_dropout: float = option(0.1, "supplement A: 0.1", low=0, high=0.99)
-    head_dropout: float = option(0.0, "dropout before the classifier", low=0, high=0.99)
-
+    attention_dropout: float = option(0.1, "supplement A: 0.1", high=0.99)
+    head_dropout: float = option(0.0, "dropout before the classifier", high=0.99)
 
 def main(argv=None):
     settings, source, path = start(shared.parse(Settings, __doc__, argv))
@@ -61,34 +58,35 @@ def main(argv=None):
     say = print if rank == 0 else lambda *_: None
 
     data = shared.read_data(settings, say)
-    if source:
-        check_data(settings, source, data, say)
+    check_data(settings, source, data, say)
     if settings.label_fraction < 1:
         subset = label_subset(data.train.label, settings.label_fraction, settings.label_seed)
         data.train = data.train.subset(subset)
         say(f"{len(data.train)} labelled sequences, label seed {settings.label_seed}")
     settings = shared.suit(settings, data)
-    train, test = shared.loaders(settings, data, device, rank, world)
+    data = shared.to_device(data, device, settings)
+    train = shared.loader(settings, data, data.train, settings.batch_size, True, rank, world)
+    test = shared.loader(settings, data, data.test, settings.batch_size)
 
     torch.manual_seed(settings.seed)
-    with shared.settings_errors():
-        model, arguments, loaded = build(settings, data, source)
+    model, arguments, loaded = shared.build(make_model, settings, data, source)
     model.to(device)
-    described = describe(settings, model, loaded)
+    described = "linear probe, " * settings.linear_probe
+    described += f"from {settings.ckpt}" if settings.ckpt else "from random weights"
     if settings.eval_only:
         if rank == 0:
             report(evaluate(model, test, device, amp), settings, data, described)
         return
-    shared.note_oddities(settings, data, train, say)
+    shared.note_oddities(settings, data, train.steps, say)
 
     pretrained = source["pretrained"] if settings.resume else loaded
     optimizer = make_optimizer(settings, model, pretrained)
-    first_epoch, log = 0, []
-    if settings.resume:
-        first_epoch, log = shared.restore(source, path, model, optimizer)
+    resumed = source if settings.resume else None
+    first_epoch, log = shared.restore(resumed, path, model, optimizer)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    say(f"{described} on {device}{' in bfloat16' * amp}, {train.steps} steps an epoch, "
-        f"{shared.augmentation(settings)}")
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}"
+        f"{' in bfloat16' * amp}, {described} ({len(loaded)} of {len(model.state_dict())} "
+        f"tensors); {train.steps} steps an epoch, {shared.augmentation(settings)}")
 
     def step(packing: Packing, x: Tensor, label: Tensor) -> Tensor:
         with shared.autocast(device, amp):
@@ -97,8 +95,8 @@ def main(argv=None):
         loss.backward()
         return loss.detach()
 
-    step = shared.replayed(step, settings, device, world, settings.batch_size)
-    progress = shared.Progress(settings.epochs, train.steps, first_epoch, rank)
+    if shared.use_graphs(settings, device, world, settings.batch_size):
+        step = shared.Replay(step)
     outputs = None
     for epoch in range(first_epoch, settings.epochs):
         shared.seed_epoch(settings, epoch, rank)
@@ -106,7 +104,7 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         model.train()
-        progress.start_epoch(epoch, lr)
+        progress = shared.Progress(epoch, settings.epochs, train.steps, lr, rank)
         for batch in train.epoch(epoch):
             packing = Packing(batch.present, device)
             loss = step(packing, batch.x.to(device), batch.label.to(device))
@@ -115,23 +113,19 @@ def main(argv=None):
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)  # a CUDA graph adds to the gradients in place
             progress.step(loss, len(batch.x) * world)
-        row = progress.end_epoch()
+        row = progress.end()
         if rank == 0:
             if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs:
                 outputs = evaluate(model, test, device, amp)
                 row |= metrics(outputs)
             log.append(row)
-            shared.save({"kind": "finetune", "model": model.state_dict(), "epoch": epoch, "log": log,
-                         "optimizer": optimizer.state_dict(), "settings": asdict(settings),
-                         "model_settings": arguments, "skeleton": data.skeleton,
-                         "layout": data.layout, "channels": data.channels, "persons": data.persons,
-                         "classes": data.classes, "pretrained": pretrained}, path)
-        progress.print_epoch(row)
+            shared.save(path, "finetune", model, optimizer, epoch, log, settings, arguments, data,
+                        persons=data.persons, classes=data.classes, pretrained=pretrained)
+        progress.show(row)
     if rank == 0:
         outputs = outputs or evaluate(model, test, device, amp)
         report(outputs, settings, data, f"last epoch ({settings.epochs}), {described}")
         print(f"saved {path}")
-
 
 # ----------------------------------------------------------------------------------- starting
 
@@ -139,21 +133,21 @@ DATA = ("data", "split", "layout", "test_fraction", "synthetic_size")
 SHAPE = ("width", "hidden", "layers", "motion", "bone", "score", "box")
 STRL_SHAPE = ("frames", "blocks", "stride")
 
-
-def start(typed: dict) -> tuple:
+def start(typed):
     """(settings, the checkpoint to start from or None, the path of this run's checkpoint). A
     checkpoint decides the shape of the model and, where nothing else is typed, the data."""
-    newest = typed.get("ckpt") == "newest"
+    if typed.get("resume") and typed.get("ckpt") == "newest":
+        del typed["ckpt"]  # the run to resume names the one that was newest when it began
+    if typed.get("ckpt") == "newest":
+        typed["ckpt"] = max(glob.glob("runs/*/pretrain.pt"), key=os.path.getmtime, default="")
+        if not typed["ckpt"]:
+            raise DataError("--ckpt without a value takes the newest runs/*/pretrain.pt, and there "
+                            "is none; run train_pretrain.py first or name a file")
     if typed.get("resume"):
-        if newest:
-            del typed["ckpt"]  # the run to resume names the one that was newest when it began
         return shared.begin(Settings, typed, "finetune")
+    if typed.get("eval_only") and not typed.get("ckpt"):
+        raise DataError("--eval-only needs --ckpt, as in --ckpt runs/finetune/finetune.pt")
     source, fixed, brought = None, (), ()
-    if newest:
-        typed["ckpt"] = newest_pretraining()
-    elif typed.get("eval_only") and not typed.get("ckpt"):
-        raise DataError("--eval-only needs --ckpt with a fine-tuned checkpoint, as in --ckpt "
-                        "runs/finetune/finetune.pt")
     if typed.get("ckpt"):
         kinds = ("finetune",) if typed.get("eval_only") else ("pretrain", "finetune")
         source = shared.read_checkpoint(typed["ckpt"], kinds)
@@ -163,8 +157,7 @@ def start(typed: dict) -> tuple:
         elif "strl" in source["model_settings"]:
             fixed += STRL_SHAPE
         brought = DATA if "data" not in typed else ()
-        own_layout = source["settings"]["layout"].endswith(".json")
-        if "data" in typed and own_layout:
+        if "data" in typed and source["settings"]["layout"].endswith(".json"):
             brought = ("layout",)
         if typed.get("eval_only"):
             typed.setdefault("out", os.path.dirname(typed["ckpt"]) or ".")
@@ -174,32 +167,19 @@ def start(typed: dict) -> tuple:
         raise DataError("--nesterov needs --optimizer sgd and a --momentum above 0")
     return settings, source, os.path.join(settings.out, "finetune.pt")
 
-
-def newest_pretraining() -> str:
-    newest = max(glob.glob("runs/*/pretrain.pt"), key=os.path.getmtime, default="")
-    if not newest:
-        raise DataError("--ckpt without a value takes the newest runs/*/pretrain.pt, and there is "
-                        "none; run train_pretrain.py first or name a file")
-    return newest
-
-
-def check_data(settings: Settings, source: dict, data: Dataset, say):
-    """The data must fit the checkpoint; other data than its own are noted."""
-    start, before = settings.ckpt or "the run", source["settings"]
-    shared.check_fit(source, start, data)
-    if source["kind"] == "finetune" and source["classes"] != data.classes:
-        raise DataError(f"{start} knows {len(source['classes'])} classes, the data have "
+def check_data(settings, source, data: Dataset, say):
+    """The data must fit the checkpoint; another split of its own data is noted."""
+    shared.check_fit(source, settings.ckpt or settings.out, data)
+    if source and source["kind"] == "finetune" and source["classes"] != data.classes:
+        raise DataError(f"the checkpoint knows {len(source['classes'])} classes, the data have "
                         f"{len(data.classes)}; expected the same labels")
+    before = source["settings"] if source else asdict(settings)
     changed = [name for name in DATA if getattr(settings, name) != before[name]]
-    if settings.eval_only and changed and settings.out == (os.path.dirname(start) or "."):
-        raise DataError(f"--eval-only would replace the test outputs of {start} by those of other "
-                        "data; expected an --out of their own")
     if changed and "data" not in changed and changed != ["layout"]:
-        say(f"note: {start} was trained with another --{' --'.join(changed)} of these data: its "
-            "training sequences may be among the test sequences here")
+        say(f"note: the checkpoint was trained with another --{' --'.join(changed)} of these data: "
+            "its training sequences may be among the test sequences here")
 
-
-def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
+def label_subset(labels: Tensor, fraction, seed) -> Tensor:
     """Indices of a stratified share of the sequences: of every class round(fraction x its size),
     at least one."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -207,8 +187,7 @@ def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     kept = [members[:max(1, round(fraction * len(members)))] for members in classes]
     return torch.cat(kept).sort().values
 
-
-def build(settings: Settings, data: Dataset, source: dict | None) -> tuple:
+def make_model(settings: Settings, data: Dataset, source):
     """The model asked for, with the weights of a checkpoint where there is one. Returns (model, its
     arguments, names of the loaded tensors)."""
     arguments = shared.encoder_arguments(settings, data)
@@ -234,17 +213,7 @@ def build(settings: Settings, data: Dataset, source: dict | None) -> tuple:
         loaded = list(source["model"])
     return model, arguments, loaded
 
-
-def describe(settings: Settings, model: nn.Module, loaded: list) -> str:
-    what = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-    if settings.linear_probe:
-        what = "linear probe, " + what
-    if not loaded:
-        return what + ", from random weights"
-    return f"{what}, {len(loaded)} of {len(model.state_dict())} tensors from {settings.ckpt}"
-
-
-def make_optimizer(settings: Settings, model: nn.Module, pretrained: list):
+def make_optimizer(settings: Settings, model: nn.Module, pretrained):
     """Loaded weights form a group of their own, at encoder_lr_scale of the learning rate."""
     named = list(model.named_parameters())
     groups = [{"params": [p for name, p in named if name not in pretrained], "lr_scale": 1.0},
@@ -255,19 +224,17 @@ def make_optimizer(settings: Settings, model: nn.Module, pretrained: list):
     return torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=settings.nesterov,
                            weight_decay=settings.weight_decay)
 
-
-def learning_rate(epoch: int, base: float, warmup: int, milestones: tuple) -> float:
+def learning_rate(epoch, base, warmup, milestones) -> float:
     """The rate of zero-based epoch e: base (e + 1) / warmup while e < warmup, then base, divided by
     10 at each milestone (supplement A)."""
     if epoch < warmup:
         return base * (epoch + 1) / warmup
     return base * 0.1 ** sum(epoch >= milestone for milestone in milestones)
 
-
 # ----------------------------------------------------------------------------------- testing
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Loader, device, amp: bool) -> dict:
+def evaluate(model: nn.Module, batches: Loader, device, amp):
     """Logits (N, K), features before the classifier and labels of every sequence, in the order of
     the file, on the CPU."""
     model.eval()
@@ -281,8 +248,7 @@ def evaluate(model: nn.Module, batches: Loader, device, amp: bool) -> dict:
     return {"logits": torch.cat(logits).cpu(), "features": torch.cat(features).cpu(),
             "labels": torch.cat(labels).cpu()}
 
-
-def metrics(outputs: dict) -> dict:
+def metrics(outputs):
     """Top-1, top-5 and mean class accuracy (over the classes in the test set), in percent."""
     logits, labels = outputs["logits"], outputs["labels"]
     hit = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]  # (N, 5)
@@ -291,18 +257,16 @@ def metrics(outputs: dict) -> dict:
             "top5": 100 * float(hit.any(1).float().mean()),
             "mean_class": 100 * float(torch.stack(per_class).mean())}
 
-
-def report(outputs: dict, settings: Settings, data: Dataset, what: str):
+def report(outputs, settings: Settings, data: Dataset, what):
     """Prints the result and leaves test_outputs.pt."""
     result = metrics(outputs)
-    print(f"{what}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, mean class accuracy "
-          f"{result['mean_class']:.2f} % on {len(outputs['labels'])} test sequences, one model, no "
-          "test-time augmentation")
+    print(f"{what}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, mean class "
+          f"accuracy {result['mean_class']:.2f} % on {len(outputs['labels'])} test sequences, one "
+          "model, no test-time augmentation")
     counts = torch.bincount(data.train.label, minlength=len(data.classes))
     outputs |= {"classes": data.classes, "names": data.test.names, "train_counts": counts,
                 "metrics": result}
     shared.save_torch(outputs, os.path.join(settings.out, "test_outputs.pt"))
-
 
 if __name__ == "__main__":
     shared.run(main)
