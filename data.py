@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from skeletonmae import SKELETONS, find_present, make_skeleton
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 warnings.filterwarnings("ignore", message="This DataLoader will create")  # the user asked for them
 
@@ -48,13 +47,13 @@ class Sequences:
     def __len__(self):
         return len(self.start)
 
-    def subset(self, index) -> "Sequences":
+    def subset(self, index):
         index = torch.arange(len(self))[index]  # from numbers or a mask
         fields = "start", "length", "label", "present"
         return replace(self, **{field: getattr(self, field)[index] for field in fields},
                        names=[self.names[i] for i in index.tolist()])
 
-    def to(self, device) -> "Sequences":
+    def to(self, device):
         fields = "frames", "start", "length", "label", "in_frame"
         return replace(self, **{field: getattr(self, field).to(device) for field in fields})
 
@@ -66,7 +65,7 @@ class Dataset:
     skeleton: dict
     channels: int    # C, 2 or 3, the score not counted
     score: bool      # frames carry a joint score as one further channel
-    classes: list    # label values from the lowest to the highest in the two halves, K of them
+    classes: list    # the labels in the file, K of them, in order
     split: str       # how training and test sequences were told apart
 
     @property
@@ -74,19 +73,15 @@ class Dataset:
         return self.train.frames.shape[1]
 
     def __str__(self):
-        halves = self.train, self.test
-        lengths = torch.cat([half.length for half in halves])
-        unused = len(self.classes) - len(torch.cat([half.label for half in halves]).unique())
+        lengths = torch.cat([self.train.length, self.test.length])
         return (f"{len(self.train)} training and {len(self.test)} test sequences ({self.split}), "
-                f"{len(self.classes)} classes{f' ({unused} without a sequence)' * (unused > 0)}, "
-                f"{self.persons} person{'s' * (self.persons > 1)}, layout {self.layout} "
-                f"({len(self.skeleton['joints'])} joints), {self.channels}D"
-                f"{' with joint scores' * self.score}, {int(lengths.min())} to "
-                f"{int(lengths.max())} frames")
+                f"{len(self.classes)} classes, {self.persons} person{'s' * (self.persons > 1)}, "
+                f"layout {self.layout} ({len(self.skeleton['joints'])} joints), {self.channels}D"
+                f"{' with scores' * self.score}, {lengths.min()} to {lengths.max()} frames")
 
-# ------------------------------------------------------------------- sampling and normalising
+# ------------------------------------------------------------------ sampling, normalising, batches
 
-def sample_frames(length: Tensor, frames, training=False, crop=1.0, generator=None) -> Tensor:
+def sample_frames(length, frames, training=False, crop=1.0, generator=None):
     """Which T frames of each sequence are taken, (N, T) from 0: one of each of T equal segments, a
     random one in training, the middle one in testing; shorter sequences repeat frames. crop < 1: in
     training the segments divide a random window of at least that share of the sequence."""
@@ -105,7 +100,7 @@ def sample_frames(length: Tensor, frames, training=False, crop=1.0, generator=No
     position = (first + share * (steps + within) / frames) * length
     return torch.minimum(position.long(), length.long() - 1)
 
-def rotation(angle: Tensor, axis) -> Tensor:
+def rotation(angle, axis):
     """Rotations by angle (N,), in radians, about a coordinate axis of 3D space, (N, 3, 3)."""
     a, b = [k for k in range(3) if k != axis]
     matrix = torch.eye(3, device=angle.device).repeat(len(angle), 1, 1)
@@ -114,18 +109,17 @@ def rotation(angle: Tensor, axis) -> Tensor:
     matrix[:, b, a] = -angle.sin()
     return matrix
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def product(a, b):
     """a b, (N, I, J) and (N, J, K). On a GPU as a sum, for a @ b may round factors to ten bits."""
     return (a[..., None] * b[:, None]).sum(2) if a.is_cuda else a @ b
 
-def mean_joint(pose: Tensor, joints) -> Tensor:
+def mean_joint(pose, joints):
     """Mean of some joints, (..., V) -> (...). Without an index list, for which a GPU would wait."""
     return torch.stack([pose[..., joint] for joint in joints]).mean(0)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a normalised sequence, one draw for all its frames but for the noise. 0
-    turns a change off."""
+    """Random changes of a normalised sequence, one draw for all its frames but for the noise."""
     rotation: float = 0.0   # 3D: up to so many degrees about the vertical, half about x
     scaling: float = 0.0    # each axis is scaled by 1 - scaling to 1 + scaling
     shift: float = 0.0      # the sequence moves by up to this, in units of the normalised body
@@ -148,8 +142,7 @@ class Augmentation:
         change = change * (1 + uniform(channels, 1, reach=self.scaling))
         return change, uniform(channels, reach=self.shift), mirrored
 
-def normalise_frames(x: Tensor, in_frame: Tensor, skeleton, channels, box=False, augmentation=None,
-                     generator=None):
+def normalise_frames(x, in_frame, skeleton, channels, box=False, augmentation=None, generator=None):
     """Centres, scales and turns sampled frames x (N, M, T, V, C [+ score]) and changes them at
     random: x -> linear (x - origin) + shift, one affine map a sequence. in_frame: bool (N, M, T);
     who is not in a frame stays all zero there.
@@ -215,7 +208,7 @@ def normalise_frames(x: Tensor, in_frame: Tensor, skeleton, channels, box=False,
         unit = unit[:, None] * half.view(N, C)
     return x.movedim(1, 4), origin, unit
 
-def normalise(x: Tensor, skeleton, channels, box=False, frames=None):
+def normalise(x, skeleton, channels, box=False, frames=None):
     """Raw whole sequences x (N, M, any T, V, C [+ score]) as a model is tested on them: missing
     joints filled in, persons of whom nothing was seen beside another left out, `frames` frames
     sampled evenly from those before the padding at the end (None: all T), then as
@@ -231,8 +224,6 @@ def normalise(x: Tensor, skeleton, channels, box=False, frames=None):
         x = x.transpose(1, 2)[torch.arange(len(x), device=x.device)[:, None], steps].transpose(1, 2)
     in_frame = (x[..., :channels] != 0).flatten(3).any(3)  # (N, M, T)
     return normalise_frames(x, in_frame, skeleton, channels, box)
-
-# ------------------------------------------------------------------------------------- batches
 
 @dataclass
 class Batch:
@@ -267,7 +258,7 @@ class Loader:
         passes = self.repeat if self.training else 1
         return len(self._batches(torch.arange(len(self.data) * passes)))
 
-    def _batches(self, order: Tensor):
+    def _batches(self, order):
         """No sequence is dropped: a last batch too small for batch norm joins its neighbour."""
         batches = list(order.split(self.batch_size))
         if len(batches) > 1 and len(batches[-1]) < 2 * self.world:
@@ -294,7 +285,7 @@ class Loader:
         """A seed for every step of every epoch, the same in all processes; step 0 is the order."""
         return ((self.seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_003 % 2**62
 
-    def batch(self, index_and_seed) -> Batch:
+    def batch(self, index_and_seed):
         """Gathers the sampled frames on the device that holds them, and normalises them."""
         index, seed = index_and_seed
         data, device = self.data, self.data.frames.device
@@ -310,21 +301,21 @@ class Loader:
                                       augmentation, generator)
         return Batch(x, data.label[here], data.present[index], in_frame, unit, index)
 
-# ------------------------------------------------------- readers: presence and missing joints
+# ------------------------------------------------------------ readers: presence and missing joints
 
-def check_numbers(peak: Tensor, names):
+def check_numbers(peak, names):
     """peak: the largest absolute value of each sequence, (N,). A larger one is damage."""
     wrong = ~(peak < 1e9)
     if wrong.any():
         raise DataError(f"sequence {names[int(wrong.int().argmax())]} holds NaN, infinite or "
                         "absurd numbers; expected finite ones below 1e9")
 
-def length_without_padding(someone: Tensor) -> Tensor:
+def length_without_padding(someone):
     """Frames of each sequence up to the last with anyone in it, at least 1, (N, T) bool -> (N,)."""
     steps = torch.arange(1, someone.shape[1] + 1, device=someone.device)
     return (someone * steps).amax(1).clamp(min=1)
 
-def fill_missing(sequence: Tensor) -> Tensor:
+def fill_missing(sequence):
     """Joints that nobody saw, in one sequence (T, M, V, C + 1) with the score last. A joint of
     score 0 at a placeholder, (0, 0) or (1, 1), takes its position from the nearest earlier frame
     that has one, else from the nearest later one, else it is the mean of the person's other joints.
@@ -344,7 +335,7 @@ def fill_missing(sequence: Tensor) -> Tensor:
     position = torch.where(never, others / (~never).sum(2, keepdim=True).clamp(min=1), position)
     return torch.cat([position, score], -1)
 
-def flatten(sequences, labels: Tensor, names, channels, persons) -> Sequences:
+def flatten(sequences, labels, names, channels, persons):
     """A list of (T, M, V, C) tensors, or C + 1, T and M may differ, in the one flat form: empty
     frames at the end are cut, missing joints filled in where there are scores."""
     check_numbers(torch.stack([s.abs().max() for s in sequences]), names)
@@ -362,12 +353,12 @@ def flatten(sequences, labels: Tensor, names, channels, persons) -> Sequences:
     length = torch.tensor(lengths)
     return Sequences(frames, length.cumsum(0) - length, length, labels, present, in_frame, names)
 
-# --------------------------------------------------------------------- readers: CTR-GCN's npz
+# ------------------------------------------------------------------------- readers: npz and pickle
 
 DTYPES = dict(f2=torch.float16, f4=torch.float32, f8=torch.float64, i1=torch.int8, i2=torch.int16,
               i4=torch.int32, i8=torch.int64, u1=torch.uint8, b1=torch.bool)
 
-def array(buffer, code, shape, fortran=False, offset=0) -> Tensor:
+def array(buffer, code, shape, fortran=False, offset=0):
     """The tensor that numpy wrote as `shape` values of dtype `code` ("<f4", ">i8", "|b1") at
     `offset`; no copy where the bytes already lie as torch wants them."""
     dtype = DTYPES.get(code.lstrip("<>|="))
@@ -376,8 +367,6 @@ def array(buffer, code, shape, fortran=False, offset=0) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if len(buffer) - offset < size:
         raise DataError(f"an array {shape} of {code} is truncated; copy the file again")
-    if size == 0:
-        return torch.zeros(shape, dtype=dtype)
     flat = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=offset)
     if code[0] == ">":
         flat = flat.view(-1, dtype.itemsize).flip(1).flatten()
@@ -410,7 +399,7 @@ def read_npz(path, wanted):
             arrays[name] = array(body, npy["descr"], npy["shape"], npy["fortran_order"], start)
     return arrays
 
-def read_labels(y: Tensor, count) -> Tensor:
+def read_labels(y, count):
     """Integer labels (N,) from integers (N,), (N, 1) or a one-hot (N, K)."""
     if y.dim() == 2 and y.shape[1] == 1:
         y = y[:, 0]
@@ -455,8 +444,6 @@ def from_npz(path, asked):
             x.flatten(0, 1), torch.arange(N) * T, length_without_padding(in_frame.any(2)),
             read_labels(arrays[f"y_{half}"], N), in_frame.any(1), in_frame.flatten(0, 1), names))
     return *halves, "x_train / x_test", False
-
-# ---------------------------------------------------------------------- readers: PYSKL's pickle
 
 class _DType:
     """Stands in for numpy.dtype."""
@@ -503,13 +490,13 @@ class _Unpickler(pickle.Unpickler):
                             "arrays, numbers, strings, lists and dicts alone")
         return self.allowed[f"{module}.{name}"]
 
-def read_array(annotation, key) -> Tensor:
+def read_array(annotation, key):
     value = annotation.get(key)
     if not isinstance(value, _Array):
         raise DataError(f"{key} is {type(value).__name__}; expected an array of numbers")
     return value.tensor.float()
 
-def read_annotation(annotation, scored) -> Tensor:
+def read_annotation(annotation, scored):
     """The sequence (T, M, V, C) of one annotation, with the joint score last where the file has
     scores. Of more than two persons stay the two with the highest mean score, without scores the
     two that move most."""
@@ -571,19 +558,18 @@ def divide(data: Sequences, splits, wanted, test_fraction):
         raise DataError(f"no splits, so --split {wanted} cannot be found; leave it out")
     if splits is None:
         return divide_at_random(data, test_fraction)
-    pair, positions, halves, unknown = find_split(list(splits), wanted), {}, [], 0
+    positions, pair = {}, find_split(list(splits), wanted)
     for i, name in enumerate(data.names):
         positions.setdefault(name, []).append(i)
-    for half in pair:
-        listed = dict.fromkeys(str(name) for name in splits[half])
-        rows = [i for name in listed for i in positions.get(name, ())]
-        if not rows:
-            raise DataError(f"split {half} names no annotation; expected a list of frame_dir")
-        unknown += sum(name not in positions for name in listed)
-        halves.append(data.subset(rows))
-    shared = len({*halves[0].names} & {*halves[1].names})
-    return *halves, (" / ".join(pair) + f", {unknown} names without an annotation" * (unknown > 0)
-                     + f", {shared} names in both" * (shared > 0))
+    listed = [dict.fromkeys(map(str, splits[half])) for half in pair]
+    rows = [[i for name in names for i in positions.get(name, ())] for names in listed]
+    if not all(rows):
+        raise DataError(f"a split of {pair} names no annotation; expected lists of frame_dir")
+    unknown = sum(name not in positions for names in listed for name in names)
+    shared = len(listed[0].keys() & listed[1].keys())
+    return *map(data.subset, rows), (
+        " / ".join(pair) + f", {unknown} names without an annotation" * bool(unknown)
+        + f", {shared} names in both" * bool(shared))
 
 def divide_at_random(data: Sequences, test_fraction):
     """Of every class the same share tests, at least one sequence and not all. Drawn by a fixed seed
@@ -618,7 +604,7 @@ def find_split(names, wanted):
                         "a_train,a_test")
     return fits[0]
 
-# ----------------------------------------------------------------- readers: .pt, layouts, load
+# --------------------------------------------------------------------- readers: .pt, layouts, load
 
 def read_torch(path):
     """torch.load of plain tensors and settings; nothing in the file is run."""
@@ -628,7 +614,7 @@ def read_torch(path):
         except Exception as error:  # a damaged file can raise almost anything
             asked = re.search(r"GLOBAL ([\w.]+)", str(error))
             why = f"it asks for {asked[1]}, which is never loaded" if asked else one_line(error)
-            raise DataError(f"{path} is no file of plain tensors by torch.save ({why})") from None
+            raise DataError(f"no file of plain tensors by torch.save ({why})") from None
 
 def from_pt(path):
     """A dict saved by torch: x_train, x_test lists of tensors (T, M, V, C) (or one tensor (N, T, M,
@@ -661,7 +647,7 @@ def load_skeleton(layout):
 def one_line(error):
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
-def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1600) -> Dataset:
+def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1600):
     """Reads a data set by the ending of its name, checks it, and finds its layout. Without a path:
     the built-in stick figures. Raises DataError for what is in a file, OSError for the file."""
     asked = load_skeleton(layout) if layout else None
@@ -689,8 +675,8 @@ def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1
         raise DataError(f"{path} is damaged or of another format ({one_line(error)}); expected "
                         "CTR-GCN's npz, PYSKL's pickle or a .pt dict") from None
 
-def assemble(train: Sequences, test: Sequences, layout, asked, score, split) -> Dataset:
-    """Finds the layout and checks it; labels start at 0, and each sequence has a person."""
+def assemble(train: Sequences, test: Sequences, layout, asked, score, split):
+    """Finds the layout and checks it; the labels that occur become 0 to K - 1."""
     V, C = train.frames.shape[2], train.frames.shape[3] - score
     if train.frames.shape[1:] != test.frames.shape[1:] or not train.in_frame.any():
         raise DataError("expected anyone in the training sequences, and the same persons, joints "
@@ -705,15 +691,13 @@ def assemble(train: Sequences, test: Sequences, layout, asked, score, split) -> 
     skeleton = asked or SKELETONS[layout]
     if len(skeleton["joints"]) != V:
         raise DataError(f"{V} joints; {layout} has {len(skeleton['joints'])}: another --layout?")
-    labels = torch.cat([train.label, test.label])
-    first = int(labels.min())
+    classes, label = torch.cat([train.label, test.label]).unique(return_inverse=True)
+    train.label, test.label = label.split([len(train), len(test)])
     for half in (train, test):
-        half.label = half.label - first
         half.present[:, 0] |= ~half.present.any(1)  # without anyone: an empty first person
-    classes = list(range(first, int(labels.max()) + 1))
-    return Dataset(train, test, layout, skeleton, C, score, classes, split)
+    return Dataset(train, test, layout, skeleton, C, score, classes.tolist(), split)
 
-# ------------------------------------------------------------------------ built-in stick figures
+# -------------------------------------------------------------------------- built-in stick figures
 
 # What the angles of a stick figure do in each action: joint angle, amplitude in radians or body
 # units, cycles per period, phase in periods. All swing about the same resting pose, so no single
@@ -734,7 +718,7 @@ ACTIONS = {
 ANGLES = dict(arm_l=.6, arm_r=.6, elbow_l=.8, elbow_r=.8, leg_l=.15, leg_r=.15, knee_l=.3,
               knee_r=.3, lean=0, up=0, along=0)
 
-def stick_figures(size) -> Sequences:
+def stick_figures(size):
     """`size` sequences of ACTIONS, 2D coco17 poses of 40 to 80 frames in pixels; always the same.
     Size, width, place, resting pose, tempo, phase, amplitude and noise vary between sequences."""
     generator, T, angles = torch.Generator().manual_seed(0), 80, list(ANGLES)

@@ -1,8 +1,8 @@
 """SkeletonMAE: Graph-based Masked Autoencoder for Skeleton Sequence Pre-training (Yan et al., ICCV
 2023, arXiv 2307.08476).
 
-An independent implementation: the authors' code was never released. This file holds the whole
-model, needs nothing but torch, and works copied alone into another project:
+An independent implementation: the authors' code was never released. This file needs nothing but
+torch, and works copied alone into another project:
 
     model = SkeletonMAE(SKELETONS["coco17"], channels=2)
     model.scale.copy_(s)                         # root mean square distance from the centre
@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# ----------------------------------------------------------------------------------- skeletons
+# --------------------------------------------------------------------------------------- skeletons
 
 def make_skeleton(joints, edges, parts, centre, pairs=None):
     """One skeleton layout as plain data, your own too: make_skeleton(**json.load(file)).
@@ -46,17 +46,16 @@ def make_skeleton(joints, edges, parts, centre, pairs=None):
     pairs = [[left, right] for left, right in pairs]
     used = [j for group in (*edges, *parts.values(), *pairs, centre) for j in group]
     paired = [j for pair in pairs for j in pair]
-    if not all(isinstance(j, int) and 0 <= j < len(names) for j in used):
+    if not all(j in range(len(names)) for j in used):
         raise ValueError(f"a skeleton of {len(names)} joints needs indices from 0 to "
                          f"{len(names) - 1} in edges, parts, pairs and centre")
-    if (len(set(names)) < len(names) or len(set(paired)) < len(paired)
-            or any(i == j for i, j in edges)):
+    if any(len(set(group)) < len(group) for group in (names, paired, *edges)):
         raise ValueError("a skeleton needs joint names that differ, edges and pairs of two "
                          "different joints, and no joint in two pairs")
     if not parts or not all(parts.values()) or not centre:
         raise ValueError("a skeleton needs a body part, no empty part, and a centre joint")
-    return {"joints": names, "edges": edges, "parts": {k: list(v) for k, v in parts.items()},
-            "pairs": pairs, "centre": centre}
+    return {"joints": names, "edges": edges, "pairs": pairs, "centre": centre,
+            "parts": {name: list(joints) for name, joints in parts.items()}}
 
 def built_in(joints, chains, parts, centre):
     """A layout with chains of bones, as "0 1 3, 0 2 4", and the six body parts V0 to V5 (paper
@@ -110,7 +109,7 @@ SKELETONS = {
         "0 14 15 16 17, 1 2 5 8 11, 6 7, 3 4, 12 13, 9 10", centre=[8, 11]),
 }
 
-def normalized_adjacency(edges, num_joints) -> Tensor:
+def normalized_adjacency(edges, num_joints):
     """D^-1/2 (A + I) D^-1/2 of S Eq. 1, (V, V), with D the degrees of A + I."""
     adjacency = torch.eye(num_joints)
     for i, j in edges:
@@ -131,11 +130,11 @@ def bone_parents(skeleton):
                 queue.append(other)
     return [parents.get(joint, joint) for joint in range(len(skeleton["joints"]))]
 
-# ------------------------------------------------------------------------------- graph layers
+# ------------------------------------------------------------------------------------ graph layers
 
 class BatchNorm(nn.BatchNorm1d):
     """Batch norm over all leading dimensions of (..., D)."""
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h):
         return super().forward(h.flatten(0, -2)).view(h.shape)
 
 class PReLU(nn.Module):
@@ -144,47 +143,40 @@ class PReLU(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([0.25]))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         slope = self.weight.to(x.dtype)
         return F.prelu(x, slope) if x.is_cuda else F.relu(x) * (1 - slope) + slope * x
 
 class GraphConvolution(nn.Module):
     """S Eq. 1: H' = PReLU(BN(D^-1/2 (A+I) D^-1/2 H W)). Shape: (V, ..., in) -> (V, ..., out)."""
-    def __init__(self, adjacency: Tensor, width_in, width_out):
+    def __init__(self, adjacency, width_in, width_out):
         super().__init__()
         self.register_buffer("adjacency", adjacency, persistent=False)
         self.linear = nn.Linear(width_in, width_out, bias=False)
         self.norm = BatchNorm(width_out)
         self.activation = PReLU()
 
-    def aggregate(self, h: Tensor) -> Tensor:
-        """Every joint sums its neighbours: one matrix product (V, V) x (V, ...)."""
-        return (self.adjacency @ h.flatten(1)).view(h.shape)
-
-    def forward(self, h: Tensor) -> Tensor:
-        if self.linear.in_features <= self.linear.out_features:
-            h = self.linear(self.aggregate(h))
-        else:  # (A H) W = A (H W): aggregate on the narrower side
-            h = self.aggregate(self.linear(h))
-        return self.activation(self.norm(h))
+    def forward(self, h):
+        h = (self.adjacency @ h.flatten(1)).view(h.shape)  # A H: (V, V) x (V, ...)
+        return self.activation(self.norm(self.linear(h)))
 
 class GraphEncoder(nn.Module):
     """G_E: L_D graph layers after input feature dropout (S A: 0.2), drawn once for all frames of a
     person. Shape: (V, P, T, D) -> (V, P, T, H)."""
-    def __init__(self, adjacency: Tensor, width, hidden, layers=3, dropout=0.2):
+    def __init__(self, adjacency, width, hidden, layers=3, dropout=0.2):
         super().__init__()
         self.layers = nn.ModuleList(GraphConvolution(adjacency, hidden if i else width, hidden)
                                     for i in range(layers))
         self.dropout = dropout
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h):
         if self.training and self.dropout:
             h = h * F.dropout(torch.ones_like(h[:, :, :1]), self.dropout)
         for layer in self.layers:
             h = layer(h)
         return h
 
-# ------------------------------------------------------------------- attention, temporal pooling
+# --------------------------------------------------------------------- attention, temporal pooling
 
 class Attention(nn.Module):
     """Multi-head self-attention over the T frames of each person, softmax(Q K^T / sqrt(d)) V.
@@ -198,7 +190,7 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
 
-    def forward(self, g: Tensor) -> Tensor:
+    def forward(self, g):
         split = self.query_key_value(g).unflatten(-1, (3, self.heads, -1))  # (P, T, 3, heads, d)
         query, key, value = split.permute(2, 0, 3, 1, 4)                    # each (P, heads, T, d)
         dropout = self.dropout if self.training else 0.0
@@ -216,11 +208,11 @@ class AttentionBlock(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, ratio * width), nn.GELU(),
             nn.Linear(ratio * width, width), nn.Dropout(dropout))
 
-    def forward(self, g: Tensor) -> Tensor:
+    def forward(self, g):
         g = g + self.attention(self.attention_norm(g))
         return g + self.feed_forward(g)
 
-def three_frames(x: Tensor, dilation, stride):
+def three_frames(x, dilation, stride):
     """The frame `dilation` before, itself and the one after, for every stride-th frame:
     (..., T, D) -> three (..., ceil(T / stride), D), zero beyond the ends."""
     T = x.shape[-2]
@@ -229,12 +221,10 @@ def three_frames(x: Tensor, dilation, stride):
 
 class TemporalPooling(nn.Module):
     """Multi-scale temporal pooling after the dilated multi-branch temporal convolution of CTR-GCN,
-    whose kernels span 5 frames where these span 3.
-
-    A 1x1 convolution with batch norm and ReLU, whose channels split into four branches: three
-    frames, three frames at dilation 2, the maximum of three frames, and the frame itself; joined,
-    batch norm again, plus the input, ReLU. A convolution over frames is one matrix product of three
-    frames side by side: cuDNN would plan anew for every number of persons.
+    whose kernels span 5 frames where these span 3. A 1x1 convolution with batch norm and ReLU,
+    whose channels split into four branches: three frames, three frames at dilation 2, the maximum
+    of three frames, and the frame itself; joined, batch norm, plus the input, ReLU. A convolution
+    over frames is one matrix product: cuDNN would plan anew for every number of persons.
     Shape: (V, P, T, D) -> (V, P, ceil(T / stride), D)."""
     def __init__(self, width, stride=1):
         super().__init__()
@@ -248,7 +238,7 @@ class TemporalPooling(nn.Module):
         self.far = nn.Linear(3 * branch, branch, bias=False)
         self.norm = BatchNorm(width)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h):
         near, far, largest, same = F.relu_(self.reduce_norm(self.reduce(h))).chunk(4, -1)
         near = self.near(torch.cat(three_frames(near, 1, self.stride), -1))
         far = self.far(torch.cat(three_frames(far, 2, self.stride), -1))
@@ -258,12 +248,12 @@ class TemporalPooling(nn.Module):
         x = torch.cat([near, far, largest, same], -1)  # (V, P, T / stride, D)
         return F.relu_(self.norm(x) + h[:, :, ::self.stride])
 
-# ------------------------------------------------------------------------------------- persons
+# ----------------------------------------------------------------------------------------- persons
 
 class Packing:
     """Which persons are present, and where they stand once the absent ones are packed away.
     present: bool (N, M), on the CPU, at least one person a sequence."""
-    def __init__(self, present: Tensor, device):
+    def __init__(self, present, device):
         if not present.any(1).all():
             raise ValueError("a sequence of the batch has no person present")
         self.persons = present.shape[1]
@@ -279,21 +269,21 @@ class Packing:
         self.partner, self.has_partner = self.tensors[2:4]  # (P,), the row of the other, or 0; bool
         self.count = self.tensors[4]                        # (N,), persons of each sequence
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x):
         """(N, M, T, V, C) -> (V, P, T, C)."""
         return x.flatten(0, 1)[self.rows].permute(2, 0, 1, 3).contiguous()
 
-    def unpack(self, h: Tensor) -> Tensor:
+    def unpack(self, h):
         """(V, P, T, C) -> (N, M, T, V, C), absent persons zero."""
         N, (V, _, T, C) = len(self.count), h.shape
         x = h.new_zeros(N * self.persons, T, V, C).index_copy(0, self.rows, h.permute(1, 2, 0, 3))
         return x.unflatten(0, (N, self.persons))
 
-    def other(self, h: Tensor) -> Tensor:
+    def other(self, h):
         """What belongs to the other person, (V, P, T, D) -> the same shape, zero without one."""
         return h.index_select(1, self.partner) * self.has_partner[:, None, None]
 
-    def pool(self, h: Tensor) -> Tensor:
+    def pool(self, h):
         """Mean over joints, then mean and maximum over frames, then mean over the persons present:
         (V, P, T, D) -> (N, 2 D)."""
         h = h.mean(0)
@@ -301,7 +291,7 @@ class Packing:
         total = h.new_zeros(len(self.count), h.shape[1]).index_add(0, self.sequence, h)
         return total / self.count[:, None].to(h.dtype)
 
-def find_present(x: Tensor, channels) -> Tensor:
+def find_present(x, channels):
     """Who is present, bool (N, M) on the CPU. A person is absent whose coordinates are all zero or,
     where x has scores, none of whose scores is above 0 beside another who has one. A sequence
     without anyone keeps its first person."""
@@ -312,17 +302,15 @@ def find_present(x: Tensor, channels) -> Tensor:
     present[:, 0] |= ~present.any(1)
     return present.cpu()
 
-# ----------------------------------------------------------------------------- joint embedding
+# --------------------------------------------------------------------------------- joint embedding
 
 class JointEmbedding(nn.Module):
     """Paper 3.1.1: a joint's coordinates, mapped linearly to D features, plus a learnable embedding
-    of which joint it is.
-
-    Input streams: coordinates, motion (x[t + 1] - x[t], zero in the last frame), bones (x - x of
-    the parent joint), score; each is batch-normalised per joint and channel. A masked joint's
-    features are replaced by the mask token, and a bone or a motion with a masked end is zeroed: it
-    would leak that end's position. Both happen after the norm, whose statistics stay those of real
-    joints.
+    of which joint it is. Input streams: coordinates, motion (x[t + 1] - x[t], zero in the last
+    frame), bones (x - x of the parent joint), score; each is batch-normalised per joint and
+    channel. A masked joint's features are replaced by the mask token, and a bone or a motion with a
+    masked end is zeroed: it would leak that end's position. Both happen after the norm, whose
+    statistics stay those of real joints.
     Shape: (V, P, T, C) and a mask (V, P, 1 or T) or None -> (V, P, T, D)."""
     def __init__(self, skeleton, channels, width, motion=False, bone=False, score=False):
         super().__init__()
@@ -336,7 +324,7 @@ class JointEmbedding(nn.Module):
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.register_buffer("parents", torch.tensor(bone_parents(skeleton)), persistent=False)
 
-    def forward(self, x: Tensor, mask=None) -> Tensor:
+    def forward(self, x, mask=None):
         V, P, T, _ = x.shape
         position, score = x[..., :self.channels], x[..., self.channels:]
         streams = []
@@ -349,45 +337,39 @@ class JointEmbedding(nn.Module):
                 stream = position if name == "position" else score
             stream = norm(stream.permute(1, 2, 0, 3).flatten(2))  # (P, T, V C): per joint, channel
             stream = stream.view(P, T, V, -1).permute(2, 0, 1, 3)
-            if mask is not None and name == "motion":
-                next_mask = F.pad(mask[:, :, 1:], (0, 1))
-                stream = stream.masked_fill((mask | next_mask)[..., None], 0)
-            if mask is not None and name == "bone":
-                stream = stream.masked_fill((mask | mask[self.parents])[..., None], 0)
+            if mask is not None and name in ("motion", "bone"):
+                end = mask[self.parents] if name == "bone" else F.pad(mask[:, :, 1:], (0, 1))
+                stream = stream.masked_fill((mask | end)[..., None], 0)
             streams.append(stream)
         h = self.linear(torch.cat(streams, -1))
         if mask is not None:
             h = torch.where(mask[..., None], self.mask_token.to(h.dtype), h)
         return h + self.joint[:, None, None]
 
-def packing_of(x: Tensor, embedding: JointEmbedding, present: Tensor | Packing | None,
+def packing_of(x, embedding: JointEmbedding, present: Tensor | Packing | None,
                persons=None) -> Packing:
     """Checks x, and returns the Packing of the batch. present: a Packing, bool (N, M), or None:
     found from x. One clear ValueError instead of a shape error ten layers down."""
     joints, channels, score = len(embedding.joint), embedding.channels, "score" in embedding.norms
     if (x.dim() != 5 or x.shape[3] != joints or not channels + score <= x.shape[4] <= channels + 1
             or x.shape[1] not in ((1, 2) if persons is None else (persons,))):
-        raise ValueError(
-            f"expected skeletons of shape (N, {persons or '1 or 2'}, T, {joints}, {channels}"
-            f"{' + 1 for the joint score' if score else ''}), got {tuple(x.shape)}")
+        raise ValueError(f"expected skeletons (N, {persons or '1 or 2'}, T, {joints}, {channels}"
+                         f"{' + score' * score}), got {tuple(x.shape)}")
     if isinstance(present, Packing):
         return present
     present = find_present(x, channels) if present is None else present
     if present.shape != x.shape[:2] or present.dtype != torch.bool:
-        raise ValueError(f"expected present as a bool {tuple(x.shape[:2])}, got {present.dtype} "
-                         f"{tuple(present.shape)}")
+        raise ValueError(f"expected present as bool (N, M), got {present.dtype} {present.shape}")
     return Packing(present, x.device)
 
-# -------------------------------------------------------------------------------- pre-training
+# ------------------------------------------------------------------------------------ pre-training
 
 def draw_mask(num, skeleton, parts=("right_arm", "right_leg"), num_parts=0, ratio=0.0,
-              generator=None) -> Tensor:
-    """Masks of `num` sequences, bool (num, V): True is masked, in all frames.
-
-    Three strategies (paper 3.1.2 and Table 5b, S Table 2): `ratio` > 0 masks that share of the
-    joints, drawn for each sequence; else `num_parts` > 0 masks as many whole body parts, drawn for
-    each sequence; else the named `parts` are masked. Never all joints and never none: ValueError.
-    """
+              generator=None):
+    """Masks of `num` sequences, bool (num, V): True is masked, in all frames. Three strategies
+    (paper 3.1.2 and Table 5b, S Table 2): `ratio` > 0 masks that share of the joints, drawn for
+    each sequence; else `num_parts` > 0 masks as many whole body parts, drawn for each sequence;
+    else the named `parts` are masked. Never all joints and never none: ValueError."""
     V, names = len(skeleton["joints"]), list(skeleton["parts"])
     if ratio:
         count = round(ratio * V)
@@ -413,22 +395,15 @@ def draw_mask(num, skeleton, parts=("right_arm", "right_leg"), num_parts=0, rati
         raise ValueError("these body parts are all joints; at least one joint must stay visible")
     return mask
 
-def selected_mean(error: Tensor, selected: Tensor) -> Tensor:
+def selected_mean(error, selected):
     """Mean of the errors where selected, 0 where none is. Both of one shape."""
-    selected = selected.to(error.dtype)
     return (error * selected).sum() / selected.sum().clamp(min=1)
 
-def reweighted_cosine_error(prediction: Tensor, target: Tensor, selected: Tensor,
-                            beta=2.0) -> Tensor:
+def reweighted_cosine_error(prediction, target, selected, beta=2.0):
     """Paper Eq. 2: mean over the selected (masked) joints of (1 - cos(prediction, target))^beta.
-
     prediction, target: (..., F); selected: bool (...). An all-zero vector has cosine 0."""
     cosine = F.cosine_similarity(prediction, target, dim=-1)
     return selected_mean((1 - cosine).clamp(min=0) ** beta, selected)
-
-def squared_error(prediction: Tensor, target: Tensor, selected: Tensor) -> Tensor:
-    """Mean over the selected joints of |prediction - target|^2. Ours, not the paper's."""
-    return selected_mean((prediction - target).square().sum(-1), selected)
 
 class SkeletonMAE(nn.Module):
     """The graph masked autoencoder (paper 3.1) with the layers of S Eq. 1.
@@ -468,7 +443,7 @@ class SkeletonMAE(nn.Module):
         self.decoder = GraphConvolution(adjacency, width if self.stacked else hidden, width)
         self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))
 
-    def draw(self, num, frames, generator=None) -> Tensor:
+    def draw(self, num, frames, generator=None):
         """Masks of `num` sequences, True is masked: (num, 1, V), or (num, frames, V) where segments
         have their own."""
         mask = draw_mask(num * self.segments, self.skeleton, **self.masking, generator=generator)
@@ -477,19 +452,19 @@ class SkeletonMAE(nn.Module):
             mask = mask[:, torch.arange(frames) * self.segments // frames]
         return mask
 
-    def encode(self, packed: Tensor, packing: Packing, masked=None) -> Tensor:
+    def encode(self, packed, packing: Packing, masked=None):
         """Packed joints (V, P, T, C), masks (V, P, 1 or T) -> (V, P, T / stride, H or D)."""
         h = self.embedding(packed, masked)
         return self.encoder(h, packing) if self.stacked else self.encoder(h)
 
-    def decode(self, encoded: Tensor, frames) -> Tensor:
+    def decode(self, encoded, frames):
         """Features of the encoder -> homogeneous coordinates (V, P, T, C + 1) in units of s; with
         the squared loss the last of them is 1, not predicted. One graph layer (paper 3.1.3)."""
         prediction = self.head(self.decoder(encoded)).float()
         prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :frames]
         return prediction if self.loss_kind == "cosine" else F.pad(prediction, (0, 1), value=1.0)
 
-    def loss(self, prediction: Tensor, packed: Tensor, masked: Tensor) -> Tensor:
+    def loss(self, prediction, packed, masked):
         """Error of the masked joints, a scalar. prediction: (V, P, T, C + 1), packed: (V, P, T, C
         [+ score]), masked: bool (V, P, 1 or T)."""
         C = self.channels
@@ -499,10 +474,10 @@ class SkeletonMAE(nn.Module):
         if packed.shape[-1] > C:
             selected = selected & (packed[..., C] > 0)
         if self.loss_kind == "squared":
-            return squared_error(prediction, target, selected)
+            return selected_mean((prediction - target).square().sum(-1), selected)
         return reweighted_cosine_error(prediction, target, selected, self.beta)
 
-    def forward(self, x: Tensor, present=None, mask=None):
+    def forward(self, x, present=None, mask=None):
         """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU
         or a Packing, found from x where not given; mask: bool (N, V), or (N, 1 or T, V) where
         frames differ, True is masked, drawn where not given.
@@ -512,7 +487,7 @@ class SkeletonMAE(nn.Module):
         packing = packing_of(x, self.embedding, present)
         N, _, T, V, _ = x.shape
         mask = self.draw(N, T) if mask is None else mask
-        if mask.dtype != torch.bool or tuple(mask.shape) not in ((N, V), (N, 1, V), (N, T, V)):
+        if mask.dtype != torch.bool or mask.shape not in ((N, V), (N, 1, V), (N, T, V)):
             raise ValueError(f"expected a bool mask ({N}, {V}) or ({N}, 1 or {T}, {V}), got "
                              f"{mask.dtype} {tuple(mask.shape)}")
         mask = mask.view(N, -1, V).to(x.device, non_blocking=True)
@@ -522,13 +497,13 @@ class SkeletonMAE(nn.Module):
         loss = self.loss(prediction, packed, masked)
         return loss, packing.unpack(prediction), mask
 
-    def features(self, x: Tensor, present=None) -> Tensor:
+    def features(self, x, present=None):
         """Features of unmasked skeletons, (N, M, T / stride, V, H or D), absent persons zero."""
         packing = packing_of(x, self.embedding, present)
         return packing.unpack(self.encode(packing.pack(x), packing))
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, present=None, mask=None):
+    def reconstruct(self, x, present=None, mask=None):
         """Puts the masked joints back (call eval() first): a prediction (y, w) stands for the
         position s y / max(w, 0.01). Returns (coordinates (N, M, T, V, C) in the units of x, visible
         joints as given and absent persons zero; the mask (N, 1 or T, V))."""
@@ -538,24 +513,22 @@ class SkeletonMAE(nn.Module):
         joints = torch.where(mask[:, None, ..., None], position, x[..., :C])
         return packing.unpack(packing.pack(joints)), mask  # packing leaves absent persons zero
 
-# --------------------------------------------------------------------------------- fine-tuning
+# ------------------------------------------------------------------------------------- fine-tuning
 
-def concat_linear(g: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+def concat_linear(g, h, weight):
     """Concat(Repeat(g; V), h) W of paper Eq. 3 and 4 without the repeated tensor: g W_g, broadcast
     over joints, + h W_h. g: (P, T, H), h: (V, P, T, D), weight: (out, H + D) -> (V, P, T, out)."""
     H = g.shape[-1]
     return F.linear(h, weight[:, H:]) + F.linear(g, weight[:, :H])
 
 class STRL(nn.Module):
-    """One spatial-temporal representation learning layer (paper 3.2, S D), with its own copy of
-    the pre-trained encoder.
-
+    """One spatial-temporal representation learning layer (paper 3.2, S D) with its own encoder.
     Paper Eq. 3: SM(H) = Concat(Repeat(SumPool_joints(G_E(H)); V), H), with attention over the frame
     tokens before Repeat. S Eq. 2 and paper Eq. 4: H'_p = ReLU(BN(W_own SM(H_p^l) + W_other
     SM(H_q^(l-1))) + residual), q the other person; without q the W_other term is exactly 0, and
     with one person a sequence there is no W_other. Then multi-scale temporal pooling."""
-    def __init__(self, adjacency: Tensor, width, hidden, *, layers, persons, blocks, heads, ratio,
-                 stride, dropout, attention_dropout):
+    def __init__(self, adjacency, width, hidden, persons, stride, layers=3, blocks=2, heads=4,
+                 ratio=4, dropout=0.2, attention_dropout=0.1):
         super().__init__()
         self.encoder = GraphEncoder(adjacency, width, hidden, layers, dropout)
         self.token_norm = nn.LayerNorm(hidden)
@@ -567,7 +540,7 @@ class STRL(nn.Module):
         self.residual = nn.Linear(width, width)
         self.pool = TemporalPooling(width, stride)
 
-    def forward(self, h: Tensor, previous, packing: Packing):
+    def forward(self, h, previous, packing: Packing):
         """h: (V, P, T, D); previous: SM of the layer before as (tokens (P, T, H), h (V, P, T, D)),
         None in the first layer, where SM of this one stands in. Returns (h (V, P, T / stride, D),
         this layer's SM at the same frames)."""
@@ -583,11 +556,10 @@ class STRL(nn.Module):
 class STRLStack(nn.Module):
     """A learnable temporal position, then M_l STRL layers with a temporal stride after each but
     the last. persons: M, 1 or 2; frames: T of the position table (another T at run time
-    interpolates it linearly, ends on ends). `stride` becomes that of all layers together.
+    interpolates it linearly, ends on ends); layer: further keywords of STRL. `stride` becomes that
+    of all layers together.
     Shape: (V, P, T, D) -> (V, P, T / stride, D)."""
-    def __init__(self, adjacency: Tensor, width, hidden, *, persons, frames, layers=3,
-                 strl_layers=3, blocks=2, heads=4, ratio=4, stride=2, dropout=0.2,
-                 attention_dropout=0.1):
+    def __init__(self, adjacency, width, hidden, persons, frames, strl_layers=3, stride=2, **layer):
         super().__init__()
         if persons not in (1, 2):
             raise ValueError(f"{persons} persons a sequence; expected 1 or 2")
@@ -596,12 +568,11 @@ class STRLStack(nn.Module):
             raise ValueError(f"these STRL layers leave one of {self.stride} frames, and there are "
                              f"{frames}; expected fewer layers or a smaller stride")
         self.position = nn.Parameter(0.02 * torch.randn(frames, width))
-        self.layers = nn.ModuleList(
-            STRL(adjacency, width, hidden, layers=layers, persons=persons, blocks=blocks,
-                 heads=heads, ratio=ratio, stride=stride if i + 1 < strl_layers else 1,
-                 dropout=dropout, attention_dropout=attention_dropout) for i in range(strl_layers))
+        strides = [stride] * (strl_layers - 1) + [1]
+        self.layers = nn.ModuleList(STRL(adjacency, width, hidden, persons, stride, **layer)
+                                    for stride in strides)
 
-    def forward(self, h: Tensor, packing: Packing) -> Tensor:
+    def forward(self, h, packing: Packing):
         T, position = h.shape[2], self.position
         if len(position) != T:
             position = F.interpolate(position.T[None], T, mode="linear", align_corners=True)[0].T
@@ -614,7 +585,7 @@ class SkeletonClassifier(nn.Module):
     """The paper's Skeleton Sequence Learning model (SSL): joint embedding, STRLStack, pooling, and
     an MLP of one hidden layer, 2 H wide. About 1.5 M parameters (S A) for 60 classes, most of them
     in the attention blocks, which see one token a frame where the encoder sees V. Further keywords:
-    see STRLStack."""
+    see STRLStack and STRL."""
     def __init__(self, skeleton, channels, classes, persons=1, frames=64, width=64, hidden=128,
                  head_dropout=0.0, motion=False, bone=False, score=False, **strl):
         super().__init__()
@@ -622,18 +593,18 @@ class SkeletonClassifier(nn.Module):
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
         self.embedding.mask_token.requires_grad_(False)  # nothing is masked here
-        self.strl = STRLStack(adjacency, width, hidden, persons=persons, frames=frames, **strl)
+        self.strl = STRLStack(adjacency, width, hidden, persons, frames, **strl)
         self.hidden_layer = nn.Sequential(nn.Linear(2 * width, 2 * hidden), nn.ReLU(),
                                           nn.Dropout(head_dropout))
         self.head = nn.Linear(2 * hidden, classes)
 
-    def features(self, x: Tensor, present=None) -> Tensor:
+    def features(self, x, present=None):
         """The features before the last linear layer, (N, 2 H)."""
         packing = packing_of(x, self.embedding, present, self.persons)
         h = self.strl(self.embedding(packing.pack(x)), packing)
         return self.hidden_layer(packing.pool(h))
 
-    def forward(self, x: Tensor, present=None) -> Tensor:
+    def forward(self, x, present=None):
         """x and present as in SkeletonMAE.forward. Returns logits (N, K)."""
         return self.head(self.features(x, present)).float()
 
@@ -678,12 +649,12 @@ class LinearProbe(nn.Module):
         self.pretrained.eval()  # frozen: running statistics, no dropout
         return self
 
-    def features(self, x: Tensor, present=None) -> Tensor:
+    def features(self, x, present=None):
         """(N, M, T, V, C) -> (N, 2 H), or (N, 2 D) of STRL layers."""
         packing = packing_of(x, self.pretrained.embedding, present)
         pooled = packing.pool(self.pretrained.encode(packing.pack(x), packing))
         return self.norm(pooled.float())
 
-    def forward(self, x: Tensor, present=None) -> Tensor:
+    def forward(self, x, present=None):
         """x and present as in SkeletonMAE.forward. Returns logits (N, K)."""
         return self.head(self.features(x, present)).float()

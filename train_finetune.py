@@ -22,13 +22,12 @@ from train_pretrain import option
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
 
 @dataclass
 class Settings(shared.CommonSettings):
     """Fine-tuning. The defaults are supplement A."""
-    ckpt: str = option("", "checkpoint to start from; without a value the newest "
-                       "runs/*/pretrain.pt; left out: random weights", nargs="?", const="newest")
+    ckpt: str = option("", "checkpoint to start from; without a value the newest pre-training; "
+                       "left out: random weights", nargs="?", const="newest")
     out: str = option("runs/finetune", "folder for checkpoint, log and test outputs")
     epochs: int = option(110, "supplement A: 110", low=1)
     batch_size: int = option(128, "supplement A: 128", small=16, low=2)
@@ -38,17 +37,15 @@ class Settings(shared.CommonSettings):
     nesterov: bool = option(False, "Nesterov's momentum in SGD")
     weight_decay: float = option(0.005, "supplement A: 0.005", small=0.05)
     warmup: int = option(5, "epochs of linear warm-up, supplement A: 5")
-    milestones: tuple = option((90, 100), "epochs at which the rate falls to a tenth, supplement "
-                               "A: 90,100")
+    milestones: tuple = option((90, 100), "epochs at which the rate falls to a tenth")
     clip: float = option(0.0, "largest gradient norm; 0: none", small=5.0)
     label_smoothing: float = option(0.1, "supplement A: 0.1", high=1)
     encoder_lr_scale: float = option(1.0, "learning-rate multiplier of the pre-trained weights")
-    label_fraction: float = option(1.0, "share of the training labels, at least one a class",
-                                   low=0, high=1)
+    label_fraction: float = option(1.0, "share of the labels, at least one a class", high=1)
     label_seed: int = option(0, "which labels --label-fraction keeps")
     linear_probe: bool = option(False, "train one linear layer on the frozen encoder's features")
     eval_only: bool = option(False, "test a fine-tuned --ckpt, train nothing")
-    strl_layers: int = option(3, "M_l, STRL layers", low=1, high=100)
+    strl_layers: int = option(3, "M_l, STRL layers", low=1)
     attention_dropout: float = option(0.1, "supplement A: 0.1", high=0.99)
     head_dropout: float = option(0.0, "dropout before the classifier", high=0.99)
 
@@ -77,26 +74,23 @@ def main(argv=None):
         if rank == 0:
             report(evaluate(model, test, device, amp), settings, data, described)
         return
-    shared.note_oddities(settings, data, train.steps, say)
 
     pretrained = source["pretrained"] if settings.resume else loaded
-    optimizer = make_optimizer(settings, model, pretrained)
+    optimizer = shared.build(make_optimizer, settings, model, pretrained)
     resumed = source if settings.resume else None
     first_epoch, log = shared.restore(resumed, path, model, optimizer)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}"
-        f"{' in bfloat16' * amp}, {described} ({len(loaded)} of {len(model.state_dict())} "
-        f"tensors); {train.steps} steps an epoch, {shared.augmentation(settings)}")
+    say(f"{described}: {len(loaded)} of {len(model.state_dict())} tensors loaded")
+    shared.introduce(settings, data, model, train, device, amp, say)
 
-    def step(packing: Packing, x: Tensor, label: Tensor) -> Tensor:
+    def step(packing: Packing, x, label):
         with shared.autocast(device, amp):
             logits = parallel(x, packing)
         loss = F.cross_entropy(logits, label, label_smoothing=settings.label_smoothing)
         loss.backward()
         return loss.detach()
 
-    if shared.use_graphs(settings, device, world, settings.batch_size):
-        step = shared.Replay(step)
+    step = shared.replayed(step, settings, device, world, settings.batch_size)
     outputs = None
     for epoch in range(first_epoch, settings.epochs):
         shared.seed_epoch(settings, epoch, rank)
@@ -127,7 +121,7 @@ def main(argv=None):
         report(outputs, settings, data, f"last epoch ({settings.epochs}), {described}")
         print(f"saved {path}")
 
-# ----------------------------------------------------------------------------------- starting
+# ---------------------------------------------------------------------------------------- starting
 
 DATA = ("data", "split", "layout", "test_fraction", "synthetic_size")
 SHAPE = ("width", "hidden", "layers", "motion", "bone", "score", "box")
@@ -163,8 +157,6 @@ def start(typed):
             typed.setdefault("out", os.path.dirname(typed["ckpt"]) or ".")
             brought += ("label_fraction", "label_seed")
     settings = shared.settle(Settings, typed, source, typed.get("ckpt", ""), fixed, brought)
-    if settings.nesterov and (settings.optimizer != "sgd" or not settings.momentum):
-        raise DataError("--nesterov needs --optimizer sgd and a --momentum above 0")
     return settings, source, os.path.join(settings.out, "finetune.pt")
 
 def check_data(settings, source, data: Dataset, say):
@@ -179,7 +171,7 @@ def check_data(settings, source, data: Dataset, say):
         say(f"note: the checkpoint was trained with another --{' --'.join(changed)} of these data: "
             "its training sequences may be among the test sequences here")
 
-def label_subset(labels: Tensor, fraction, seed) -> Tensor:
+def label_subset(labels, fraction, seed):
     """Indices of a stratified share of the sequences: of every class round(fraction x its size),
     at least one."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -231,7 +223,7 @@ def learning_rate(epoch, base, warmup, milestones) -> float:
         return base * (epoch + 1) / warmup
     return base * 0.1 ** sum(epoch >= milestone for milestone in milestones)
 
-# ----------------------------------------------------------------------------------- testing
+# ----------------------------------------------------------------------------------------- testing
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Loader, device, amp):

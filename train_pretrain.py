@@ -8,7 +8,7 @@
     python train_pretrain.py --resume                            # goes on where it stopped
 
 Leaves in --out (runs/pretrain) pretrain.pt, which train_finetune.py --ckpt reads, and log.csv.
-The file in order: settings, `main`, what it measures, what both scripts share.
+The file in order: settings, main, what it measures, what both scripts share.
 """
 import argparse
 import contextlib
@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 
 # before torch: skeletonmae silences torch's warning that numpy is missing
-from data import Augmentation, DataError, Dataset, Loader, load, read_torch, usual_channels
-from skeletonmae import Packing, SkeletonMAE, make_skeleton
+from data import Augmentation, DataError, Dataset, Loader, load, read_torch
+from skeletonmae import Packing, SkeletonMAE
 import torch
 from torch import Tensor
 
@@ -38,8 +38,7 @@ def option(default, help, **extra):
 @dataclass
 class CommonSettings:
     """What both scripts take. The defaults are supplement A, whatever the data."""
-    recipe: str = option("paper", "paper (supplement A) or small (a few thousand sequences)",
-                         choices=("paper", "small"))
+    recipe: str = option("paper", "or small, for little data", choices=("paper", "small"))
     data: str = option("", "CTR-GCN's .npz, PYSKL's .pkl, a .pt dict; without it stick figures")
     split: str = option("", "xsub for a pickle's xsub_train and xsub_val, or train_name,test_name")
     layout: str = option("", "skeleton layout where two fit, or a JSON file with your own")
@@ -98,7 +97,6 @@ def main(argv=None):
     train = loader(settings, data, data.train, settings.batch_size, True, rank, world)
     forward_size = min(settings.batch_size, settings.micro_batch)
     held_out = loader(settings, data, data.test, forward_size)
-    note_oddities(settings, data, train.steps, say)
 
     torch.manual_seed(settings.seed)
     arguments = pretraining_arguments(settings, data)
@@ -108,17 +106,15 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
     first_epoch, log = restore(checkpoint, path, model, optimizer)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}"
-        f"{' in bfloat16' * amp}, {train.steps} steps an epoch, {augmentation(settings)}")
+    introduce(settings, data, model, train, device, amp, say)
 
-    def step(packing: Packing, x: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    def step(packing: Packing, x, mask, weight):
         with autocast(device, amp):
             loss = parallel(x, packing, mask)[0]
         loss.backward(weight)
         return loss.detach() * weight
 
-    if use_graphs(settings, device, world, forward_size):
-        step = Replay(step)
+    step = replayed(step, settings, device, world, forward_size)
     for epoch in range(first_epoch, settings.epochs):
         seed_epoch(settings, epoch, rank)
         model.train()
@@ -145,7 +141,7 @@ def main(argv=None):
         progress.show(row)
     say(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}")
 
-def pretraining_arguments(settings: Settings, data: Dataset):
+def pretraining_arguments(settings, data: Dataset):
     """What SkeletonMAE takes."""
     arguments = encoder_arguments(settings, data)
     arguments |= pick(settings, "beta", "mask_parts", "mask_num_parts", "mask_ratio")
@@ -154,7 +150,7 @@ def pretraining_arguments(settings: Settings, data: Dataset):
                       "strl_layers": 3, **pick(settings, "frames", "blocks", "stride")}}
     return arguments
 
-# ----------------------------------------------------------------------------------- measuring
+# --------------------------------------------------------------------------------------- measuring
 
 def measure_scale(batches: Loader):
     """s, the root mean square distance of joints from the origin, and the mean pose (M, V, C)."""
@@ -167,7 +163,7 @@ def measure_scale(batches: Loader):
         frames = frames + in_frame.sum((0, 2))
     return (square / count.clamp(min=1)).sqrt(), pose / frames.clamp(min=1)
 
-def joint_distances(skeleton) -> Tensor:
+def joint_distances(skeleton):
     """Edges on the shortest path between every two joints, (V, V); V where there is none."""
     V = len(skeleton["joints"])
     distance = torch.full((V, V), float(V)).fill_diagonal_(0)
@@ -177,7 +173,7 @@ def joint_distances(skeleton) -> Tensor:
         distance = torch.minimum(distance, distance[:, k:k + 1] + distance[k:k + 1])
     return distance
 
-def neighbour_mean(x: Tensor, mask: Tensor, distance: Tensor) -> Tensor:
+def neighbour_mean(x, mask, distance):
     """For every joint the mean of its nearest visible joints. x: (N, M, T, V, C), mask: (N, 1 or T,
     V), True is masked -> (N, M, T, V, C)."""
     distance = distance.to(x.device).masked_fill(mask[:, :, None, :], math.inf)
@@ -185,7 +181,7 @@ def neighbour_mean(x: Tensor, mask: Tensor, distance: Tensor) -> Tensor:
     return (nearest / nearest.sum(3, keepdim=True))[:, None] @ x
 
 @torch.no_grad()
-def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose: Tensor):
+def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose):
     """Mean distance of the masked joints from where they are, in the units of the file: of the
     reconstruction, of the training set's mean pose, and of each joint's nearest visible joints."""
     model.eval()
@@ -207,14 +203,13 @@ def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose: Tensor)
     means = (sums[:3] / sums[3].clamp(min=1)).tolist()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), means))
 
-# ------------------------------------------------------------- shared by both scripts: settings
+# -------------------------------------------------------------------------------- shared: settings
 
-def pick(settings: CommonSettings, *names: str):
+def pick(settings, *names: str):
     return {name: getattr(settings, name) for name in names}
 
 def parse(settings, doc, argv=None):
-    """The flags that were typed, as setting -> value; `settings` decides which there are, `doc`
-    heads --help."""
+    """The flags that were typed, as setting -> value; `doc` heads --help."""
     def refuse(message):
         raise DataError(f"{message}; --help lists all flags")
 
@@ -241,7 +236,7 @@ def parse(settings, doc, argv=None):
     return vars(typed)
 
 def flag(name):
-    return "--" + name.replace("_", "-")
+    return f"--{name.replace('_', '-')}"
 
 def convert(f, text):
     """The text of a flag as its value; a setting of several values takes them with commas."""
@@ -256,7 +251,7 @@ def convert(f, text):
         raise argparse.ArgumentTypeError(f"{text} is out of range; expected {low:g} to {high:g}")
     return values if several else values[0]
 
-def settle(settings, typed, source=None, path="", fixed=(), brought=()) -> CommonSettings:
+def settle(settings, typed, source=None, path="", fixed=(), brought=()):
     """Settings as a union: defaults, the recipe, what the checkpoint `source` at `path` brings,
     what was typed. A typed flag that contradicts a `fixed` setting of it is refused."""
     chosen = typed.get("recipe"), typed.get("pretrain")
@@ -272,7 +267,7 @@ def settle(settings, typed, source=None, path="", fixed=(), brought=()) -> Commo
 def begin(settings, typed, kind):
     """A new run, or with --resume the one in --out, whose settings stay but for a few.
     Returns (settings, the checkpoint to resume or None, the path of the run's checkpoint)."""
-    path = os.path.join(typed.get("out", settings.out), kind + ".pt")
+    path = os.path.join(typed.get("out", settings.out), f"{kind}.pt")
     if not typed.get("resume"):
         return settle(settings, typed), None, path
     checkpoint = read_checkpoint(path, (kind,))
@@ -284,7 +279,7 @@ def begin(settings, typed, kind):
         raise DataError(f"--epochs {found.epochs}: {path} has {done} behind it; expected more")
     return found, checkpoint, path
 
-def suit(settings: CommonSettings, data: Dataset) -> CommonSettings:
+def suit(settings, data: Dataset):
     """Fills in the settings that depend on the data."""
     small, solid = settings.recipe == "small", data.channels == 3
     steps = len(data.train) * settings.epochs / settings.batch_size
@@ -295,7 +290,7 @@ def suit(settings: CommonSettings, data: Dataset) -> CommonSettings:
     return replace(settings, **{name: value for name, value in suiting.items()
                                 if getattr(settings, name) is None})
 
-def augmentation(settings: CommonSettings) -> Augmentation:
+def augmentation(settings):
     return Augmentation(**pick(settings, *(f.name for f in fields(Augmentation))))
 
 def build(make, *arguments, **keywords):
@@ -305,11 +300,10 @@ def build(make, *arguments, **keywords):
     except ValueError as error:
         raise DataError(str(error)) from None
 
-# -------------------------------------------------------------- shared by both scripts: machine
+# --------------------------------------------------------------------------- shared: machine, data
 
 def run(main):
-    """Calls main. Bad input is one line on stderr and exit status 2, Ctrl-C one line and 130; a bug
-    keeps its traceback."""
+    """Calls main. Bad input is one line and exit status 2, Ctrl-C 130; a bug has its traceback."""
     try:
         main()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -326,9 +320,8 @@ def run(main):
               file=sys.stderr)
         sys.exit(130)
 
-def set_up(settings: CommonSettings):
-    """Device, whether to use bfloat16, and this process's place among those of torchrun:
-    (device, amp, rank, world)."""
+def set_up(settings):
+    """(device, whether to use bfloat16, this process among those of torchrun, their number)."""
     os.makedirs(settings.out, exist_ok=True)
     tempfile.TemporaryFile(dir=settings.out).close()  # a folder that cannot be written fails now
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -343,8 +336,6 @@ def set_up(settings: CommonSettings):
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
                         "expected auto, cpu or a device that torch finds") from None
-    if settings.graphs and (device.type != "cuda" or world > 1):
-        raise DataError(f"--graphs needs one GPU, this is {world} x {device.type}; leave it out")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
@@ -365,28 +356,24 @@ def keep_freed_memory():
     """glibc returns the memory of every large tensor to the kernel and asks for it again page by
     page. Keeping it in the process makes steps 1.3 to 1.8 times as fast. No effect elsewhere."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)           # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD
-        mallopt(-2, 2**28)       # M_TOP_PAD
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
+            ctypes.CDLL(None).mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 def autocast(device, amp):
     """bfloat16 where asked for. Without the cache of weights, which a CUDA graph cannot use."""
     return torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False)
 
-def seed_epoch(settings: CommonSettings, epoch, rank):
+def seed_epoch(settings, epoch, rank):
     """Masks and dropout depend on seed, epoch and process alone, so resuming is exact."""
     torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)
 
-# ----------------------------------------------------------------- shared by both scripts: data
-
-def read_data(settings: CommonSettings, say) -> Dataset:
+def read_data(settings, say):
     data = load(settings.data or None, settings.split or None, settings.layout or None,
                 settings.test_fraction, settings.synthetic_size)
     say(f"{settings.data or 'stick figures'}: {data}")
     return data
 
-def to_device(data: Dataset, device, settings: CommonSettings) -> Dataset:
+def to_device(data: Dataset, device, settings):
     """Frames that fit into half of a GPU's free memory move there, and batches are built there."""
     if device.type != "cuda" or settings.workers:  # workers cannot use a GPU
         return data
@@ -395,24 +382,26 @@ def to_device(data: Dataset, device, settings: CommonSettings) -> Dataset:
         return data
     return replace(data, train=data.train.to(device), test=data.test.to(device))
 
-def loader(settings, data: Dataset, half, batch_size, training=False, rank=0, world=1) -> Loader:
+def loader(settings, data: Dataset, half, batch_size, training=False, rank=0, world=1):
     return Loader(half, data.skeleton, data.channels, batch_size, settings.frames, training,
                   settings.seed, augmentation(settings), settings.box, settings.repeat,
                   settings.workers, rank, world)
 
-def encoder_arguments(settings: CommonSettings, data: Dataset):
+def encoder_arguments(settings, data: Dataset):
     """What SkeletonMAE and SkeletonClassifier both take."""
+    shape = pick(settings, "width", "hidden", "layers", "dropout", "motion", "bone")
     return {"skeleton": data.skeleton, "channels": data.channels,
-            "score": settings.score and data.score,
-            **pick(settings, "width", "hidden", "layers", "dropout", "motion", "bone")}
+            "score": settings.score and data.score, **shape}
 
-def note_oddities(settings, data: Dataset, steps, say):
-    """Says what may be a mistake in the data or in the settings for them."""
-    C, joints, usual = data.channels, data.skeleton["joints"], usual_channels(data.layout)
+def introduce(settings, data: Dataset, model, train: Loader, device, amp, say):
+    """Says what is trained how, and what may be a mistake in the data or the settings for them."""
+    steps = train.steps * settings.epochs
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}"
+        f"{' in bfloat16' * amp}, {steps} steps in all, {train.augmentation}")
+    C, joints = data.channels, data.skeleton["joints"]
     if settings.data and not settings.layout:
-        unusual = f", though it usually comes in {usual}D" * (C != usual)
-        say(f"note: {data.layout} is a guess from {len(joints)} joints in {C}D{unusual}; if yours "
-            f"are not {', '.join(joints)}, in this order, give their --layout")
+        say(f"note: {data.layout} is a guess from {len(joints)} joints in {C}D; if yours are not "
+            f"{', '.join(joints)}, in this order, give their --layout")
     poses = data.train.frames[:10_000, ..., :C][data.train.in_frame[:10_000]].float()  # (n, V, C)
     zero = (poses == 0).all(-1)
     missing = 100 * (zero & ~zero.all(0)).float().mean()  # a centred origin is 0 in every frame
@@ -422,10 +411,10 @@ def note_oddities(settings, data: Dataset, steps, say):
     if C == 3 and 0 <= poses[..., 2].min() and poses[..., 2].max() <= 1 and poses.max() > 10:
         say("note: the third coordinate lies between 0 and 1, the others do not: a score is no "
             "coordinate; in a pickle it is the keypoint_score")
-    if steps * settings.epochs < 2000 and settings.recipe != "small":
-        say(f"note: {steps * settings.epochs} steps in all; for a small set try --recipe small")
+    if steps < 2000 and settings.recipe != "small":
+        say(f"note: {steps} steps are little training; for a small set try --recipe small")
 
-# ---------------------------------------------------------- shared by both scripts: checkpoints
+# ----------------------------------------------------------- shared: checkpoints, progress, graphs
 
 def write_atomically(path, content: bytes):
     """Into a new file beside path, synced, then renamed: path is whole at every moment."""
@@ -461,21 +450,21 @@ def save(path, kind, model, optimizer, epoch, log, settings, arguments, data: Da
 def write_log(rows, path):
     """log.csv beside the checkpoint at path."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(os.path.join(os.path.dirname(path), "log.csv"), text.getvalue().encode())
 
 def read_checkpoint(path, kinds):
     """A checkpoint of one of these kinds ("pretrain", "finetune"), on the CPU."""
-    checkpoint = read_torch(path)
     try:
+        checkpoint = read_torch(path)
         if checkpoint["kind"] in kinds:
-            return checkpoint | {"skeleton": make_skeleton(**checkpoint["skeleton"])}
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise DataError(f"{path} is no checkpoint of a {' or '.join(kinds)} run; expected a file that "
-                    "these scripts wrote")
+            return checkpoint
+        why = f"it holds a {checkpoint['kind']} run"
+    except (DataError, KeyError, TypeError, IndexError) as error:
+        why = error
+    raise DataError(f"{path} is no {' or '.join(kinds)} checkpoint of these scripts ({why})")
 
 def restore(checkpoint, path, model, optimizer):
     """Takes an interrupted run up again. Returns (the epoch to go on with, the log so far)."""
@@ -492,14 +481,11 @@ def check_fit(checkpoint, path, data: Dataset):
         return
     shape = checkpoint["model_settings"]
     persons = (shape.get("strl") or shape).get("persons", data.persons)
-    scored = shape["score"] and not data.score
-    theirs = checkpoint["skeleton"], checkpoint["channels"], persons, scored
-    if theirs != (data.skeleton, data.channels, data.persons, False):
-        raise DataError(f"{path} was trained on {checkpoint['layout']}, {checkpoint['channels']}D, "
-                        f"{persons} persons{', scores' * scored}; expected the same, got "
-                        f"{data.layout}, {data.channels}D, {data.persons} persons")
-
-# ------------------------------------------------------------- shared by both scripts: progress
+    theirs = checkpoint["layout"], checkpoint["channels"], persons, shape["score"]
+    ours = data.layout, data.channels, data.persons, shape["score"] and data.score
+    if theirs != ours or checkpoint["skeleton"] != data.skeleton:
+        raise DataError(f"{path} was trained on layout, coordinates, persons, scores {theirs}, the "
+                        f"data are {ours}; expected the same")
 
 class Progress:
     """One epoch: a live line on a terminal, one line at its end elsewhere; only rank 0 prints. A
@@ -510,7 +496,7 @@ class Progress:
         self.losses, self.sequences = [], 0
         self.begin = self.drawn = time.monotonic()
 
-    def step(self, loss: Tensor, sequences):
+    def step(self, loss, sequences):
         self.losses.append(loss)
         self.sequences += sequences
         self.now = time.monotonic()
@@ -531,12 +517,10 @@ class Progress:
         values = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
         spent, done = self.now - self.begin, len(self.losses)
         left = spent / done * (self.total - done)
-        line = (f"epoch {row['epoch']}/{self.epochs}  {values}  {self.sequences / spent:.0f} seq/s  "
-                f"{left // 60:.0f}m{left % 60:02.0f}s left")
+        line = f"epoch {row['epoch']}/{self.epochs}  {values}  {self.sequences / spent:.0f} seq/s"
+        line += f"  {left // 60:.0f}m{left % 60:02.0f}s left"
         if self.prints:
             print("\r\033[K" * sys.stdout.isatty() + line, end=end, flush=True)
-
-# ----------------------------------------------------------- shared by both scripts: CUDA graphs
 
 class Replay:
     """A step, forward and backward on (packing, *tensors), as a CUDA graph: its hundreds of small
@@ -547,7 +531,7 @@ class Replay:
         self.step, self.recorded = step, {}
         self.pool = torch.cuda.graph_pool_handle()  # graphs run in turn and share their memory
 
-    def __call__(self, packing: Packing, *tensors: Tensor) -> Tensor:
+    def __call__(self, packing: Packing, *tensors: Tensor):
         inputs = *packing.tensors, *tensors
         shapes = tuple(x.shape for x in inputs)
         if shapes not in self.recorded:
@@ -565,10 +549,10 @@ class Replay:
         graph.replay()
         return loss.clone()
 
-def use_graphs(settings: CommonSettings, device, world, sequences):
-    """Whether asked for or, where not said, passes are so small that graphs pay."""
-    pays = device.type == "cuda" and world == 1 and sequences <= 128
-    return pays if settings.graphs is None else settings.graphs
+def replayed(step, settings, device, world, sequences):
+    """As a CUDA graph on one GPU, where asked for or where passes are so small that it pays."""
+    wanted = sequences <= 128 if settings.graphs is None else settings.graphs
+    return Replay(step) if wanted and device.type == "cuda" and world == 1 else step
 
 if __name__ == "__main__":
     run(main)
