@@ -145,7 +145,7 @@ class PReLU(nn.Module):
 
     def forward(self, x):
         slope = self.weight.to(x.dtype)
-        return F.prelu(x, slope) if x.is_cuda else F.relu(x) * (1 - slope) + slope * x
+        return F.prelu(x, slope) if x.is_cuda else torch.lerp(x, F.relu(x), 1 - slope)
 
 class GraphConvolution(nn.Module):
     """S Eq. 1: H' = PReLU(BN(D^-1/2 (A+I) D^-1/2 H W)). Shape: (V, ..., in) -> (V, ..., out)."""
