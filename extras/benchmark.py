@@ -13,7 +13,7 @@ import tempfile
 import timeit
 import zipfile
 
-import data  # before torch: it silences torch's one remark about numpy
+import data  # before torch: it silences torch's warning about numpy
 from skeletonmae import SKELETONS, Packing, SkeletonClassifier, SkeletonMAE
 import train_pretrain as shared
 import torch

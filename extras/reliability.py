@@ -8,8 +8,6 @@ data files and checkpoints end in one line (DataError) or in a valid read, never
 exception, a crash or a hang. Steps of training take no more and more memory.
 """
 import argparse
-import contextlib
-import io
 import itertools
 import math
 import os
@@ -28,10 +26,10 @@ from array import array
 from pathlib import Path
 from unittest import mock
 
-import data  # before torch: it silences torch's one remark about numpy
+import data  # before torch: it silences torch's warning about numpy
 from extras.benchmark import npy_header
 from skeletonmae import SkeletonMAE
-import train_finetune
+import train_pretrain as shared
 import torch
 
 ROOT = os.path.dirname(data.__file__)
@@ -162,11 +160,9 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
 
 
 def read(path: str):
-    """As a user does: data batch by batch, a checkpoint by measuring it on data."""
+    """As a user does, data batch by batch."""
     if "finetune" in path:
-        words = f"--ckpt {path} --synthetic-size 40 --eval-only --device cpu --out measured"
-        with contextlib.redirect_stdout(io.StringIO()):
-            train_finetune.main(words.split())
+        shared.read_checkpoint(path, ("finetune",))
         return
     found = data.load(path)
     for half in (found.train, found.test):

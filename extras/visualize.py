@@ -16,7 +16,7 @@ import shlex
 import statistics
 from contextlib import contextmanager
 
-from data import DataError, Loader  # before torch: it silences torch's one remark about numpy
+from data import DataError, Loader  # before torch: it silences torch's warning that numpy is missing
 from extras.drawing import (BAR, DOT, LINE, MARKS, RING, TEXT, Figure, Series, clean, cube,
                             figure, names_below, path, plot, rect, table, text, write_report)
 from skeletonmae import SkeletonMAE, draw_mask
@@ -377,8 +377,8 @@ def reconstruct(checkpoint: dict, wanted: str | None, seed: int) -> tuple:
     whether y grows upwards."""
     settings, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
     with reading(os.path.join(settings["out"], "pretrain.pt"), "train_pretrain"):
-        data = shared.read_data(shared.Settings(**settings))
-        model = SkeletonMAE(**checkpoint["model_settings"])
+        data = shared.read_data(shared.Settings(**settings), lambda *_: None)
+        model = SkeletonMAE(**checkpoint["model_settings"]).eval()
         model.load_state_dict(checkpoint["model"])
     generator = torch.Generator().manual_seed(seed)
     names = data.test.names
@@ -390,12 +390,14 @@ def reconstruct(checkpoint: dict, wanted: str | None, seed: int) -> tuple:
                         f"{len(names) - 1} or a name such as {names[0]}")
     chosen = (names + numbers).index(wanted) % len(names)
     frames = settings["frames"]
-    batch = next(iter(Loader(data.test.subset([chosen]), skeleton, C, 1, frames, False).epoch()))
+    half = data.test.subset([chosen])
+    loader = Loader(half, skeleton, C, 1, frames, box=settings["box"])
+    batch = next(iter(loader.epoch()))
     mask = model.draw(1, frames, generator)
     guess = model.reconstruct(batch.x, batch.present, mask)[0][0]
     x = batch.x[0, ..., :C]
     seen = (batch.x[0, ..., C:] > 0).all(-1)  # by its score; without scores all are
-    known = batch.there[0, ..., None] & seen
+    known = batch.in_frame[0, ..., None] & seen
     head, leg = (float(data.test.frames[::7, 0, skeleton["parts"].get(part, [0]), 1].mean())
                  for part in ("head", "left_leg"))
     upwards = head > leg or head == leg and C == 3  # equal: there are no such parts
