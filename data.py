@@ -164,14 +164,13 @@ def normalise_frames(x, in_frame, skeleton, channels, box=False, augmentation=No
     origin = total[:, :C] / total[:, C:].clamp(min=1)
 
     square = (planes[:, :C] - origin[:, :, None, None, None]).square_()
-    counted = in_frame[..., None]                                   # (N, M, T, 1), or V if scored
+    counts = planes[:, C:]                                          # (N, 1, M, T, V), 1 or 0
     if x.shape[-1] > C:
-        seen = counted & (x[..., C] > 0)
-        counted = torch.where(seen.flatten(1).any(1).view(-1, 1, 1, 1), seen, counted)
-        square *= counted[:, None]
+        seen = counts * (x[..., C] > 0)[:, None]
+        counts = torch.where(seen.flatten(1).any(1).view(-1, 1, 1, 1, 1), seen, counts)
+        square *= counts
     square = (square.sum(4).sum(1) * in_frame).sum((1, 2))
-    number = counted.sum((1, 2, 3)) * (x.shape[3] // counted.shape[3])
-    unit = (square / number.clamp(min=1)).sqrt().clamp(min=1e-6)
+    unit = (square / counts.flatten(1).sum(1).clamp(min=1)).sqrt().clamp(min=1e-6)
 
     linear = torch.eye(C, device=x.device).repeat(N, 1, 1)
     torso = skeleton["parts"].get("torso", ())
@@ -255,8 +254,7 @@ class Loader:
     @property
     def steps(self):
         """Batches an epoch."""
-        passes = self.repeat if self.training else 1
-        return len(self._batches(torch.arange(len(self.data) * passes)))
+        return len(self._batches(torch.arange(len(self.data) * self.repeat ** self.training)))
 
     def _batches(self, order):
         """No sequence is dropped: a last batch too small for batch norm joins its neighbour."""
@@ -641,7 +639,7 @@ def load_skeleton(layout):
     with open(layout) as file:
         try:
             return make_skeleton(**json.load(file))
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise DataError(f"{layout} is no skeleton layout ({one_line(error)})") from None
 
 def one_line(error):
@@ -700,8 +698,8 @@ def assemble(train: Sequences, test: Sequences, layout, asked, score, split):
 # -------------------------------------------------------------------------- built-in stick figures
 
 # What the angles of a stick figure do in each action: joint angle, amplitude in radians or body
-# units, cycles per period, phase in periods. All swing about the same resting pose, so no single
-# pose gives the action away. After "|": the second person, who stands face to face.
+# units, cycles per period, phase in periods. All swing about resting poses drawn alike, so that a
+# single pose says little. After "|": the second person, who stands face to face.
 ACTIONS = {
     "march": "leg_l .5 1 0, leg_r .5 1 .5, knee_l .4 1 .3, knee_r .4 1 .8, arm_l .3 1 .5",
     "jumping jack": "arm_l .7 1 0, arm_r .7 1 0, leg_l .3 1 0, leg_r .3 1 0, up .12 1 .1",
@@ -736,8 +734,8 @@ def stick_figures(size):
     amplitude, cycles, phase = table[label][..., None, :].unbind(-1)  # (n, 2, angles, 1)
     time = torch.arange(T) / (30 * torch.exp(normal(1, 1, 1, std=0.12))) + normal(1, 1, 1, std=1)
     wave = torch.sin(2 * math.pi * (cycles * time + phase))           # (n, 2, angles, T)
-    rest = torch.tensor(list(ANGLES.values()))[:, None] + normal(2, len(angles), 1, std=0.12)
-    amplitude = amplitude * (1 + normal(1, 1, 1, std=0.15))
+    rest = torch.tensor(list(ANGLES.values()))[:, None] + normal(2, len(angles), 1, std=0.35)
+    amplitude = amplitude * (1 + normal(1, 1, 1, std=0.3))
     angle = dict(zip(angles, (rest + amplitude * wave).unbind(2)))    # each (n, 2, T)
 
     def limb(length, turn, side=1):
@@ -759,7 +757,7 @@ def stick_figures(size):
         joints[f"{name}_knee"] = joints[f"{name}_hip"] + limb(0.42, leg, side)
         joints[f"{name}_ankle"] = joints[f"{name}_knee"] + limb(0.4, leg - knee, side)
     body = torch.stack([joints[name] for name in SKELETONS["coco17"]["joints"]], 3)
-    body = body * (1 + normal(2, 1, 1, 2, std=0.15)) * torch.tensor([1, -1])  # pixels count down
+    body = body * (1 + normal(2, 1, 1, 2, std=0.25)) * torch.tensor([1, -1])  # pixels count down
     body[..., 0] -= 0.5 * of_two[:, None, None, None]  # (n, 2, T, 17, 2): two stand apart ...
     body[:, 1, ..., 0] *= -1                           # ... and face to face
     place = torch.tensor([320, 240]) + normal(1, 1, 1, 2, std=40)

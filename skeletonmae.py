@@ -380,7 +380,7 @@ def draw_mask(num, skeleton, parts=("right_arm", "right_leg"), num_parts=0, rati
     members = torch.tensor([[joint in part for joint in range(V)]
                             for part in skeleton["parts"].values()])  # (parts, V)
     if num_parts:
-        if num_parts > len(names):
+        if not 0 < num_parts <= len(names):
             raise ValueError(f"cannot mask {num_parts} of {len(names)} body parts")
         chosen = torch.rand(num, len(names), generator=generator).argsort(1)[:, :num_parts]
     else:

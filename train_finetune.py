@@ -163,8 +163,8 @@ def check_data(settings, source, data: Dataset, say):
     """The data must fit the checkpoint; another split of its own data is noted."""
     shared.check_fit(source, settings.ckpt or settings.out, data)
     if source and source["kind"] == "finetune" and source["classes"] != data.classes:
-        raise DataError(f"the checkpoint knows {len(source['classes'])} classes, the data have "
-                        f"{len(data.classes)}; expected the same labels")
+        raise DataError(f"the checkpoint knows the labels {str(source['classes']):.80}, the data "
+                        f"have {str(data.classes):.80}; expected the same")
     before = source["settings"] if source else asdict(settings)
     changed = [name for name in DATA if getattr(settings, name) != before[name]]
     if changed and "data" not in changed and changed != ["layout"]:

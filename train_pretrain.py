@@ -265,8 +265,7 @@ def settle(settings, typed, source=None, path="", fixed=(), brought=()):
     return settings(**recipe | kept | typed)
 
 def begin(settings, typed, kind):
-    """A new run, or with --resume the one in --out, whose settings stay but for a few.
-    Returns (settings, the checkpoint to resume or None, the path of the run's checkpoint)."""
+    """A new run, or with --resume the one in --out: (settings, checkpoint or None, its path)."""
     path = os.path.join(typed.get("out", settings.out), f"{kind}.pt")
     if not typed.get("resume"):
         return settle(settings, typed), None, path
@@ -312,8 +311,8 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror or error}; expected a file that exists, a "
-              "folder to write to", file=sys.stderr)
+        print(f"error: {error.filename or 'disk'}: {error.strerror or error}; expected a file that "
+              "exists, a folder to write to", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on after the last whole epoch",
@@ -408,7 +407,8 @@ def introduce(settings, data: Dataset, model, train: Loader, device, amp, say):
     if missing > 1 and not data.score:
         say(f"note: {missing:.0f} % of the joints are exactly 0 and taken for positions; missing "
             "ones need a keypoint_score of 0, in a pickle")
-    if C == 3 and 0 <= poses[..., 2].min() and poses[..., 2].max() <= 1 and poses.max() > 10:
+    z = poses[..., 2:]  # empty in 2D
+    if z.numel() and 0 <= z.min() and z.max() <= 1 and poses.max() > 10:
         say("note: the third coordinate lies between 0 and 1, the others do not: a score is no "
             "coordinate; in a pickle it is the keypoint_score")
     if steps < 2000 and settings.recipe != "small":

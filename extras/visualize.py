@@ -16,7 +16,7 @@ import shlex
 import statistics
 from contextlib import contextmanager
 
-from data import DataError, Loader  # before torch: it silences torch's warning that numpy is missing
+from data import DataError, Loader  # before torch: it silences its warning
 from extras.drawing import (BAR, DOT, LINE, MARKS, RING, TEXT, Figure, Series, clean, cube,
                             figure, names_below, path, plot, rect, table, text, write_report)
 from skeletonmae import SkeletonMAE, draw_mask
