@@ -38,7 +38,7 @@ def option(default, help, **extra):
 @dataclass
 class CommonSettings:
     """What both scripts take. The defaults are supplement A, whatever the data."""
-    recipe: str = option("paper", "or small, for little data", choices=("paper", "small"))
+    recipe: str = option("paper", "supplement A, or for little data", choices=("paper", "small"))
     data: str = option("", "CTR-GCN's .npz, PYSKL's .pkl, a .pt dict; without it stick figures")
     split: str = option("", "xsub for a pickle's xsub_train and xsub_val, or train_name,test_name")
     layout: str = option("", "skeleton layout where two fit, or a JSON file with your own")
@@ -222,7 +222,7 @@ def parse(settings, doc, argv=None):
         if f.type is bool:
             extra["action"] = argparse.BooleanOptionalAction
         else:
-            extra |= {"type": partial(convert, f), "metavar": f.type.__name__.upper()}
+            extra["type"] = partial(convert, f)
         values = {"default": f.default, **f.metadata}
         told = [f"{name} {values[name]}" for name in ("default", "small", "stack")
                 if values.get(name) not in (None, "")]
