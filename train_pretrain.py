@@ -208,7 +208,7 @@ def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose):
 def pick(settings, *names: str):
     return {name: getattr(settings, name) for name in names}
 
-def parse(settings, doc, argv=None):
+def parse(settings_type, doc, argv=None):
     """The flags that were typed, as setting -> value; `doc` heads --help."""
     def refuse(message):
         raise DataError(f"{message}; --help lists all flags")
@@ -217,7 +217,7 @@ def parse(settings, doc, argv=None):
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS)
     parser.error = refuse
-    for f in fields(settings):
+    for f in fields(settings_type):
         extra = {key: f.metadata[key] for key in ("choices", "nargs", "const") if key in f.metadata}
         if f.type is bool:
             extra["action"] = argparse.BooleanOptionalAction
@@ -230,7 +230,7 @@ def parse(settings, doc, argv=None):
         parser.add_argument(flag(f.name), help=text, **extra)
     typed, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [flag(f.name) for f in fields(settings)]
+        flags = [flag(f.name) for f in fields(settings_type)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         refuse(f"unknown argument {unknown[0]}" + "".join(f"; did you mean {n}?" for n in near))
     return vars(typed)
@@ -251,28 +251,28 @@ def convert(f, text):
         raise argparse.ArgumentTypeError(f"{text} is out of range; expected {low:g} to {high:g}")
     return values if several else values[0]
 
-def settle(settings, typed, source=None, path="", fixed=(), brought=()):
+def settle(settings_type, typed, source=None, path="", fixed=(), brought=()):
     """Settings as a union: defaults, the recipe, what the checkpoint `source` at `path` brings,
     what was typed. A typed flag that contradicts a `fixed` setting of it is refused."""
     chosen = typed.get("recipe"), typed.get("pretrain")
-    recipe = {f.name: f.metadata[name] for f in fields(settings) for name in chosen
+    recipe = {f.name: f.metadata[name] for f in fields(settings_type) for name in chosen
               if name in f.metadata}
     kept = {name: source["settings"][name] for name in (*fixed, *brought)} if source else {}
     for name in fixed:
         if typed.get(name, kept[name]) != kept[name]:
             raise DataError(f"{flag(name)} {typed[name]} differs from {kept[name]} of {path}; "
                             "leave it out or start anew")
-    return settings(**recipe | kept | typed)
+    return settings_type(**recipe | kept | typed)
 
-def begin(settings, typed, kind):
+def begin(settings_type, typed, kind):
     """A new run, or with --resume the one in --out: (settings, checkpoint or None, its path)."""
-    path = os.path.join(typed.get("out", settings.out), f"{kind}.pt")
+    path = os.path.join(typed.get("out", settings_type.out), f"{kind}.pt")
     if not typed.get("resume"):
-        return settle(settings, typed), None, path
+        return settle(settings_type, typed), None, path
     checkpoint = read_checkpoint(path, (kind,))
     may_change = {"epochs", "eval_every", "workers", "device"}
-    fixed = {f.name for f in fields(settings)} - may_change - {"resume", "out", "graphs"}
-    found = settle(settings, typed, checkpoint, path, sorted(fixed), may_change)
+    fixed = {f.name for f in fields(settings_type)} - may_change - {"resume", "out", "graphs"}
+    found = settle(settings_type, typed, checkpoint, path, sorted(fixed), may_change)
     done = checkpoint["epoch"] + 1
     if found.epochs < done:
         raise DataError(f"--epochs {found.epochs}: {path} has {done} behind it; expected more")
@@ -280,11 +280,11 @@ def begin(settings, typed, kind):
 
 def suit(settings, data: Dataset):
     """Fills in the settings that depend on the data."""
-    small, solid = settings.recipe == "small", data.channels == 3
+    small, is_3d = settings.recipe == "small", data.channels == 3
     steps = len(data.train) * settings.epochs / settings.batch_size
-    suiting = {"box": small and solid, "rotation": (60.0 if small else 30.0) if solid else 0.0,
-               "scaling": 0.1, "shift": 0.1, "noise": 0.0 if solid else 0.01,
-               "flip": 0.5 if data.skeleton["pairs"] and not solid else 0.0,
+    suiting = {"box": small and is_3d, "rotation": (60.0 if small else 30.0) if is_3d else 0.0,
+               "scaling": 0.1, "shift": 0.1, "noise": 0.0 if is_3d else 0.01,
+               "flip": 0.5 if data.skeleton["pairs"] and not is_3d else 0.0,
                "repeat": math.ceil(4000 / steps) if small else 1}
     return replace(settings, **{name: value for name, value in suiting.items()
                                 if getattr(settings, name) is None})
