@@ -21,7 +21,6 @@ import warnings
 import zipfile
 from dataclasses import dataclass, replace
 
-# before torch: skeletonmae silences torch's warning that numpy is missing
 from skeletonmae import SKELETONS, find_present, make_skeleton
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ class Sequences:
     length: Tensor    # (N,) int64, frames of each sequence, at least 1
     label: Tensor     # (N,) int64, 0 to K - 1
     present: Tensor   # (N, M) bool, stays on the CPU: who is there at all
-    in_frame: Tensor  # (F, M) bool: who is in which frame; others are all zero
+    in_frame: Tensor  # (F, M) bool: who has coordinates in which frame, filled-in ones too
     names: list       # (N,) for messages
 
     def __len__(self):
@@ -156,15 +155,15 @@ def normalise_frames(x, in_frame, skeleton, channels, box=False, augmentation=No
     Returns (x, origin (N, C), unit (N,), or (N, C) for the axes of a box), in units of the file."""
     C, N = channels, len(x)
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
-    planes = x.new_empty(N, C + 1, *x.shape[1:4], dtype=precision)  # (N, C + 1, M, T, V): a plane a
-    planes[:, :C] = x[..., :C].movedim(4, 1)                        # coordinate, and one that is 1
-    planes[:, C] = in_frame[..., None]                              # where someone is in the frame
-    pose = planes.sum(3)                                            # over frames, (N, C + 1, M, V)
-    total = mean_joint(pose, skeleton["centre"]).sum(2)             # over persons, (N, C + 1)
+    # (N, C + 1, M, T, V): a plane a coordinate, and one that is 1 where someone is in the frame
+    planes = x.new_empty(N, C + 1, *x.shape[1:4], dtype=precision)
+    planes[:, :C] = x[..., :C].movedim(4, 1)
+    planes[:, C] = in_frame[..., None]
+    pose = planes.sum(3)                                 # over frames, (N, C + 1, M, V)
+    total = mean_joint(pose, skeleton["centre"]).sum(2)  # over persons, (N, C + 1)
     origin = total[:, :C] / total[:, C:].clamp(min=1)
-
     square = (planes[:, :C] - origin[:, :, None, None, None]).square_()
-    counts = planes[:, C:]                                          # (N, 1, M, T, V), 1 or 0
+    counts = planes[:, C:]                               # (N, 1, M, T, V), 1 or 0
     if x.shape[-1] > C:
         seen = counts * (x[..., C] > 0)[:, None]
         counts = torch.where(seen.flatten(1).any(1).view(-1, 1, 1, 1, 1), seen, counts)
@@ -254,7 +253,8 @@ class Loader:
     @property
     def steps(self):
         """Batches an epoch."""
-        return len(self._batches(torch.arange(len(self.data) * self.repeat ** self.training)))
+        passes = self.repeat if self.training else 1
+        return len(self._batches(torch.arange(len(self.data) * passes)))
 
     def _batches(self, order):
         """No sequence is dropped: a last batch too small for batch norm joins its neighbour."""
@@ -302,7 +302,7 @@ class Loader:
 # ------------------------------------------------------------ readers: presence and missing joints
 
 def check_numbers(peak, names):
-    """peak: the largest absolute value of each sequence, (N,). A larger one is damage."""
+    """peak: the largest absolute value of each sequence, (N,). NaN or above 1e9 is damage."""
     wrong = ~(peak < 1e9)
     if wrong.any():
         raise DataError(f"sequence {names[int(wrong.int().argmax())]} holds NaN, infinite or "
@@ -326,7 +326,7 @@ def fill_missing(sequence):
     steps = torch.arange(T, device=sequence.device)[:, None, None]
     earlier = torch.where(known, steps, -1).cummax(0).values
     later = torch.where(known, steps, T).flip(0).cummin(0).values.flip(0)
-    nearest = torch.where(earlier >= 0, earlier, later % T)  # where no frame has one: any
+    nearest = torch.where(earlier >= 0, earlier, later % T)  # T, no frame has one, becomes 0
     position = position.gather(0, nearest[..., None].expand_as(position))
     never = ~known.any(0)[None, :, :, None]  # (1, M, V, 1)
     others = position.masked_fill(never, 0).sum(2, keepdim=True)
@@ -570,7 +570,7 @@ def divide(data: Sequences, splits, wanted, test_fraction):
         + f", {shared} names in both" * bool(shared))
 
 def divide_at_random(data: Sequences, test_fraction):
-    """Of every class the same share tests, at least one sequence and not all. Drawn by a fixed seed
+    """Of every class the same share tests, at least one of two or more. Drawn by a fixed seed
     from the sorted names, so that other classes and their order do not matter."""
     classes, tests = {}, torch.zeros(len(data), dtype=torch.bool)
     for i in sorted(range(len(data)), key=data.names.__getitem__):
@@ -698,7 +698,7 @@ def assemble(train: Sequences, test: Sequences, layout, asked, score, split):
 # -------------------------------------------------------------------------- built-in stick figures
 
 # What the angles of a stick figure do in each action: joint angle, amplitude in radians or body
-# units, cycles per period, phase in periods. All swing about resting poses drawn alike, so that a
+# units, cycles in 30 frames, phase in cycles. All swing about resting poses drawn alike, so that a
 # single pose says little. After "|": the second person, who stands face to face.
 ACTIONS = {
     "march": "leg_l .5 1 0, leg_r .5 1 .5, knee_l .4 1 .3, knee_r .4 1 .8, arm_l .3 1 .5",

@@ -220,7 +220,7 @@ def three_frames(x, dilation, stride):
     return [x[..., first:first + T:stride, :] for first in (0, dilation, 2 * dilation)]
 
 class TemporalPooling(nn.Module):
-    """Multi-scale temporal pooling after the dilated multi-branch temporal convolution of CTR-GCN,
+    """Multi-scale temporal pooling like the dilated multi-branch temporal convolution of CTR-GCN,
     whose kernels span 5 frames where these span 3. A 1x1 convolution with batch norm and ReLU,
     whose channels split into four branches: three frames, three frames at dilation 2, the maximum
     of three frames, and the frame itself; joined, batch norm, plus the input, ReLU. A convolution
@@ -260,7 +260,7 @@ class Packing:
         rows = present.flatten().nonzero()[:, 0]
         sequence = rows // self.persons
         has_partner = (present.sum(1) == 2)[sequence]
-        beside = torch.arange(len(rows)) + 1 - 2 * (rows % self.persons)  # pairs stand side by side
+        beside = torch.arange(len(rows)) + 1 - 2 * (rows % self.persons)  # 0's partner is next
         partner = torch.where(has_partner, beside, 0)
 
         tensors = rows, sequence, partner, has_partner, present.sum(1).float()
@@ -292,15 +292,15 @@ class Packing:
         return total / self.count[:, None].to(h.dtype)
 
 def find_present(x, channels):
-    """Who is present, bool (N, M) on the CPU. A person is absent whose coordinates are all zero or,
-    where x has scores, none of whose scores is above 0 beside another who has one. A sequence
+    """Who is present, bool (N, M). A person is absent whose coordinates are all zero or,
+    where x has scores, who has none above 0 while another person has one. A sequence
     without anyone keeps its first person."""
     present = (x[..., :channels] != 0).flatten(2).any(2)
     if x.shape[-1] > channels:
         scored = present & (x[..., channels] > 0).flatten(2).any(2)
         present = torch.where(scored.any(1, keepdim=True), scored, present)
     present[:, 0] |= ~present.any(1)
-    return present.cpu()
+    return present
 
 # --------------------------------------------------------------------------------- joint embedding
 
@@ -310,7 +310,7 @@ class JointEmbedding(nn.Module):
     frame), bones (x - x of the parent joint), score; each is batch-normalised per joint and
     channel. A masked joint's features are replaced by the mask token, and a bone or a motion with a
     masked end is zeroed: it would leak that end's position. Both happen after the norm, whose
-    statistics stay those of real joints.
+    statistics include masked joints.
     Shape: (V, P, T, C) and a mask (V, P, 1 or T) or None -> (V, P, T, D)."""
     def __init__(self, skeleton, channels, width, motion=False, bone=False, score=False):
         super().__init__()
@@ -360,7 +360,7 @@ def packing_of(x, embedding: JointEmbedding, present: Tensor | Packing | None,
     present = find_present(x, channels) if present is None else present
     if present.shape != x.shape[:2] or present.dtype != torch.bool:
         raise ValueError(f"expected present as bool (N, M), got {present.dtype} {present.shape}")
-    return Packing(present, x.device)
+    return Packing(present.cpu(), x.device)
 
 # ------------------------------------------------------------------------------------ pre-training
 
@@ -401,7 +401,7 @@ def selected_mean(error, selected):
 
 def reweighted_cosine_error(prediction, target, selected, beta=2.0):
     """Paper Eq. 2: mean over the selected (masked) joints of (1 - cos(prediction, target))^beta.
-    prediction, target: (..., F); selected: bool (...). An all-zero vector has cosine 0."""
+    prediction, target: (..., C + 1); selected: bool (...). An all-zero vector has cosine 0."""
     cosine = F.cosine_similarity(prediction, target, dim=-1)
     return selected_mean((1 - cosine).clamp(min=0) ** beta, selected)
 
@@ -429,7 +429,7 @@ class SkeletonMAE(nn.Module):
         self.skeleton, self.channels, self.beta = skeleton, channels, beta
         self.loss_kind, self.segments = loss, mask_segments
         self.masking = {"parts": mask_parts, "num_parts": mask_num_parts, "ratio": mask_ratio}
-        draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # is refused now
+        draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # fails now or never
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
         self.register_buffer("scale", torch.ones(()))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
@@ -504,8 +504,8 @@ class SkeletonMAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x, present=None, mask=None):
-        """Puts the masked joints back (call eval() first): a prediction (y, w) stands for the
-        position s y / max(w, 0.01). Returns (coordinates (N, M, T, V, C) in the units of x, visible
+        """Puts the masked joints back (call eval() first): a prediction (p, w) stands for the
+        position s p / max(w, 0.01). Returns (coordinates (N, M, T, V, C) in the units of x, visible
         joints as given and absent persons zero; the mask (N, 1 or T, V))."""
         C, packing = self.channels, packing_of(x, self.embedding, present)
         _, prediction, mask = self(x, packing, mask)

@@ -1270,8 +1270,9 @@ class MeasureTest(Case):
                      crop=0.3)
         flat = dict(box=False, rotation=0.0, scaling=0.1, shift=0.1, flip=0.5, noise=0.01)
         solid = flat | dict(rotation=30.0, flip=0.0, noise=0.0)
-        boxed = solid | dict(box=True, rotation=60.0)
-        typed = dict(frames=24, motion=False, box=False, flip=0.1, repeat=2, lr=7.0)
+        boxed = solid | dict(box=True, rotation=60.0, scaling=0.0, shift=0.0)
+        typed = dict(frames=24, motion=False, box=False, flip=0.1, repeat=2, lr=7.0, scaling=0.1,
+                     shift=0.1)
         line_typed = "--frames 24 --no-motion --no-box --flip 0.1 --repeat 2 --lr 7"
         in_2d = data.load(synthetic_size=100)  # 80 training sequences
         in_3d = replace(in_2d, channels=3)
@@ -1698,7 +1699,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             (f"{pre} --motion", "--motion True differs from False of runs/pretrain"),
             (f"{pre} --data named.pkl --split a", "13 joints; five.json has 5"),
             (f"{fine} --data four.pt --layout five.json", r"\[0, 1, 2\].*\[0, 1, 3\]"),
-            (f"{pre} --data flat.pt --layout five.json", "five.json', 2, 2"),
+            (f"{pre} --data flat.pt --layout five.json", r"five.json \(2, 2"),
             (f"{pre} --eval-only", "pretrain"), (f"{fine} --linear-probe", "--linear"),
             ("--nesterov --momentum 0", "Nesterov"), (f"{fine} --width 16", "--width"),
             (f"{fine} --strl-layers 3", "--strl-layers 3"), ("--milestones 3,-1", "--milestones"),

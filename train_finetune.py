@@ -1,4 +1,4 @@
-"""Fine-tunes the pre-trained encoder in the paper's classifier (SSL), or trains that from scratch.
+"""Fine-tunes the pre-trained encoder in the paper's classifier, or trains that from scratch.
 
     python train_finetune.py                                  # stick figures, from random weights
     python train_finetune.py --ckpt                           # the newest pre-training, on its data
@@ -15,7 +15,7 @@ import glob
 import os
 from dataclasses import asdict, dataclass
 
-import train_pretrain as shared  # before torch: it silences torch's warning that numpy is missing
+import train_pretrain as shared
 from data import DataError, Dataset, Loader
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
 from train_pretrain import option
@@ -53,7 +53,6 @@ def main(argv=None):
     settings, source, path = start(shared.parse(Settings, __doc__, argv))
     device, amp, rank, world = shared.set_up(settings)
     say = print if rank == 0 else lambda *_: None
-
     data = shared.read_data(settings, say)
     check_data(settings, source, data, say)
     if settings.label_fraction < 1:
@@ -161,15 +160,15 @@ def start(typed):
 
 def check_data(settings, source, data: Dataset, say):
     """The data must fit the checkpoint; another split of its own data is noted."""
-    shared.check_fit(source, settings.ckpt or settings.out, data)
+    shared.check_fit(source, settings.out if settings.resume else settings.ckpt, data)
     if source and source["kind"] == "finetune" and source["classes"] != data.classes:
         raise DataError(f"the checkpoint knows the labels {str(source['classes']):.80}, the data "
                         f"have {str(data.classes):.80}; expected the same")
     before = source["settings"] if source else asdict(settings)
     changed = [name for name in DATA if getattr(settings, name) != before[name]]
     if changed and "data" not in changed and changed != ["layout"]:
-        say(f"note: the checkpoint was trained with another --{' --'.join(changed)} of these data: "
-            "its training sequences may be among the test sequences here")
+        say(f"note: the checkpoint was trained with another {' '.join(map(shared.flag, changed))} "
+            "of these data: its training sequences may be among the test sequences here")
 
 def label_subset(labels, fraction, seed):
     """Indices of a stratified share of the sequences: of every class round(fraction x its size),
@@ -188,7 +187,7 @@ def make_model(settings: Settings, data: Dataset, source):
     if settings.linear_probe:
         before = source["model_settings"] if source else {}
         arguments |= {name: before[name] for name in ("loss", "strl") if name in before}
-        encoder = SkeletonMAE(**arguments, mask_ratio=0.5)  # masks nothing in a probe
+        encoder = SkeletonMAE(**arguments, mask_ratio=0.5)  # unused in a probe
         if kind == "pretrain":
             encoder.load_state_dict(source["model"])
             loaded = ["pretrained." + name for name in source["model"]]

@@ -24,7 +24,6 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 
-# before torch: skeletonmae silences torch's warning that numpy is missing
 from data import Augmentation, DataError, Dataset, Loader, load, read_torch
 from skeletonmae import Packing, SkeletonMAE
 import torch
@@ -37,7 +36,7 @@ def option(default, help, **extra):
 
 @dataclass
 class CommonSettings:
-    """What both scripts take. The defaults are supplement A, whatever the data."""
+    """What both scripts take. The defaults are supplement A where it says."""
     recipe: str = option("paper", "supplement A, or for little data", choices=("paper", "small"))
     data: str = option("", "CTR-GCN's .npz, PYSKL's .pkl, a .pt dict; without it stick figures")
     split: str = option("", "xsub for a pickle's xsub_train and xsub_val, or train_name,test_name")
@@ -81,7 +80,7 @@ class Settings(CommonSettings):
     micro_batch: int = option(256, "sequences a forward pass, which batch norm sees", low=2)
     lr: float = option(1.5e-4, "Adam's learning rate, supplement A: 1.5e-4", small=1e-3)
     beta: float = option(2.0, "power of the re-weighted cosine error (paper Eq. 2)", low=1)
-    mask_parts: tuple = option(("right_arm", "right_leg"), "body parts to mask, with commas")
+    mask_parts: tuple = option(("right_arm", "right_leg"), "body parts to mask, if no ratio")
     mask_num_parts: int = option(0, "or: mask this many parts, drawn per sequence")
     mask_ratio: float = option(0.0, "or: mask this share of the joints", stack=0.5, high=1)
 
@@ -89,7 +88,6 @@ def main(argv=None):
     settings, checkpoint, path = begin(Settings, parse(Settings, __doc__, argv), "pretrain")
     device, amp, rank, world = set_up(settings)
     say = print if rank == 0 else lambda *_: None
-
     data = read_data(settings, say)
     check_fit(checkpoint, path, data)
     settings = suit(settings, data)
@@ -199,7 +197,7 @@ def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose):
                    mean_pose.to(device)[None, :, None].expand_as(x),
                    neighbour_mean(x, mask, distance))
         errors = [(((guess - x) * unit).norm(dim=-1) * counted).sum() for guess in guesses]
-        sums = sums + torch.stack([*errors, counted.sum()]).double()
+        sums = sums + torch.stack([*errors, counted.sum()]).cpu().double()
     means = (sums[:3] / sums[3].clamp(min=1)).tolist()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), means))
 
@@ -240,8 +238,8 @@ def flag(name):
 
 def convert(f, text):
     """The text of a flag as its value; a setting of several values takes them with commas."""
-    several = f.type is tuple and "nargs" not in f.metadata
-    kind = type(f.default[0]) if several else str if f.type is tuple else f.type
+    several = f.type is tuple
+    kind = type(f.default[0]) if several else f.type
     low, high = f.metadata.get("low", 0), f.metadata.get("high", math.inf)
     try:
         values = tuple(kind(part.strip()) for part in (text.split(",") if several else [text]))
@@ -275,15 +273,17 @@ def begin(settings_type, typed, kind):
     found = settle(settings_type, typed, checkpoint, path, sorted(fixed), may_change)
     done = checkpoint["epoch"] + 1
     if found.epochs < done:
-        raise DataError(f"--epochs {found.epochs}: {path} has {done} behind it; expected more")
+        raise DataError(f"--epochs {found.epochs}: {path} has {done} behind it; expected as many")
     return found, checkpoint, path
 
 def suit(settings, data: Dataset):
     """Fills in the settings that depend on the data."""
     small, is_3d = settings.recipe == "small", data.channels == 3
     steps = len(data.train) * settings.epochs / settings.batch_size
-    suiting = {"box": small and is_3d, "rotation": (60.0 if small else 30.0) if is_3d else 0.0,
-               "scaling": 0.1, "shift": 0.1, "noise": 0.0 if is_3d else 0.01,
+    box = small and is_3d if settings.box is None else settings.box
+    reach = 0.1 * (not box)  # a box undoes scaling and shift
+    suiting = {"rotation": (60.0 if small else 30.0) if is_3d else 0.0, "box": box,
+               "scaling": reach, "shift": reach, "noise": 0.0 if is_3d else 0.01,
                "flip": 0.5 if data.skeleton["pairs"] and not is_3d else 0.0,
                "repeat": math.ceil(4000 / steps) if small else 1}
     return replace(settings, **{name: value for name, value in suiting.items()
@@ -342,7 +342,8 @@ def set_up(settings):
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
-    return device, has_bfloat16(device) if settings.amp is None else settings.amp, rank, world
+    settings.amp = has_bfloat16(device) if settings.amp is None else settings.amp
+    return device, settings.amp, rank, world
 
 def has_bfloat16(device):
     """Whether the device has instructions for bfloat16; on a CPU False where torch cannot tell."""
@@ -481,11 +482,11 @@ def check_fit(checkpoint, path, data: Dataset):
         return
     shape = checkpoint["model_settings"]
     persons = (shape.get("strl") or shape).get("persons", data.persons)
-    theirs = checkpoint["layout"], checkpoint["channels"], persons, shape["score"]
-    ours = data.layout, data.channels, data.persons, shape["score"] and data.score
-    if theirs != ours or checkpoint["skeleton"] != data.skeleton:
-        raise DataError(f"{path} was trained on layout, coordinates, persons, scores {theirs}, the "
-                        f"data are {ours}; expected the same")
+    theirs = checkpoint["skeleton"], checkpoint["channels"], persons, shape["score"]
+    ours = data.skeleton, data.channels, data.persons, shape["score"] and data.score
+    if theirs != ours:
+        raise DataError(f"{path} was trained on {checkpoint['layout']} {theirs[1:]} (coordinates, "
+                        f"persons, scores), got {data.layout} {ours[1:]}; expected the same")
 
 class Progress:
     """One epoch: a live line on a terminal, one line at its end elsewhere; only rank 0 prints. A
