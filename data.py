@@ -211,7 +211,7 @@ def normalise(x, skeleton, channels, box=False, frames=None):
     joints filled in, persons of whom nothing was seen beside another left out, `frames` frames
     sampled evenly from those before the padding at the end (None: all T), then as
     normalise_frames. Returns (x, origin, unit)."""
-    x = x * find_present(x, channels).to(x.device)[..., None, None, None]
+    x = x * find_present(x, channels)[..., None, None, None]
     length = length_without_padding((x[..., :channels] != 0).flatten(3).any(3).any(1))
     if x.shape[-1] > channels:
         x = torch.stack([fill_missing(sequence.transpose(0, 1)).transpose(0, 1) for sequence in x])
@@ -510,15 +510,14 @@ def read_annotation(annotation, scored):
         if score.shape != x.shape[:3]:
             raise DataError(f"keypoint_score {tuple(score.shape)}; expected {tuple(x.shape[:3])}")
         x = torch.cat([x, score[..., None]], -1)
-        rank = score.mean((1, 2))
+        x = x * find_present(x[None], x.shape[-1] - 1)[0, :, None, None, None]
+        rank = x[..., -1].mean((1, 2))
     else:
         in_frame = (x != 0).flatten(2).any(2)  # (M, T); who comes or goes does not move by that
         moved = x.diff(dim=1).abs().sum((2, 3)) * (in_frame[:, 1:] & in_frame[:, :-1])
         rank = torch.where(in_frame.any(1), moved.sum(1), -1)
     if len(x) > 2:
         x = x[rank.topk(2).indices.sort().values]
-    if scored:
-        x = x * find_present(x[None], x.shape[-1] - 1)[0, :, None, None, None]
     return x.transpose(0, 1)
 
 def from_pyskl(path, split, test_fraction):
@@ -621,7 +620,8 @@ def from_pt(path):
     x = {half: [s.detach().float() for s in content[f"x_{half}"]] for half in ("train", "test")}
     for half, sequences in x.items():
         for i, s in enumerate(sequences):
-            if s.dim() != 4 or 0 in s.shape or s.shape[1] > 2 or s.shape[3] not in (2, 3):
+            if (s.dim() != 4 or 0 in s.shape or s.shape[1] > 2 or s.shape[3] not in (2, 3)
+                    or s.shape[2:] != sequences[0].shape[2:]):
                 raise DataError(f"x_{half}[{i}] {tuple(s.shape)}; expected (T, M, V, C), M 1 or 2")
     persons = max(s.shape[1] for sequences in x.values() for s in sequences)
     for half, sequences in x.items():
@@ -667,9 +667,9 @@ def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1
         return assemble(train, test, layout, asked, score, note)
     except DataError as error:
         raise DataError(f"{path or 'stick figures'}: {error}") from None
-    except OSError:
-        raise
     except Exception as error:  # a damaged file can make its reader raise almost anything
+        if isinstance(error, MemoryError) or getattr(error, "filename", None):
+            raise
         raise DataError(f"{path} is damaged or of another format ({one_line(error)}); expected "
                         "CTR-GCN's npz, PYSKL's pickle or a .pt dict") from None
 
@@ -757,7 +757,7 @@ def stick_figures(size):
         joints[f"{name}_knee"] = joints[f"{name}_hip"] + limb(0.42, leg, side)
         joints[f"{name}_ankle"] = joints[f"{name}_knee"] + limb(0.4, leg - knee, side)
     body = torch.stack([joints[name] for name in SKELETONS["coco17"]["joints"]], 3)
-    body = body * (1 + normal(2, 1, 1, 2, std=0.25)) * torch.tensor([1, -1])  # pixels count down
+    body = body * (1 + normal(2, 1, 1, 2, std=0.25)) * torch.tensor([1, -1])  # y grows downwards
     body[..., 0] -= 0.5 * of_two[:, None, None, None]  # (n, 2, T, 17, 2): two stand apart ...
     body[:, 1, ..., 0] *= -1                           # ... and face to face
     place = torch.tensor([320, 240]) + normal(1, 1, 1, 2, std=40)

@@ -22,7 +22,7 @@ without a copy. A mask is True where a joint is masked (hidden from the encoder)
 """
 import warnings
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch alone suffices
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # before torch, which warns
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -148,7 +148,7 @@ class PReLU(nn.Module):
         return F.prelu(x, slope) if x.is_cuda else torch.lerp(x, F.relu(x), 1 - slope)
 
 class GraphConvolution(nn.Module):
-    """S Eq. 1: H' = PReLU(BN(D^-1/2 (A+I) D^-1/2 H W)). Shape: (V, ..., in) -> (V, ..., out)."""
+    """S Eq. 1 and batch norm: PReLU(BN(D^-1/2 (A+I) D^-1/2 H W)). (V, ..., in) -> (V, ..., out)."""
     def __init__(self, adjacency, width_in, width_out):
         super().__init__()
         self.register_buffer("adjacency", adjacency, persistent=False)
@@ -265,9 +265,8 @@ class Packing:
 
         tensors = rows, sequence, partner, has_partner, present.sum(1).float()
         self.tensors = [x.to(device, non_blocking=True) for x in tensors]
-        self.rows, self.sequence = self.tensors[:2]         # (P,), each person's place in N M; in N
-        self.partner, self.has_partner = self.tensors[2:4]  # (P,), the row of the other, or 0; bool
-        self.count = self.tensors[4]                        # (N,), persons of each sequence
+        # (P,) each: place in N M, place in N, the other's place in P or 0, bool; (N,): persons
+        self.rows, self.sequence, self.partner, self.has_partner, self.count = self.tensors
 
     def pack(self, x):
         """(N, M, T, V, C) -> (V, P, T, C)."""
@@ -429,7 +428,7 @@ class SkeletonMAE(nn.Module):
         self.skeleton, self.channels, self.beta = skeleton, channels, beta
         self.loss_kind, self.segments = loss, mask_segments
         self.masking = {"parts": mask_parts, "num_parts": mask_num_parts, "ratio": mask_ratio}
-        draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # fails now or never
+        draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # refuses early
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
         self.register_buffer("scale", torch.ones(()))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Settings(shared.CommonSettings):
-    """Fine-tuning. The defaults are supplement A."""
+    """Fine-tuning."""
     ckpt: str = option("", "checkpoint to start from; without a value the newest pre-training; "
                        "left out: random weights", nargs="?", const="newest")
     out: str = option("runs/finetune", "folder for checkpoint, log and test outputs")
@@ -76,10 +76,9 @@ def main(argv=None):
 
     pretrained = source["pretrained"] if settings.resume else loaded
     optimizer = shared.build(make_optimizer, settings, model, pretrained)
-    resumed = source if settings.resume else None
-    first_epoch, log = shared.restore(resumed, path, model, optimizer)
+    first_epoch, log = shared.restore(source if settings.resume else None, path, model, optimizer)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    say(f"{described}: {len(loaded)} of {len(model.state_dict())} tensors loaded")
+    say(f"{described}: {len(pretrained)} of {len(model.state_dict())} tensors loaded")
     shared.introduce(settings, data, model, train, device, amp, say)
 
     def step(packing: Packing, x, label):
@@ -187,7 +186,7 @@ def make_model(settings: Settings, data: Dataset, source):
     if settings.linear_probe:
         before = source["model_settings"] if source else {}
         arguments |= {name: before[name] for name in ("loss", "strl") if name in before}
-        encoder = SkeletonMAE(**arguments, mask_ratio=0.5)  # unused in a probe
+        encoder = SkeletonMAE(**arguments, mask_ratio=0.5)  # the default parts may not exist
         if kind == "pretrain":
             encoder.load_state_dict(source["model"])
             loaded = ["pretrained." + name for name in source["model"]]
@@ -254,7 +253,7 @@ def report(outputs, settings: Settings, data: Dataset, what):
     print(f"{what}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, mean class "
           f"accuracy {result['mean_class']:.2f} % on {len(outputs['labels'])} test sequences, one "
           "model, no test-time augmentation")
-    counts = torch.bincount(data.train.label, minlength=len(data.classes))
+    counts = torch.bincount(data.train.label, minlength=len(data.classes)).cpu()
     outputs |= {"classes": data.classes, "names": data.test.names, "train_counts": counts,
                 "metrics": result}
     shared.save_torch(outputs, os.path.join(settings.out, "test_outputs.pt"))

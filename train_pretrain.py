@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 def option(default, help, **extra):
-    """A setting and its flag. extra: its value in a recipe (small, stack), its bounds (low, else 0;
+    """A setting and its flag. extra: its value for small or stack, its bounds (low, else 0;
     high), keywords of argparse. A default of None depends on the data: see `suit`."""
     return field(default=default, metadata={"help": help, **extra})
 
@@ -46,8 +46,8 @@ class CommonSettings:
     frames: int = option(64, "T, frames sampled from each sequence", small=16, low=2)
     box: bool = option(None, "stretch each axis to -1 to 1, without turning (small 3D: on)")
     rotation: float = option(None, "random rotation, degrees (3D: 30, small 60)", high=180)
-    scaling: float = option(None, "random scaling of each axis (0.1)", high=0.9)
-    shift: float = option(None, "random shift in body units (0.1)")
+    scaling: float = option(None, "random scaling of each axis (0.1; box: 0)", high=0.9)
+    shift: float = option(None, "random shift in body units (0.1; box: 0)")
     flip: float = option(None, "probability of a mirror image (2D: 0.5)", high=1)
     noise: float = option(None, "coordinate noise in body units (2D: 0.01)")
     crop: float = option(1.0, "shortest random window of a sequence", small=0.3, high=1)
@@ -268,8 +268,8 @@ def begin(settings_type, typed, kind):
     if not typed.get("resume"):
         return settle(settings_type, typed), None, path
     checkpoint = read_checkpoint(path, (kind,))
-    may_change = {"epochs", "eval_every", "workers", "device"}
-    fixed = {f.name for f in fields(settings_type)} - may_change - {"resume", "out", "graphs"}
+    may_change = {"epochs", "eval_every", "workers", "device", "amp", "graphs"}
+    fixed = {f.name for f in fields(settings_type)} - may_change - {"resume", "out"}
     found = settle(settings_type, typed, checkpoint, path, sorted(fixed), may_change)
     done = checkpoint["epoch"] + 1
     if found.epochs < done:
