@@ -871,6 +871,11 @@ class ReaderTest(Case):
             annotations = [dict(a, keypoint=x) for a in pyskl(2)]
             loaded = self.read("a.pkl", pickled(annotations, train=["a0"], test=["a1"]))
             equal(loaded.train.frames[:6, :, 0, 0].T, torch.stack([persons[k] for k in kept]))
+        x = torch.stack([0 * more, 0 * more, more])[:, :, None, None].expand(3, 6, 13, 2)
+        scored = dict(pyskl(2, score=[0.5])[1])  # beside it, empty places never outrank a person
+        loaded = self.read("a.pkl", pickled([dict(pyskl(1)[0], keypoint=x), scored],
+                                            train=["a0"], test=["a1"]))
+        equal(loaded.train.frames[:6, :, 0, 0].amax(1), more)
 
     def test_bad_pickle(self):
         for change, words in ((dict(keypoint=[1.0]), "bad.*keypoint is list"),
