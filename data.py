@@ -610,7 +610,7 @@ def read_torch(path):
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can raise almost anything
             asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-            why = f"it asks for {asked[1]}, which is never loaded" if asked else one_line(error)
+            why = f"it asks for {asked[1]}, which is never loaded" if asked else brief(error)
             raise DataError(f"no file of plain tensors by torch.save ({why})") from None
 
 def from_pt(path):
@@ -640,10 +640,10 @@ def load_skeleton(layout):
         try:
             return make_skeleton(**json.load(file))
         except (AttributeError, TypeError, ValueError) as error:
-            raise DataError(f"{layout} is no skeleton layout ({one_line(error)})") from None
+            raise DataError(f"{layout} is no skeleton layout ({brief(error)})") from None
 
-def one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def brief(error):
+    return f"{type(error).__name__}: {error}"[:300]  # DataError puts it on one line
 
 def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1600):
     """Reads a data set by the ending of its name, checks it, and finds its layout. Without a path:
@@ -670,7 +670,7 @@ def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1
     except Exception as error:  # a damaged file can make its reader raise almost anything
         if isinstance(error, MemoryError) or getattr(error, "filename", None):
             raise
-        raise DataError(f"{path} is damaged or of another format ({one_line(error)}); expected "
+        raise DataError(f"{path} is damaged or of another format ({brief(error)}); expected "
                         "CTR-GCN's npz, PYSKL's pickle or a .pt dict") from None
 
 def assemble(train: Sequences, test: Sequences, layout, asked, score, split):

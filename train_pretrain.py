@@ -385,7 +385,7 @@ def to_device(data: Dataset, device, settings):
 def loader(settings, data: Dataset, half, batch_size, training=False, rank=0, world=1):
     return Loader(half, data.skeleton, data.channels, batch_size, settings.frames, training,
                   settings.seed, augmentation(settings), settings.box, settings.repeat,
-                  settings.workers, rank, world)
+                  settings.workers * training, rank, world)  # measuring starts no processes
 
 def encoder_arguments(settings, data: Dataset):
     """What SkeletonMAE and SkeletonClassifier both take."""
