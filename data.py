@@ -6,10 +6,12 @@
         batch.x                   # (N, M, T, V, C), or C + 1 with the joint score last
 
 Formats: docs/data.md. Nothing in a file is ever run: pickles go through an allow-list, .pt files
-through torch's weights_only. Shape legend: skeletonmae.py; F counts the frames of all sequences.
-A person is `present` in a sequence, `in_frame` in a frame; a joint of score above 0 is `seen`.
+through torch's weights_only. Shape legend: skeletonmae.py; F counts the frames of all sequences. A
+joint is `seen` in a frame, a person `in_frame` if a joint is, and `present` in a sequence.
 """
 import ast
+import contextlib
+import hashlib
 import json
 import math
 import mmap
@@ -19,13 +21,17 @@ import re
 import struct
 import warnings
 import zipfile
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import reduce
 
-from skeletonmae import SKELETONS, find_present, make_skeleton
+from skeletonmae import SKELETONS, make_skeleton
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 warnings.filterwarnings("ignore", message="This DataLoader will create")  # the user asked for them
+warnings.filterwarnings("ignore", message="The given buffer is not writable")  # it is only read
 
 class DataError(ValueError):
     """Input that cannot be used. The message is one line: expected, got, fix."""
@@ -36,11 +42,11 @@ class DataError(ValueError):
 class Sequences:
     """N sequences of one split: one flat tensor of frames and an index into it."""
     frames: Tensor    # (F, M, V, C), or C + 1 with the joint score last, in the units of the file
+    seen: Tensor      # (F, M, V) bool: which joints were seen, rather than filled in
     start: Tensor     # (N,) int64, first frame of each sequence
     length: Tensor    # (N,) int64, frames of each sequence, at least 1
-    label: Tensor     # (N,) int64, 0 to K - 1
-    present: Tensor   # (N, M) bool, stays on the CPU: who is there at all
-    in_frame: Tensor  # (F, M) bool: who has coordinates in which frame, filled-in ones too
+    label: Tensor     # (N,) int64, 0 to K - 1, or -1 where the file has none
+    present: Tensor   # (N, M) bool, stays on the CPU: who is there at all; `tidy` finds it
     names: list       # (N,) for messages
 
     def __len__(self):
@@ -53,8 +59,18 @@ class Sequences:
                        names=[self.names[i] for i in index.tolist()])
 
     def to(self, device):
-        fields = "frames", "start", "length", "label", "in_frame"
+        fields = "frames", "seen", "start", "length", "label"
         return replace(self, **{field: getattr(self, field).to(device) for field in fields})
+
+@dataclass
+class Content:
+    """What a reader finds in a file."""
+    halves: dict                 # Sequences of "train", "test", or "" where they are to divide
+    scored: bool = False         # there are joint scores
+    splits: dict | None = None   # name of a split -> names of its sequences
+    classes: list | None = None  # names of the classes 0 to K - 1
+    marks: dict | None = None    # see find_marks
+    repairs: Counter = field(default_factory=Counter)  # what was mended or left out: how often
 
 @dataclass
 class Dataset:
@@ -63,9 +79,13 @@ class Dataset:
     layout: str      # name of the skeleton layout
     skeleton: dict
     channels: int    # C, 2 or 3, the score not counted
-    score: bool      # frames carry a joint score as one further channel
-    classes: list    # the labels in the file, K of them, in order
+    scored: bool     # the file has joint scores
+    classes: list    # names of the classes 0 to K - 1: of the file, or the labels that occur
     split: str       # how training and test sequences were told apart
+    pair: list       # the names of the two splits, or empty
+    marks: dict      # see find_marks
+    repairs: Counter
+    digest: list     # of names and lengths in either half, in any order; their sum is of both
 
     @property
     def persons(self):
@@ -76,7 +96,8 @@ class Dataset:
         return (f"{len(self.train)} training and {len(self.test)} test sequences ({self.split}), "
                 f"{len(self.classes)} classes, {self.persons} person{'s' * (self.persons > 1)}, "
                 f"layout {self.layout} ({len(self.skeleton['joints'])} joints), {self.channels}D"
-                f"{' with scores' * self.score}, {lengths.min()} to {lengths.max()} frames")
+                f"{' with scores' * self.scored}, {lengths.min()} to {lengths.max()} frames"
+                + "".join(f", {count} {what}" for what, count in self.repairs.items() if count))
 
 # ------------------------------------------------------------------ sampling, normalising, batches
 
@@ -141,35 +162,39 @@ class Augmentation:
         change = change * (1 + uniform(channels, 1, reach=self.scaling))
         return change, uniform(channels, reach=self.shift), mirrored
 
-def normalise_frames(x, in_frame, skeleton, channels, box=False, augmentation=None, generator=None):
+def normalise_frames(x, seen, present, skeleton, channels, box=False, center="sequence", up="y",
+                     augmentation=None, generator=None):
     """Centres, scales and turns sampled frames x (N, M, T, V, C [+ score]) and changes them at
-    random: x -> linear (x - origin) + shift, one affine map a sequence. in_frame: bool (N, M, T);
-    who is not in a frame stays all zero there.
+    random: one affine map a sequence. seen: bool (N, M, T, V), of persons out of sight nothing;
+    present: bool (N, M), on the device of x; absent persons stay all zero.
 
-    The origin is the mean of the centre joints over frames and persons: one for both persons, or
-    their distance would vanish. The unit is the root mean square distance of the seen joints (all
-    joints, where a sequence has none) from it: the size of the body and of its path. 3D sequences
-    (y is vertical) are turned about the vertical so that the first person's left and right
-    shoulders and hips lie along x on average, the left at larger x: the camera's place drops out.
-    box: instead of turning, each axis is stretched to -1 to 1 at the end, as in CTR-GCN's feeder.
-    Returns (x, origin (N, C), unit (N,), or (N, C) for the axes of a box), in units of the file."""
+    The origin is the mean of the centre joints over frames and persons in sight: one for both
+    persons, or their distance would vanish; center "frame": one for each frame, which drops the
+    path. The unit is the root mean square distance of the seen joints from it: the size of the body
+    and of its path. up "z": z-up data are turned to y-up first. 3D sequences are turned about the
+    vertical so that the first person's left and right shoulders and hips lie along x on average,
+    the left at larger x: the camera's place drops out. box: instead of turning, each axis is
+    stretched to -1 to 1 at the end, as in CTR-GCN's feeder.
+    Returns (x, unit (N,), or (N, C) for the axes of a box, in units of the file)."""
     C, N = channels, len(x)
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # (N, C + 1, M, T, V): a plane a coordinate, and one that is 1 where someone is in the frame
+    in_frame = seen.any(3)                               # (N, M, T)
+    # (N, C + 1, M, T, V): a plane a coordinate, and one that is 1 where someone is present
     planes = x.new_empty(N, C + 1, *x.shape[1:4], dtype=precision)
     planes[:, :C] = x[..., :C].movedim(4, 1)
-    planes[:, C] = in_frame[..., None]
-    pose = planes.sum(3)                                 # over frames, (N, C + 1, M, V)
-    total = mean_joint(pose, skeleton["centre"]).sum(2)  # over persons, (N, C + 1)
+    planes[:, C] = present[..., None, None]
+    if up == "z" and C == 3:
+        planes[:, 1:3] = torch.stack([planes[:, 2], -planes[:, 1]], 1)
+    if center == "frame":
+        total = (mean_joint(planes, skeleton["centre"]) * in_frame[:, None]).sum(2)  # over persons
+        place = total[:, :C] / total[:, C:].clamp(min=1)  # (N, C, T)
+        planes[:, :C] -= place[:, :, None, :, None] * planes[:, C:]
+    pose = (planes * in_frame[:, None, ..., None]).sum(3)  # over frames, (N, C + 1, M, V)
+    total = mean_joint(pose, skeleton["centre"]).sum(2)    # over persons, (N, C + 1)
     origin = total[:, :C] / total[:, C:].clamp(min=1)
-    square = (planes[:, :C] - origin[:, :, None, None, None]).square_()
-    counts = planes[:, C:]                               # (N, 1, M, T, V), 1 or 0
-    if x.shape[-1] > C:
-        seen = counts * (x[..., C] > 0)[:, None]
-        counts = torch.where(seen.flatten(1).any(1).view(-1, 1, 1, 1, 1), seen, counts)
-        square *= counts
-    square = (square.sum(4).sum(1) * in_frame).sum((1, 2))
-    unit = (square / counts.flatten(1).sum(1).clamp(min=1)).sqrt().clamp(min=1e-6)
+    square = (planes[:, :C] - origin[:, :, None, None, None]).square_().sum(1)  # (N, M, T, V)
+    count = seen.flatten(1).sum(1).clamp(min=1)
+    unit = ((square * seen).flatten(1).sum(1) / count).sqrt().clamp(min=1e-6)
 
     linear = torch.eye(C, device=x.device).repeat(N, 1, 1)
     torso = skeleton["parts"].get("torso", ())
@@ -192,43 +217,51 @@ def normalise_frames(x, in_frame, skeleton, channels, box=False, augmentation=No
     if augmentation and augmentation.flip:
         swap = dict(skeleton["pairs"]) | {right: left for left, right in skeleton["pairs"]}
         order = torch.tensor([swap.get(joint, joint) for joint in range(x.shape[4])])
-        swapped = x.index_select(4, order.to(x.device, non_blocking=True))
-        x = torch.where(mirrored.view(-1, 1, 1, 1, 1), swapped, x)
+        order = order.to(x.device, non_blocking=True)
+        mirrored = mirrored.view(-1, 1, 1, 1)
+        x = torch.where(mirrored[..., None], x.index_select(4, order), x)
+        seen = torch.where(mirrored, seen.index_select(3, order), seen)
     if augmentation and augmentation.noise:
         noise = torch.randn(planes.shape, generator=generator, device=x.device)
-        x[:, :C] += augmentation.noise * noise * in_frame[:, None, ..., None]
+        x[:, :C] += augmentation.noise * noise * present[:, None, :, None, None]
     if box:
         there = in_frame[:, None, ..., None]
         low = x[:, :C].masked_fill(~there, math.inf).amin((2, 3, 4), keepdim=True)
         high = x[:, :C].masked_fill(~there, -math.inf).amax((2, 3, 4), keepdim=True)
         half = ((high - low) / 2).clamp(min=1e-6)
+        there = present[:, None, :, None, None]
         x[:, :C] = torch.where(there, (x[:, :C] - (low + high) / 2) / half, 0.0)
         unit = unit[:, None] * half.view(N, C)
-    return x.movedim(1, 4), origin, unit
+    return x.movedim(1, 4), seen, unit
 
-def normalise(x, skeleton, channels, box=False, frames=None):
-    """Raw whole sequences x (N, M, any T, V, C [+ score]) as a model is tested on them: missing
-    joints filled in, persons of whom nothing was seen beside another left out, `frames` frames
-    sampled evenly from those before the padding at the end (None: all T), then as
-    normalise_frames. Returns (x, origin, unit)."""
-    x = x * find_present(x, channels)[..., None, None, None]
-    length = length_without_padding((x[..., :channels] != 0).flatten(3).any(3).any(1))
-    if x.shape[-1] > channels:
-        x = torch.stack([fill_missing(sequence.transpose(0, 1)).transpose(0, 1) for sequence in x])
-        padding = torch.arange(x.shape[2], device=x.device) >= length[:, None]  # (N, T)
-        x = x.masked_fill(padding[:, None, :, None, None], 0)
-    if frames:
-        steps = sample_frames(length, frames)
-        x = x.transpose(1, 2)[torch.arange(len(x), device=x.device)[:, None], steps].transpose(1, 2)
-    in_frame = (x[..., :channels] != 0).flatten(3).any(3)  # (N, M, T)
-    return normalise_frames(x, in_frame, skeleton, channels, box)
+def normalise(x, skeleton, channels, frames, marks=None, score=False, **view):
+    """Raw whole sequences x (N, M, any T, V, C [+ score]), zero-padded, as the scripts test them:
+    made whole, `frames` frames sampled evenly, then as normalise_frames. The arguments from
+    `frames` on are the `normalisation` of a checkpoint; score: the last channel stays. Returns
+    (x (N, M, frames, V, C [+ score]), present (N, M)); raises ValueError."""
+    V, C = len(skeleton["joints"]), channels
+    expected = f"expected a tensor (N, M, T, {V}, {C} [+ score]) of finite numbers, not all zero"
+    if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[3] != V or x.shape[4] not in (C, C + 1):
+        raise ValueError(f"{expected}; got {type(x).__name__} {tuple(getattr(x, 'shape', ()))}")
+    marks = marks or {"places": [[0.0] * C], "origin": []}
+    seen = x[..., C] > 0 if x.shape[4] > C else seen_without_scores(x, marks["origin"])
+    x = x[..., :C + score]
+    if not torch.compiler.is_compiling() and not (x.isfinite().all() and seen.any()):
+        raise ValueError(f"{expected}, with joints of scores above 0")
+    x, seen, present, kept, _ = make_whole(x, seen, marks)
+    length = kept.sum(1).clamp(min=1)
+    steps = sample_frames(length, frames)
+    steps = torch.searchsorted(kept.long().cumsum(1), steps + 1).clamp(max=x.shape[2] - 1)
+    here = torch.arange(len(x), device=x.device)[:, None]
+    x, seen = (value.transpose(1, 2)[here, steps].transpose(1, 2) for value in (x, seen))
+    return normalise_frames(x, seen, present, skeleton, C, **view)[0], present
 
 @dataclass
 class Batch:
     x: Tensor         # (N, M, T, V, C), or C + 1 with the joint score last, normalised
     label: Tensor     # (N,)
     present: Tensor   # (N, M) bool, on the CPU
-    in_frame: Tensor  # (N, M, T) bool: who is in which frame
+    seen: Tensor      # (N, M, T, V) bool: which joints were seen
     unit: Tensor      # (N,), or (N, C) for the axes of a box: x times unit is in the file's units
     index: Tensor     # (N,) which sequences these are, on the CPU
 
@@ -244,7 +277,7 @@ class Loader:
     training: bool = False                       # in random order, augmented
     seed: int = 0
     augmentation: Augmentation = Augmentation()
-    box: bool = False
+    view: dict = field(default_factory=dict)     # box, center and up of normalise_frames
     repeat: int = 1                              # passes over the data an epoch, in training
     workers: int = 0                             # loader processes; 0: in this one
     rank: int = 0                                # of torchrun: this process takes every world-th
@@ -292,64 +325,132 @@ class Loader:
         steps = sample_frames(data.length[here], self.frames, self.training,
                               self.augmentation.crop, generator)
         rows = (data.start[here][:, None] + steps).flatten()
-        x, in_frame = (flat.index_select(0, rows).unflatten(0, steps.shape).transpose(1, 2)
-                       for flat in (data.frames, data.in_frame))
+        x, seen = (flat.index_select(0, rows).unflatten(0, steps.shape).transpose(1, 2)
+                   for flat in (data.frames, data.seen))
+        present = data.present[index]
         augmentation = self.augmentation if self.training else None
-        x, _, unit = normalise_frames(x, in_frame, self.skeleton, self.channels, self.box,
-                                      augmentation, generator)
-        return Batch(x, data.label[here], data.present[index], in_frame, unit, index)
+        x, seen, unit = normalise_frames(
+            x, seen, present.to(device, non_blocking=True), self.skeleton, self.channels,
+            **self.view, augmentation=augmentation, generator=generator)
+        return Batch(x, data.label[here], present, seen, unit, index)
 
 # ------------------------------------------------------------ readers: presence and missing joints
 
-def check_numbers(peak, names):
-    """peak: the largest absolute value of each sequence, (N,). NaN or above 1e9 is damage."""
-    wrong = ~(peak < 1e9)
-    if wrong.any():
-        raise DataError(f"sequence {names[int(wrong.int().argmax())]} holds NaN, infinite or "
-                        "absurd numbers; expected finite ones below 1e9")
+def seen_without_scores(position, origin):
+    """A joint is missing where all its coordinates are exactly 0, but for the origin of centred
+    data, which is seen where another joint is. (..., V, C) -> bool (..., V)."""
+    seen = (position != 0).any(-1)
+    seen[..., origin] = seen.any(-1, keepdim=True)
+    return seen
 
-def length_without_padding(someone):
-    """Frames of each sequence up to the last with anyone in it, at least 1, (N, T) bool -> (N,)."""
-    steps = torch.arange(1, someone.shape[1] + 1, device=someone.device)
-    return (someone * steps).amax(1).clamp(min=1)
+def find_marks(data: Sequences, channels, scored):
+    """How a file marks what is missing. `places`: where joints of score 0 stand that have no
+    position, 0 and each place that ten joints share to the last digit (a joint counts once a
+    sequence). `origin`: joints of data without scores that are 0 in the first frame of every
+    sequence because the data are centred there."""
+    position, places, origin = data.frames[..., :channels], [[0.0] * channels], []
+    if scored:
+        rows = []
+        for first, length in zip(data.start.tolist(), data.length.tolist()):
+            frame, person, joint = (~data.seen[first:first + length]).nonzero().T
+            places_here = position[first + frame, person, joint].double()
+            rows.append(torch.cat([places_here, joint[:, None]], 1).unique(dim=0))
+        shared, count = torch.cat(rows)[:, :channels].unique(dim=0, return_counts=True)
+        places += [place for place in shared[count >= 10].tolist() if any(place)]
+    else:
+        first = data.start[data.seen[data.start, 0].any(1)]
+        joints = position[first, 0].float().flatten(0, 1)  # centred ones lie on both sides of 0
+        if len(first) and (joints.amin(0) < 0).all() and (joints.amax(0) > 0).all():
+            origin = (~data.seen[first, 0]).all(0).nonzero()[:, 0].tolist()
+    return {"places": places, "origin": origin}
 
-def fill_missing(sequence):
-    """Joints that nobody saw, in one sequence (T, M, V, C + 1) with the score last. A joint of
-    score 0 at a placeholder, (0, 0) or (1, 1), takes its position from the nearest earlier frame
-    that has one, else from the nearest later one, else it is the mean of the person's other joints.
-    Other joints of score 0 carry a usable guess. All keep score 0 and never count in a loss."""
-    position, score = sequence[..., :-1], sequence[..., -1:]
-    known = (score[..., 0] > 0) | ((position != 0).any(-1) & (position != 1).any(-1))  # (T, M, V)
-    if known.all():
-        return sequence
-    T = len(sequence)
-    steps = torch.arange(T, device=sequence.device)[:, None, None]
-    earlier = torch.where(known, steps, -1).cummax(0).values
-    later = torch.where(known, steps, T).flip(0).cummin(0).values.flip(0)
-    nearest = torch.where(earlier >= 0, earlier, later % T)  # T, no frame has one, becomes 0
-    position = position.gather(0, nearest[..., None].expand_as(position))
-    never = ~known.any(0)[None, :, :, None]  # (1, M, V, 1)
-    others = position.masked_fill(never, 0).sum(2, keepdim=True)
-    position = torch.where(never, others / (~never).sum(2, keepdim=True).clamp(min=1), position)
-    return torch.cat([position, score], -1)
+def make_whole(x, seen, marks):
+    """Decides who is there in whole sequences x (N, M, T, V, C [+ score]), and fills in what is
+    missing. seen: bool (N, M, T, V). A person is in a frame if a joint is seen there; one in less
+    than a tenth of the frames with anyone is a ghost and becomes absent, all zero. Joints at the
+    marked places that are not seen, and all joints of a person out of sight, take the position of
+    the nearest frame that has one, the earlier of two; without any they are the mean of the
+    person's other joints. Other joints that are not seen carry a usable guess.
+    Returns (x, seen, present (N, M), frames with anyone (N, T), filled-in joints (N, M, T, V))."""
+    C, T = len(marks["places"][0]), x.shape[2]
+    position, in_frame = x[..., :C], seen.any(3)
+    count = in_frame.sum(2)
+    least = torch.minimum(in_frame.any(1).sum(1, keepdim=True) / 10, count.amax(1, keepdim=True))
+    present = (count > 0) & (count >= least)
+    in_frame = in_frame & present[..., None]
+    seen = seen & in_frame[..., None]
+    places = torch.tensor(marks["places"], dtype=x.dtype, device=x.device)
+    placed = (position[..., None, :] == places).all(-1).any(-1)
+    known = in_frame[..., None] & (seen | ~placed)
+    steps = torch.arange(T, device=x.device)[:, None]
+    earlier = torch.where(known, steps, -T).cummax(2).values
+    later = torch.where(known, steps, 2 * T).flip(2).cummin(2).values.flip(2)
+    nearest = torch.where(steps - earlier <= later - steps, earlier, later).clamp(0, T - 1)
+    position = position.gather(2, nearest[..., None].expand_as(position))
+    never = ~known.any(2, keepdim=True)[..., None]  # (N, M, 1, V, 1)
+    others = position.masked_fill(never, 0).sum(3, keepdim=True, dtype=torch.float64)
+    others = others / (~never).sum(3, keepdim=True).clamp(min=1)
+    position = torch.where(never, others.to(x.dtype), position)
+    x = torch.cat([position, x[..., C:] * present[..., None, None, None]], -1)
+    return x, seen, present, in_frame.any(1), in_frame[..., None] & ~known
 
-def flatten(sequences, labels, names, channels, persons):
-    """A list of (T, M, V, C) tensors, or C + 1, T and M may differ, in the one flat form: empty
-    frames at the end are cut, missing joints filled in where there are scores."""
-    check_numbers(torch.stack([s.abs().max() for s in sequences]), names)
-    kept = []
-    for s in sequences:
-        someone = (s[..., :channels] != 0).flatten(1).any(1)
-        s = s[:int(length_without_padding(someone[None]))]
-        kept.append(fill_missing(s) if s.shape[-1] > channels else s)
-    lengths = [len(s) for s in kept]
-    frames = kept[0].new_zeros(sum(lengths), persons, *kept[0].shape[2:])
-    for part, s in zip(frames.split(lengths), kept):
-        part[:, :s.shape[1]] = s
-    in_frame = (frames[..., :channels] != 0).flatten(2).any(2)
-    present = torch.stack([part.any(0) for part in in_frame.split(lengths)])
+def tidy(data: Sequences, marks, scored, repairs):
+    """Cuts the padding at the end of each sequence, and makes whole in place those that need it."""
+    if not scored:
+        data.seen[..., marks["origin"]] = data.seen.any(-1, keepdim=True)
+    in_frame = data.seen.any(2)
+    end = data.start + data.length - 1
+    last = torch.where(in_frame.any(1), torch.arange(len(in_frame)), -1).cummax(0).values
+    data.length = (last[end] - data.start + 1).clamp(min=1)
+    end = data.start + data.length - 1
+    flags = torch.stack([in_frame, in_frame & ~data.seen.all(2)], 2).long()
+    count, gaps = (flags.cumsum(0)[end] - flags.cumsum(0)[data.start] + flags[data.start]).unbind(2)
+    data.present = count > 0
+    needs = data.present & ((count < data.length[:, None]) | (gaps > 0))
+    for i in needs.any(1).nonzero()[:, 0].tolist():
+        first, length = int(data.start[i]), int(data.length[i])
+        x, seen = (flat[first:first + length].transpose(0, 1)[None]
+                   for flat in (data.frames, data.seen))
+        x, seen, present, kept, filled = make_whole(x, seen, marks)
+        left = int(kept.sum())
+        data.frames[first:first + left] = x[0, :, kept[0]].transpose(0, 1)
+        data.seen[first:first + left] = seen[0, :, kept[0]].transpose(0, 1)
+        repairs["frames without anyone dropped"] += length - left
+        repairs["persons seen in less than a tenth of the frames dropped"] += int(
+            (data.present[i] & ~present[0]).sum())
+        repairs["missing joints filled in"] += int(filled.sum())
+        data.length[i], data.present[i] = left, present[0]
+    nobody = ~data.present.any(1)
+    repairs["sequences without anyone"] += int(nobody.sum())
+    data.present[nobody, 0] = True  # an empty first person
+    return data
+
+def flatten(sequences, labels, names, persons, score=False):
+    """A list of (x (T, M, V, C), scores (T, M, V) or None), T and M may differ, in the one flat
+    form. score: the scores are kept, as a last channel."""
+    lengths = [len(x) for x, _ in sequences]
+    V, C = sequences[0][0].shape[2:]
+    dtype = reduce(torch.promote_types, {x.dtype for x, _ in sequences})
+    frames = torch.zeros(sum(lengths), persons, V, C + score, dtype=dtype)
+    seen = torch.zeros(frames.shape[:3], dtype=torch.bool)
+    for part, part_seen, (x, scores) in zip(frames.split(lengths), seen.split(lengths), sequences):
+        M = x.shape[1]
+        part[:, :M, :, :C] = x
+        part_seen[:, :M] = (x != 0).any(-1) if scores is None else scores > 0
+        if score:
+            part[:, :M, :, C] = 1 if scores is None else scores
     length = torch.tensor(lengths)
-    return Sequences(frames, length.cumsum(0) - length, length, labels, present, in_frame, names)
+    data = Sequences(frames, seen, length.cumsum(0) - length, length, labels, None, names)
+    check_numbers(torch.cat([part.abs().amax((1, 2, 3)) for part in frames.split(4096)]), data)
+    return data
+
+def check_numbers(peak, data: Sequences):
+    """peak: the largest absolute value of each frame, (F,). NaN or above 1e9 is damage."""
+    wrong = (~(peak < 1e9)).nonzero()
+    if len(wrong):
+        name = data.names[int((data.start <= wrong[0]).sum()) - 1]
+        raise DataError(f"sequence {name} holds NaN, infinite or absurd numbers; expected finite "
+                        "ones below 1e9")
 
 # ------------------------------------------------------------------------- readers: npz and pickle
 
@@ -365,6 +466,8 @@ def array(buffer, code, shape, fortran=False, offset=0):
     size = math.prod(shape) * dtype.itemsize
     if len(buffer) - offset < size:
         raise DataError(f"an array {shape} of {code} is truncated; copy the file again")
+    if not size:
+        return torch.empty(shape, dtype=dtype)
     flat = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=offset)
     if code[0] == ">":
         flat = flat.view(-1, dtype.itemsize).flip(1).flatten()
@@ -373,16 +476,14 @@ def array(buffer, code, shape, fortran=False, offset=0):
         return flat.view(shape[::-1]).permute(*reversed(range(len(shape))))
     return flat.view(shape)
 
-def read_npz(path, wanted):
-    """The wanted arrays of an npz as tensors. An entry stored without compression is memory-mapped
-    in place (private, copy-on-write); a deflated one is inflated."""
+def read_npz(path):
+    """The arrays x_* and y_* of an npz as tensors. An entry stored without compression is
+    memory-mapped in place (private, copy-on-write); a deflated one is inflated."""
     arrays = {}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         entries = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        for name in wanted:
-            if name not in entries:
-                raise DataError(f"no {name}; expected {', '.join(wanted)}, got {list(entries)}")
+        for name in entries.keys() & {"x_train", "y_train", "x_test", "y_test"}:
             info = entries[name]
             if info.compress_type == zipfile.ZIP_STORED:  # after 30 bytes, a name and extra fields
                 lengths = struct.unpack_from("<2H", mapped, info.header_offset + 26)
@@ -410,7 +511,7 @@ def read_labels(y, count):
 
 def usual_channels(layout):
     """C of the data of a layout as they usually come."""
-    return 3 if layout in ("ntu25", "kinect20", "sbu15") else 2
+    return 3 if layout in ("ntu25", "kinect20", "sbu15", "h36m17", "smpl22", "mediapipe33") else 2
 
 def divide_columns(columns, asked):
     """(M, V, C) of an npz row of M V C columns: that of the asked skeleton or of the known layouts,
@@ -423,25 +524,29 @@ def divide_columns(columns, asked):
     raise DataError(f"{columns} columns are not persons x joints x coordinates of "
                     f"{'that' if asked else 'a known'} layout; name another with --layout")
 
-def from_npz(path, asked):
+def from_npz(path, skeleton, persons):
     """CTR-GCN's npz: x_* (N, T, M V C) zero-padded at the end, y_* one-hot or integer."""
-    arrays = read_npz(path, ("x_train", "y_train", "x_test", "y_test"))
-    halves = []
+    arrays, halves = read_npz(path), {}
     for half in ("train", "test"):
-        x = arrays[f"x_{half}"]
+        x = arrays.get(f"x_{half}")
+        if x is None:
+            continue
         if x.dim() != 3 or not x.is_floating_point() or 0 in x.shape:
             raise DataError(f"x_{half} {tuple(x.shape)} {x.dtype}; expected floats (N, T, M*V*C)")
         N, T, columns = x.shape
-        x = x.reshape(N, T, *divide_columns(columns, asked))
-        names = [f"{half}[{i}]" for i in range(N)]
-        peak = torch.cat([torch.linalg.vector_norm(part.flatten(3).float(), math.inf, dim=-1)
-                          for part in x.split(128)])  # (N, T, M), without a copy of a mapped array
-        check_numbers(peak.flatten(1).amax(1), names)
-        in_frame = peak > 0
-        halves.append(Sequences(
-            x.flatten(0, 1), torch.arange(N) * T, length_without_padding(in_frame.any(2)),
-            read_labels(arrays[f"y_{half}"], N), in_frame.any(1), in_frame.flatten(0, 1), names))
-    return *halves, "x_train / x_test", False
+        frames = x.reshape(N * T, *divide_columns(columns, skeleton))
+        if persons:
+            frames = F.pad(frames, (0, 0, 0, 0, 0, persons - frames.shape[1]))
+        norms = [torch.linalg.vector_norm(part.float(), math.inf, dim=-1)
+                 for part in frames.split(4096)]  # a mapped array is not copied
+        label = torch.full((N,), -1)
+        if f"y_{half}" in arrays:
+            label = read_labels(arrays[f"y_{half}"], N)
+        halves[half] = Sequences(
+            frames, torch.cat([norm > 0 for norm in norms]), torch.arange(N) * T,
+            torch.full((N,), T), label, None, [f"{half}[{i}]" for i in range(N)])
+        check_numbers(torch.cat([norm.amax((1, 2)) for norm in norms]), halves[half])
+    return Content(halves)
 
 class _DType:
     """Stands in for numpy.dtype."""
@@ -455,7 +560,7 @@ class _Array:
     """Stands in for numpy.ndarray: holds the tensor."""
     def __setstate__(self, state):
         _, shape, dtype, fortran, data = state
-        self.tensor = array(bytearray(data), dtype.code, shape, fortran)
+        self.tensor = array(data, dtype.code, shape, fortran)
 
 class _Unpickler(pickle.Unpickler):
     """A pickle can call what `allowed` names, and nothing else. The functions are made anew for
@@ -469,7 +574,9 @@ class _Unpickler(pickle.Unpickler):
             return made
 
         def scalar(dtype, data):
-            return array(bytearray(data), dtype.code, ()).item()
+            if dtype.code[:2] == "<U":  # a string
+                return data.decode("utf-32-le").rstrip("\0")
+            return array(data, dtype.code, ()).item()
 
         def encode(text, encoding):
             if encoding != "latin1":
@@ -488,85 +595,117 @@ class _Unpickler(pickle.Unpickler):
                             "arrays, numbers, strings, lists and dicts alone")
         return self.allowed[f"{module}.{name}"]
 
-def read_array(annotation, key):
-    value = annotation.get(key)
-    if not isinstance(value, _Array):
-        raise DataError(f"{key} is {type(value).__name__}; expected an array of numbers")
-    return value.tensor.float()
+def numbers(value, what):
+    """A tensor of floats from what a pickle or a caller holds as an array."""
+    if isinstance(value, _Array):
+        value = value.tensor
+    elif not hasattr(value, "__array__"):  # numpy's or torch's
+        raise DataError(f"{what} is {type(value).__name__}; expected an array of numbers")
+    value = torch.as_tensor(value)
+    return value if value.is_floating_point() else value.float()
 
-def read_annotation(annotation, scored):
-    """The sequence (T, M, V, C) of one annotation, with the joint score last where the file has
-    scores. Of more than two persons stay the two with the highest mean score, without scores the
-    two that move most."""
-    x = read_array(annotation, "keypoint")  # (M, T, V, C)
-    if (x.dim() != 4 or x.shape[3] not in (2, 3) or 0 in x.shape
-            or len(x) > 5 and x.shape[1] <= 2):  # frames before persons
-        raise DataError(f"keypoint {tuple(x.shape)}; expected (M, T, V, C), C 2 or 3, persons "
-                        "before frames (of an array a of one person, a[None])")
-    if scored:
-        score = x.new_ones(x.shape[:3])
-        if "keypoint_score" in annotation:
-            score = read_array(annotation, "keypoint_score")
+def read_annotation(annotation, channels=None, persons=2):
+    """(x (T, M, V, C), scores (T, M, V) or None) of a dict with `keypoint`, or of an array alone.
+    channels: C, where it is known; one more is then the score. Of more persons than `persons` stay
+    those with the highest mean score, without scores those that move most."""
+    if not isinstance(annotation, dict):
+        annotation = {"keypoint": annotation}
+    if "keypoint" not in annotation:
+        raise DataError(f"no keypoint; got {', '.join(map(str, annotation))}")
+    x, score = numbers(annotation["keypoint"], "keypoint"), annotation.get("keypoint_score")
+    x = x[None] if x.dim() == 3 else x
+    if channels and x.dim() == 4 and x.shape[3] == channels + 1:
+        x, score = x[..., :channels], x[..., channels]
+    if (x.dim() != 4 or x.shape[3] not in ((channels,) if channels else (2, 3)) or 0 in x.shape
+            or len(x) > 5 and len(x) > x.shape[1]):  # frames before persons
+        raise DataError(f"keypoint {tuple(x.shape)}; expected (M, T, V, C) or (T, V, C), persons "
+                        f"before frames, none of them 0, C {channels or '2 or 3'}; a score belongs "
+                        "in keypoint_score")
+    in_frame = (x != 0).any(3)  # (M, T, V)
+    if score is not None:
+        score = numbers(score, "keypoint_score")
+        score = score[None] if score.dim() == 2 else score
         if score.shape != x.shape[:3]:
             raise DataError(f"keypoint_score {tuple(score.shape)}; expected {tuple(x.shape[:3])}")
-        x = torch.cat([x, score[..., None]], -1)
-        x = x * find_present(x[None], x.shape[-1] - 1)[0, :, None, None, None]
-        rank = x[..., -1].mean((1, 2))
+        rank = (score * in_frame).float().mean((1, 2))
     else:
-        in_frame = (x != 0).flatten(2).any(2)  # (M, T); who comes or goes does not move by that
-        moved = x.diff(dim=1).abs().sum((2, 3)) * (in_frame[:, 1:] & in_frame[:, :-1])
+        in_frame = in_frame.any(2)  # (M, T); who comes or goes does not move by that
+        moved = x.diff(dim=1).abs().float().sum((2, 3)) * (in_frame[:, 1:] & in_frame[:, :-1])
         rank = torch.where(in_frame.any(1), moved.sum(1), -1)
-    if len(x) > 2:
-        x = x[rank.topk(2).indices.sort().values]
-    return x.transpose(0, 1)
+    if len(x) > persons:
+        kept = rank.topk(persons).indices.sort().values
+        x, score = x[kept], None if score is None else score[kept]
+    return x.transpose(0, 1), None if score is None else score.transpose(0, 1)
 
-def from_pyskl(path, split, test_fraction):
-    """PYSKL's pickle, {"split": {name: [frame_dir]}, "annotations": [...]} or the bare list of
-    annotations: dicts with `keypoint` (M, T, V, C), `label`, optionally `keypoint_score` (M, T, V)
-    and `frame_dir`."""
-    with open(path, "rb") as file:
-        content = _Unpickler(file).load()
-    content = content if isinstance(content, dict) else {"annotations": content}
-    annotations = content.get("annotations")
-    if not isinstance(annotations, list) or not annotations:
-        raise DataError("expected PYSKL's dict with a list `annotations`, or that list alone")
-    scored = any("keypoint_score" in annotation for annotation in annotations)
-    names = [str(annotation.get("frame_dir", i)) for i, annotation in enumerate(annotations)]
-    sequences, labels = [], []
-    for name, annotation in zip(names, annotations):
+def from_annotations(annotations, score=False, channels=None, persons=None):
+    """The sequences of PYSKL's annotations, or of arrays. The list is emptied: what was read frees
+    its memory. persons: M, by default the most that occur, 2 at most."""
+    sequences, labels, names = [], [], []
+    for i, annotation in enumerate(annotations):
+        has = annotation.get if isinstance(annotation, dict) else {}.get
+        names.append(str(has("frame_dir", i)))
+        label = has("label")
+        label = label.tensor.tolist() if isinstance(label, _Array) else label
         try:
-            sequences.append(read_annotation(annotation, scored))
-            labels.append(annotation.get("label"))
-            shape, first = (tuple(s.shape[2:]) for s in (sequences[-1], sequences[0]))
+            sequences.append(read_annotation(annotation, channels, persons or 2))
+            shape, first = (tuple(x.shape[2:]) for x, _ in (sequences[-1], sequences[0]))
             if shape != first:
                 raise DataError(f"{shape} joints and coordinates, the first has {first}")
-            if type(labels[-1]) is not int or not 0 <= labels[-1] < 100_000:
-                raise DataError(f"label {labels[-1]!r}; expected an integer from 0 to 99999")
+            if label is not None and (type(label) is not int or label < -1):
+                raise DataError(f"label {label!r}; expected an integer from 0, or none")
         except DataError as error:
-            raise DataError(f"annotation {name!r}: {error}") from None
-    persons = max(s.shape[1] for s in sequences)
-    data = flatten(sequences, torch.tensor(labels), names, first[1] - scored, persons)
-    return *divide(data, content.get("split"), split, test_fraction), scored
+            raise DataError(f"annotation {names[-1]!r}: {error}") from None
+        labels.append(-1 if label is None else label)
+        annotations[i] = None
+    persons = persons or max(x.shape[1] for x, _ in sequences)
+    scored = any(scores is not None for _, scores in sequences)
+    data = flatten(sequences, torch.tensor(labels), names, persons, score and scored)
+    return Content({"": data}, scored=scored)
 
-def divide(data: Sequences, splits, wanted, test_fraction):
-    """Training half, test half and how they were told apart: by the splits of the file or, where it
-    has none, at random, the same for every seed."""
+def from_pyskl(path, score=False, channels=None, persons=None):
+    """PYSKL's pickle, {"split": {name: [frame_dir]}, "annotations": [...]}, the bare list of
+    annotations, or one of them. An annotation is a dict with `keypoint` (M, T, V, C) and, all
+    optional, `label`, `keypoint_score` (M, T, V) and `frame_dir`, or an array alone."""
+    with open(path, "rb") as file:
+        content = _Unpickler(file).load()
+    if not isinstance(content, dict) or "keypoint" in content:
+        content = {"annotations": content if isinstance(content, list) else [content]}
+    annotations, splits = content.get("annotations"), content.get("split")
+    if not isinstance(annotations, list) or not annotations:
+        raise DataError("expected PYSKL's dict with a list `annotations`, or that list alone")
+    keys = annotations[0].keys() if isinstance(annotations[0], dict) else ()
+    if splits is not None and "frame_dir" not in keys:
+        raise DataError(f"the splits name sequences by frame_dir; got {', '.join(keys)}")
+    found = from_annotations(annotations, score, channels, persons)
+    return replace(found, splits=splits, classes=content.get("classes"))
+
+def divide(content: Content, wanted, preferred, test_fraction):
+    """Training half, test half, how they were told apart, the names of the splits: by the splits of
+    the file or, where it has none, at random, the same for every seed."""
+    data, splits = content.halves[""], content.splits
     if splits is None and wanted:
         raise DataError(f"no splits, so --split {wanted} cannot be found; leave it out")
     if splits is None:
-        return divide_at_random(data, test_fraction)
-    positions, pair = {}, find_split(list(splits), wanted)
+        return *divide_at_random(data, test_fraction), ()
+    splits = {str(name): list(map(str, names)) for name, names in splits.items()}
+    if not wanted and preferred and splits.keys() >= set(filter(None, preferred)):
+        wanted = ",".join(preferred)
+    pair, positions = find_split(splits, wanted), {}
     for i, name in enumerate(data.names):
         positions.setdefault(name, []).append(i)
-    listed = [dict.fromkeys(map(str, splits[half])) for half in pair]
+    listed = [splits.get(half, []) for half in pair]
     rows = [[i for name in names for i in positions.get(name, ())] for names in listed]
-    if not all(rows):
-        raise DataError(f"a split of {pair} names no annotation; expected lists of frame_dir")
-    unknown = sum(name not in positions for names in listed for name in names)
-    shared = len(listed[0].keys() & listed[1].keys())
-    return *map(data.subset, rows), (
-        " / ".join(pair) + f", {unknown} names without an annotation" * bool(unknown)
-        + f", {shared} names in both" * bool(shared))
+    if not rows[0]:
+        raise DataError(f"the split {pair[0]} names no annotation; expected a list of frame_dir")
+    first, second = map(set, listed)
+    counts = {"names without an annotation": len((first | second) - positions.keys()),
+              "names twice": len(listed[0] + listed[1]) - len(first) - len(second),
+              "names in both": len(first & second)}
+    note = " / ".join(filter(None, pair))
+    note += "".join(f", {count} {what}" for what, count in counts.items() if count)
+    unused = pair[0].removesuffix("train") + "val"
+    note += f", {unused} unused" * (unused in splits and unused not in pair)
+    return *map(data.subset, rows), note, pair
 
 def divide_at_random(data: Sequences, test_fraction):
     """Of every class the same share tests, at least one of two or more. Drawn by a fixed seed
@@ -578,26 +717,27 @@ def divide_at_random(data: Sequences, test_fraction):
         order = torch.randperm(len(members), generator=torch.Generator().manual_seed(0))
         count = min(max(round(test_fraction * len(members)), 1), len(members) - 1)
         tests[torch.tensor(members)[order[:count]]] = True
-    if not 0 < test_fraction < 1 or not tests.any():
-        raise DataError(f"test fraction {test_fraction}; expected a share between 0 and 1, and two "
-                        "sequences of a class")
+    if not 0 < test_fraction < 1:
+        raise DataError(f"test fraction {test_fraction}; expected a share between 0 and 1")
     return data.subset(~tests), data.subset(tests), f"a random {test_fraction:g} of each class"
 
-def find_split(names, wanted):
+def find_split(splits, wanted):
     """(training split, test split). wanted: None for the obvious pair, "xsub" (or a name of the
-    pair) for xsub_train and xsub_val or xsub_test, or "a,b" for two names as they stand."""
-    pairs = [(a, b) for a in names if a.endswith("train")
-             for b in (a[:-5] + "val", a[:-5] + "test") if b in names]
-    fits = [pair for pair in pairs if wanted in (None, *pair, pair[0].removesuffix("_train"))]
+    pair) for xsub_train and xsub_test or xsub_val, or "a,b" for two names as they stand."""
+    pairs = [(a, b) for a in splits if a.endswith("train")
+             for b in (a[:-5] + "test", a[:-5] + "val") if b in splits]
+    obvious = [pair for pair in pairs if pair[0] in ("xsub_train", "train")]
     if wanted and "," in wanted:
         pair = tuple(part.strip() for part in wanted.split(",", 1))
-        fits = [pair] if set(pair) <= set(names) else []
-    elif wanted is None and len(fits) > 1:
-        obvious = ("xsub_train", "xsub_val"), ("train", "val"), ("train", "test")
-        fits = [pair for pair in obvious if pair in pairs]
+        fits = [pair] if set(filter(None, pair)) <= splits.keys() else []
+    elif wanted:
+        fits = [pair for pair in pairs if wanted in (*pair, pair[0].removesuffix("_train"))]
+    else:
+        alone = [(name, "") for name in splits if not pairs and (name == "train" or len(splits) < 2)]
+        fits = obvious or alone or pairs * (len({a for a, _ in pairs}) < 2)
     if not fits:
         raise DataError(f"no {f'split {wanted}' if wanted else 'obvious split'} among "
-                        f"{', '.join(sorted(names))}; name a pair, as in --split xsub or --split "
+                        f"{', '.join(sorted(splits))}; name a pair, as in --split xsub or --split "
                         "a_train,a_test")
     return fits[0]
 
@@ -613,22 +753,20 @@ def read_torch(path):
             why = f"it asks for {asked[1]}, which is never loaded" if asked else brief(error)
             raise DataError(f"no file of plain tensors by torch.save ({why})") from None
 
-def from_pt(path):
-    """A dict saved by torch: x_train, x_test lists of tensors (T, M, V, C) (or one tensor (N, T, M,
-    V, C)), y_train, y_test labels."""
-    content, halves = read_torch(path), []
-    x = {half: [s.detach().float() for s in content[f"x_{half}"]] for half in ("train", "test")}
-    for half, sequences in x.items():
-        for i, s in enumerate(sequences):
-            if (s.dim() != 4 or 0 in s.shape or s.shape[1] > 2 or s.shape[3] not in (2, 3)
-                    or s.shape[2:] != sequences[0].shape[2:]):
-                raise DataError(f"x_{half}[{i}] {tuple(s.shape)}; expected (T, M, V, C), M 1 or 2")
-    persons = max(s.shape[1] for sequences in x.values() for s in sequences)
-    for half, sequences in x.items():
-        label = read_labels(torch.as_tensor(content[f"y_{half}"]), len(sequences))
-        names = [f"{half}[{i}]" for i in range(len(sequences))]
-        halves.append(flatten(sequences, label, names, sequences[0].shape[3], persons))
-    return *halves, "x_train / x_test", False
+def from_pt(path, score, channels, persons):
+    """A dict saved by torch: x_train, x_test lists of tensors (T, M, V, C), or (T, V, C) of one
+    person, or one tensor (N, T, M, V, C); y_train, y_test labels; classes their names."""
+    content, halves = read_torch(path), {}
+    for half in ("train", "test"):
+        x, label = content.get(f"x_{half}"), content.get(f"y_{half}")
+        if x is not None:
+            label = len(x) * [-1] if label is None else read_labels(torch.as_tensor(label), len(x))
+            annotations = [
+                {"frame_dir": f"{half}[{i}]", "label": int(label[i]),
+                 "keypoint": s.detach() if s.dim() == 3 else s.detach().transpose(0, 1)}
+                for i, s in enumerate(x)]
+            halves[half] = from_annotations(annotations, score, channels, persons or 2).halves[""]
+    return Content(halves, classes=content.get("classes"))
 
 def load_skeleton(layout):
     """A layout by name, or from a JSON file with the arguments of make_skeleton."""
@@ -645,26 +783,11 @@ def load_skeleton(layout):
 def brief(error):
     return f"{type(error).__name__}: {error}"[:300]  # DataError puts it on one line
 
-def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1600):
-    """Reads a data set by the ending of its name, checks it, and finds its layout. Without a path:
-    the built-in stick figures. Raises DataError for what is in a file, OSError for the file."""
-    asked = load_skeleton(layout) if layout else None
-    path = path and os.fspath(path)
+@contextlib.contextmanager
+def reading(path):
+    """Any reader's error becomes a DataError of one line that names the file; OSError stays."""
     try:
-        if path is None:
-            layout, score = layout or "coco17", False
-            train, test, note = divide(stick_figures(synthetic_size), None, split, test_fraction)
-        elif path.endswith((".pt", ".pth")):
-            train, test, note, score = from_pt(path)
-        elif path.endswith(".npz"):
-            train, test, note, score = from_npz(path, asked)
-        elif path.endswith((".pkl", ".pickle")):
-            train, test, note, score = from_pyskl(path, split, test_fraction)
-        else:
-            raise DataError("its name ends in neither .npz, .pkl nor .pt")
-        if split and note == "x_train / x_test":
-            raise DataError(f"it has one split, and --split {split} was asked for; leave it out")
-        return assemble(train, test, layout, asked, score, note)
+        yield
     except DataError as error:
         raise DataError(f"{path or 'stick figures'}: {error}") from None
     except Exception as error:  # a damaged file can make its reader raise almost anything
@@ -673,27 +796,85 @@ def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1
         raise DataError(f"{path} is damaged or of another format ({brief(error)}); expected "
                         "CTR-GCN's npz, PYSKL's pickle or a .pt dict") from None
 
-def assemble(train: Sequences, test: Sequences, layout, asked, score, split):
-    """Finds the layout and checks it; the labels that occur become 0 to K - 1."""
-    V, C = train.frames.shape[2], train.frames.shape[3] - score
-    if train.frames.shape[1:] != test.frames.shape[1:] or not train.in_frame.any():
+def read(path, score=False, skeleton=None, channels=None, persons=None, marks=None):
+    """The sequences of a file, by the ending of its name. score: keep the scores as a last channel;
+    skeleton, channels, persons, marks: where they are known, as of a checkpoint."""
+    if path.endswith((".pt", ".pth")):
+        content = from_pt(path, score, channels, persons)
+    elif path.endswith(".npz"):
+        content = from_npz(path, skeleton, persons)
+    elif path.endswith((".pkl", ".pickle")):
+        content = from_pyskl(path, score, channels, persons)
+    else:
+        raise DataError("its name ends in neither .npz, .pkl nor .pt")
+    return complete(content, score, marks)
+
+def complete(content: Content, score, marks=None):
+    """Finds or takes the marks, and makes the sequences whole."""
+    halves = list(content.halves.values())
+    if not halves or content.scored and not any(half.seen.any() for half in halves):
+        raise DataError("no joint score is above 0; expected 1 for a joint that is there, 0 for a "
+                        "missing one, or a confidence" if halves else "no x_train and no x_test")
+    channels = halves[0].frames.shape[3] - (score and content.scored)
+    content.marks = marks or find_marks(halves[0], channels, content.scored)
+    for half in halves:
+        tidy(half, content.marks, content.scored, content.repairs)
+    return content
+
+def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1600, score=False,
+         skeleton=None, pair=()):
+    """Reads a data set, divides it, and finds its layout. Without a path: the built-in stick
+    figures. score: keep the scores as a last channel; skeleton, pair: those of a checkpoint, where
+    layout and split name no others. Raises DataError for what is in a file, OSError for the
+    file."""
+    skeleton = skeleton or (load_skeleton(layout) if layout else None)
+    path = path and os.fspath(path)
+    with reading(path):
+        if path:
+            content = read(path, score, skeleton)
+        else:
+            content = Content({"": stick_figures(synthetic_size)}, classes=list(ACTIONS))
+            complete(content, score)
+        if "" in content.halves:
+            train, test, note, pair = divide(content, split, pair, test_fraction)
+        elif split:
+            raise DataError(f"it has one split, and --split {split} was asked for; leave it out")
+        else:
+            if "train" not in content.halves:
+                raise DataError("no x_train; expected x_train and, to fine-tune, x_test")
+            train, pair, note = content.halves["train"], (), "x_train / x_test"
+            test = content.halves.get("test") or train.subset([])
+        return assemble(content, train, test, layout, skeleton, note, pair,
+                        train.frames.shape[3] - (score and content.scored))
+
+def assemble(content: Content, train, test, layout, skeleton, note, pair, channels):
+    """Finds the layout and checks it; the classes are the names in the file, which the labels
+    number, or the labels that occur, which then become 0 to K - 1."""
+    V = train.frames.shape[2]
+    if train.frames.shape[1:] != test.frames.shape[1:] or not train.seen.any():
         raise DataError("expected anyone in the training sequences, and the same persons, joints "
                         "and coordinates in the test sequences")
-    if layout is None:
-        fits = [name for name, skeleton in SKELETONS.items() if len(skeleton["joints"]) == V]
-        fits = [name for name in fits if C == usual_channels(name)] or fits
+    if skeleton is None:
+        fits = [name for name, known in SKELETONS.items()
+                if len(known["joints"]) == V and channels == usual_channels(name)]
         if len(fits) != 1:
-            raise DataError(f"{V} joints in {C}D fit {' and '.join(fits) or 'no layout'}; name one "
-                            f"with --layout ({', '.join(SKELETONS)}, or a JSON file)")
+            raise DataError(f"{V} joints in {channels}D fit {' and '.join(fits) or 'no layout'}; "
+                            f"name one with --layout ({', '.join(SKELETONS)}, or a JSON file)")
         layout = fits[0]
-    skeleton = asked or SKELETONS[layout]
+        skeleton = SKELETONS[layout]
     if len(skeleton["joints"]) != V:
         raise DataError(f"{V} joints; {layout} has {len(skeleton['joints'])}: another --layout?")
-    classes, label = torch.cat([train.label, test.label]).unique(return_inverse=True)
+    label = torch.cat([train.label, test.label])
+    classes = content.classes or label[label >= 0].unique().tolist()
+    if content.classes and int(label.max()) >= len(classes):
+        raise DataError(f"label {int(label.max())}, and {len(classes)} names in `classes`")
+    if not content.classes and classes:
+        label = torch.where(label < 0, -1, torch.searchsorted(torch.tensor(classes), label))
     train.label, test.label = label.split([len(train), len(test)])
-    for half in (train, test):
-        half.present[:, 0] |= ~half.present.any(1)  # without anyone: an empty first person
-    return Dataset(train, test, layout, skeleton, C, score, classes.tolist(), split)
+    digest = [sum(int(hashlib.sha256(ascii(pair).encode()).hexdigest()[:12], 16)
+                  for pair in zip(half.names, half.length.tolist())) for half in (train, test)]
+    return Dataset(train, test, layout, skeleton, channels, content.scored, list(map(str, classes)),
+                   note, list(pair), content.marks, content.repairs, digest)
 
 # -------------------------------------------------------------------------- built-in stick figures
 
@@ -764,5 +945,5 @@ def stick_figures(size):
     pixels = place + 120 * body + normal(*body.shape[1:], std=1.5)
     pixels[~of_two, 1] = 0
     length = torch.randint(40, T + 1, (size,), generator=generator).tolist()
-    sequences = [frames[:n] for frames, n in zip(pixels.transpose(1, 2), length)]
-    return flatten(sequences, label, [f"stick[{i:06}]" for i in range(size)], 2, 2)
+    sequences = [(frames[:n], None) for frames, n in zip(pixels.transpose(1, 2), length)]
+    return flatten(sequences, label, [f"stick[{i:06}]" for i in range(size)], 2)

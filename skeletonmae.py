@@ -101,6 +101,35 @@ SKELETONS = {
         "right_knee left_knee right_wrist left_wrist right_ankle left_ankle",
         "0 1 5 9 13, 0 2, 0 3 7 11, 0 4 8 12, 1 6 10 14",
         "0 2, 1 3 4 5 6, 8 12, 7 11, 10 14, 9 13", centre=1),
+    "mediapipe33": built_in(  # MediaPipe's and BlazePose's landmarks
+        "nose left_eye_inner left_eye left_eye_outer right_eye_inner right_eye right_eye_outer "
+        "left_ear right_ear left_mouth right_mouth left_shoulder right_shoulder left_elbow "
+        "right_elbow left_wrist right_wrist left_pinky right_pinky left_index right_index "
+        "left_thumb right_thumb left_hip right_hip left_knee right_knee left_ankle right_ankle "
+        "left_heel right_heel left_foot_index right_foot_index",
+        "0 1 2 3 7, 0 4 5 6 8, 0 9, 0 10, 0 11 13 15 17, 0 12 14 16 18, 15 19, 15 21, 16 20, "
+        "16 22, 11 23 25 27 29 31, 12 24 26 28 30 32",
+        "0 1 2 3 4 5 6 7 8 9 10, 11 12 23 24, 13 15 17 19 21, 14 16 18 20 22, 25 27 29 31, "
+        "26 28 30 32", centre=[23, 24]),
+    "body25": built_in(  # OpenPose's BODY_25
+        "nose neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist "
+        "hip_centre right_hip right_knee right_ankle left_hip left_knee left_ankle right_eye "
+        "left_eye right_ear left_ear left_big_toe left_small_toe left_heel right_big_toe "
+        "right_small_toe right_heel",
+        "8 1 0, 1 2 3 4, 1 5 6 7, 8 9 10 11 22 23, 8 12 13 14 19 20, 11 24, 14 21, 0 15 17, "
+        "0 16 18",
+        "0 15 16 17 18, 1 2 5 8 9 12, 6 7, 3 4, 13 14 19 20 21, 10 11 22 23 24", centre=8),
+    "smpl22": built_in(  # the body of SMPL and SMPL-X without hands: AMASS, HumanML3D, BABEL
+        "pelvis left_hip right_hip spine1 left_knee right_knee spine2 left_ankle right_ankle "
+        "spine3 left_foot right_foot neck left_collar right_collar head left_shoulder "
+        "right_shoulder left_elbow right_elbow left_wrist right_wrist",
+        "0 1 4 7 10, 0 2 5 8 11, 0 3 6 9 12 15, 9 13 16 18 20, 9 14 17 19 21",
+        "12 15, 0 1 2 3 6 9 13 14 16 17, 18 20, 19 21, 4 7 10, 5 8 11", centre=0),
+    "h36m17": built_in(  # Human3.6M, as 2D-to-3D lifting has it
+        "hip_centre right_hip right_knee right_ankle left_hip left_knee left_ankle spine thorax "
+        "nose head left_shoulder left_elbow left_wrist right_shoulder right_elbow right_wrist",
+        "0 1 2 3, 0 4 5 6, 0 7 8 9 10, 8 11 12 13, 8 14 15 16",
+        "9 10, 0 1 4 7 8 11 14, 12 13, 15 16, 5 6, 2 3", centre=0),
     "openpose18": built_in(  # Kinetics-Skeleton
         "nose neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist "
         "right_hip right_knee right_ankle left_hip left_knee left_ankle right_eye left_eye "
@@ -290,17 +319,6 @@ class Packing:
         total = h.new_zeros(len(self.count), h.shape[1]).index_add(0, self.sequence, h)
         return total / self.count[:, None].to(h.dtype)
 
-def find_present(x, channels):
-    """Who is present, bool (N, M). A person is absent whose coordinates are all zero or,
-    where x has scores, who has none above 0 while another person has one. A sequence
-    without anyone keeps its first person."""
-    present = (x[..., :channels] != 0).flatten(2).any(2)
-    if x.shape[-1] > channels:
-        scored = present & (x[..., channels] > 0).flatten(2).any(2)
-        present = torch.where(scored.any(1, keepdim=True), scored, present)
-    present[:, 0] |= ~present.any(1)
-    return present
-
 # --------------------------------------------------------------------------------- joint embedding
 
 class JointEmbedding(nn.Module):
@@ -325,6 +343,7 @@ class JointEmbedding(nn.Module):
 
     def forward(self, x, mask=None):
         V, P, T, _ = x.shape
+        x = x.to(self.joint.dtype)
         position, score = x[..., :self.channels], x[..., self.channels:]
         streams = []
         for name, norm in self.norms.items():
@@ -347,16 +366,19 @@ class JointEmbedding(nn.Module):
 
 def packing_of(x, embedding: JointEmbedding, present: Tensor | Packing | None,
                persons=None) -> Packing:
-    """Checks x, and returns the Packing of the batch. present: a Packing, bool (N, M), or None:
-    found from x. One clear ValueError instead of a shape error ten layers down."""
-    joints, channels, score = len(embedding.joint), embedding.channels, "score" in embedding.norms
-    if (x.dim() != 5 or x.shape[3] != joints or not channels + score <= x.shape[4] <= channels + 1
+    """Checks x, and returns the Packing of the batch. present: a Packing, bool (N, M), or None: the
+    persons who are not all zero. One clear ValueError instead of an error ten layers down."""
+    joints, channels = len(embedding.joint), embedding.channels + ("score" in embedding.norms)
+    expected = f"expected a tensor of skeletons (N, {persons or '1 or 2'}, T, {joints}, {channels})"
+    if (not isinstance(x, Tensor) or x.dim() != 5 or x.shape[3:] != (joints, channels)
             or x.shape[1] not in ((1, 2) if persons is None else (persons,))):
-        raise ValueError(f"expected skeletons (N, {persons or '1 or 2'}, T, {joints}, {channels}"
-                         f"{' + score' * score}), got {tuple(x.shape)}")
+        raise ValueError(f"{expected}, got {type(x).__name__} {tuple(getattr(x, 'shape', ()))}")
     if isinstance(present, Packing):
         return present
-    present = find_present(x, channels) if present is None else present
+    if present is None:
+        present = (x[..., :embedding.channels] != 0).flatten(2).any(2)
+        if not x.isfinite().all() or not present.any(1).all():
+            raise ValueError(f"{expected}, finite and none all zero")
     if present.shape != x.shape[:2] or present.dtype != torch.bool:
         raise ValueError(f"expected present as bool (N, M), got {present.dtype} {present.shape}")
     return Packing(present.cpu(), x.device)
@@ -413,8 +435,8 @@ class SkeletonMAE(nn.Module):
 
     The target of a masked joint is its position in homogeneous coordinates, (x / s, y / s, [z / s,]
     1): fixed, so it cannot collapse as a learned embedding could, and a zero error means the right
-    position, as it would not with the cosine of raw coordinates. Joints of score 0 never count in
-    the loss, nor do frames in which a person is all zero.
+    position, as it would not with the cosine of raw coordinates. Joints that were not seen never
+    count in the loss.
 
     Ours, not the paper's: loss "squared", the squared error of the position; mask_segments: the
     frames fall into as many segments, each with a mask of its own; strl: arguments of STRLStack,
@@ -463,28 +485,28 @@ class SkeletonMAE(nn.Module):
         prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :frames]
         return prediction if self.loss_kind == "cosine" else F.pad(prediction, (0, 1), value=1.0)
 
-    def loss(self, prediction, packed, masked):
-        """Error of the masked joints, a scalar. prediction: (V, P, T, C + 1), packed: (V, P, T, C
-        [+ score]), masked: bool (V, P, 1 or T)."""
-        C = self.channels
-        target = F.pad(packed[..., :C] / self.scale, (0, 1), value=1.0)  # homogeneous coordinates
-        in_frame = (packed[..., :C] != 0).any(-1).any(0)                 # (P, T)
-        selected = masked & in_frame                                     # (V, P, T)
-        if packed.shape[-1] > C:
-            selected = selected & (packed[..., C] > 0)
+    def loss(self, prediction, packed, selected):
+        """Mean error of the selected joints. prediction: (V, P, T, C + 1), packed: (V, P, T, C
+        [+ score]), selected: bool (V, P, T), masked and seen."""
+        position = packed[..., :self.channels] / self.scale
+        target = F.pad(position, (0, 1), value=1.0)  # homogeneous coordinates
         if self.loss_kind == "squared":
             return selected_mean((prediction - target).square().sum(-1), selected)
         return reweighted_cosine_error(prediction, target, selected, self.beta)
 
-    def forward(self, x, present=None, mask=None):
-        """x: (N, M, T, V, C), or C + 1 with the joint score last; present: bool (N, M) on the CPU
-        or a Packing, found from x where not given; mask: bool (N, V), or (N, 1 or T, V) where
-        frames differ, True is masked, drawn where not given.
+    def forward(self, x, present=None, mask=None, seen=None):
+        """x: (N, M, T, V, C), or C + 1 with the joint score last where that is an input; present:
+        bool (N, M) on the CPU or a Packing, by default the persons who are not all zero; mask: bool
+        (N, V), or (N, 1 or T, V) where frames differ, True is masked, drawn where not given; seen:
+        bool (N, M, T, V), the joints that count in the loss, by default those of the persons who
+        are not all zero in a frame.
 
         Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1) in
         units of s, float32, zero for absent persons; the mask (N, 1 or T, V)."""
         packing = packing_of(x, self.embedding, present)
         N, _, T, V, _ = x.shape
+        if seen is None:
+            seen = (x[..., :self.channels] != 0).any(-1).any(3, keepdim=True).expand(x.shape[:4])
         mask = self.draw(N, T) if mask is None else mask
         if mask.dtype != torch.bool or mask.shape not in ((N, V), (N, 1, V), (N, T, V)):
             raise ValueError(f"expected a bool mask ({N}, {V}) or ({N}, 1 or {T}, {V}), got "
@@ -493,7 +515,8 @@ class SkeletonMAE(nn.Module):
         packed = packing.pack(x)                           # (V, P, T, C)
         masked = mask[packing.sequence].permute(2, 0, 1)   # (V, P, 1 or T)
         prediction = self.decode(self.encode(packed, packing, masked), T)
-        loss = self.loss(prediction, packed, masked)
+        selected = masked & packing.pack(seen[..., None])[..., 0]
+        loss = self.loss(prediction, packed, selected)
         return loss, packing.unpack(prediction), mask
 
     def features(self, x, present=None):

@@ -7,16 +7,19 @@
     python train_finetune.py --ckpt --label-fraction 0.1      # a tenth of the labels
     python train_finetune.py --ckpt --linear-probe            # one linear layer on frozen features
     python train_finetune.py --ckpt runs/finetune/finetune.pt --eval-only
+    python train_finetune.py --ckpt runs/finetune/finetune.pt --predict new.pkl > new.csv
 
 Leaves in --out (runs/finetune) finetune.pt, log.csv, and test_outputs.pt with logits, features and
 labels of the test set. Results are those of the last epoch; the test set chooses nothing.
 """
+import csv
 import glob
 import os
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import dataclass
 
 import train_pretrain as shared
-from data import DataError, Dataset, Loader
+from data import Content, DataError, Dataset, Loader, complete, from_annotations, read, reading
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
 from train_pretrain import option
 import torch
@@ -27,9 +30,9 @@ import torch.nn.functional as F
 class Settings(shared.CommonSettings):
     """Fine-tuning."""
     ckpt: str = option("", "checkpoint to start from; without a value the newest pre-training; "
-                       "left out: random weights", nargs="?", const="newest")
+                       "left out: random weights", nargs="?", const="newest", group="run")
     out: str = option("runs/finetune", "folder for checkpoint, log and test outputs")
-    epochs: int = option(110, "supplement A: 110", low=1)
+    epochs: int = option(110, "supplement A: 110", low=1, group="optimiser")
     batch_size: int = option(128, "supplement A: 128", small=16, low=2)
     optimizer: str = option("sgd", "supplement A: sgd", small="adamw", choices=("sgd", "adamw"))
     lr: float = option(0.1, "learning rate, supplement A: 0.1", small=3e-3)
@@ -41,19 +44,26 @@ class Settings(shared.CommonSettings):
     clip: float = option(0.0, "largest gradient norm; 0: none", small=5.0)
     label_smoothing: float = option(0.1, "supplement A: 0.1", high=1)
     encoder_lr_scale: float = option(1.0, "learning-rate multiplier of the pre-trained weights")
-    label_fraction: float = option(1.0, "share of the labels, at least one a class", high=1)
+    label_fraction: float = option(1.0, "share of the labels, at least one a class", high=1,
+                                   group="labels")
     label_seed: int = option(0, "which labels --label-fraction keeps")
     linear_probe: bool = option(False, "train one linear layer on the frozen encoder's features")
-    eval_only: bool = option(False, "test a fine-tuned --ckpt, train nothing")
-    strl_layers: int = option(3, "M_l, STRL layers", low=1)
+    eval_only: bool = option(False, "test a fine-tuned --ckpt, train nothing", group="run")
+    predict: str = option("", "print the classes of the sequences in this file, by a fine-tuned "
+                          "--ckpt, as lines of name,class,probability")
+    strl_layers: int = option(3, "M_l, STRL layers", low=1, group="model")
     attention_dropout: float = option(0.1, "supplement A: 0.1", high=0.99)
     head_dropout: float = option(0.0, "dropout before the classifier", high=0.99)
 
 def main(argv=None):
     settings, source, path = start(shared.parse(Settings, __doc__, argv))
+    if settings.predict:
+        return predict(settings)
     device, amp, rank, world = shared.set_up(settings)
     say = print if rank == 0 else lambda *_: None
-    data = shared.read_data(settings, say)
+    if not settings.eval_only:
+        shared.keep_unfinished(settings, path, say)
+    data = shared.read_data(settings, say, source)
     check_data(settings, source, data, say)
     if settings.label_fraction < 1:
         subset = label_subset(data.train.label, settings.label_fraction, settings.label_seed)
@@ -112,7 +122,7 @@ def main(argv=None):
                 row |= metrics(outputs)
             log.append(row)
             shared.save(path, "finetune", model, optimizer, epoch, log, settings, arguments, data,
-                        persons=data.persons, classes=data.classes, pretrained=pretrained)
+                        pretrained=pretrained)
         progress.show(row)
     if rank == 0:
         outputs = outputs or evaluate(model, test, device, amp)
@@ -137,8 +147,9 @@ def start(typed):
                             "is none; run train_pretrain.py first or name a file")
     if typed.get("resume"):
         return shared.begin(Settings, typed, "finetune")
-    if typed.get("eval_only") and not typed.get("ckpt"):
-        raise DataError("--eval-only needs --ckpt, as in --ckpt runs/finetune/finetune.pt")
+    if (typed.get("eval_only") or typed.get("predict")) and not typed.get("ckpt"):
+        raise DataError("--eval-only and --predict need --ckpt, as in --ckpt "
+                        "runs/finetune/finetune.pt")
     source, fixed, brought = None, (), ()
     if typed.get("ckpt"):
         kinds = ("finetune",) if typed.get("eval_only") else ("pretrain", "finetune")
@@ -148,9 +159,7 @@ def start(typed):
             fixed += (*STRL_SHAPE, "strl_layers", "linear_probe")
         elif "strl" in source["model_settings"]:
             fixed += STRL_SHAPE
-        brought = DATA if "data" not in typed else ()
-        if "data" in typed and source["settings"]["layout"].endswith(".json"):
-            brought = ("layout",)
+        brought = ("test_fraction", "layout") if "data" in typed else DATA
         if typed.get("eval_only"):
             typed.setdefault("out", os.path.dirname(typed["ckpt"]) or ".")
             brought += ("label_fraction", "label_seed")
@@ -158,16 +167,20 @@ def start(typed):
     return settings, source, os.path.join(settings.out, "finetune.pt")
 
 def check_data(settings, source, data: Dataset, say):
-    """The data must fit the checkpoint; another split of its own data is noted."""
-    shared.check_fit(source, settings.out if settings.resume else settings.ckpt, data)
-    if source and source["kind"] == "finetune" and source["classes"] != data.classes:
-        raise DataError(f"the checkpoint knows the labels {str(source['classes']):.80}, the data "
+    """The data must fit the checkpoint and have labels; classes without training are noted."""
+    path = settings.out if settings.resume else settings.ckpt
+    shared.check_fit(source, path, data, settings, say)
+    if (settings.resume or settings.eval_only) and source["classes"] != data.classes:
+        raise DataError(f"the checkpoint knows the classes {str(source['classes']):.80}, the data "
                         f"have {str(data.classes):.80}; expected the same")
-    before = source["settings"] if source else asdict(settings)
-    changed = [name for name in DATA if getattr(settings, name) != before[name]]
-    if changed and "data" not in changed and changed != ["layout"]:
-        say(f"note: the checkpoint was trained with another {' '.join(map(shared.flag, changed))} "
-            "of these data: its training sequences may be among the test sequences here")
+    for name, half in (("training", data.train), ("test", data.test)):
+        if not len(half) or (half.label < 0).any():
+            raise DataError(f"a {name} sequence has no label; fine-tuning needs labels and a test "
+                            "half" if len(half) else f"no {name} sequences; expected a {name} half")
+    unknown = ~torch.isin(data.test.label, data.train.label)
+    if unknown.any():
+        say(f"note: {int(unknown.sum())} test sequences are of classes without a training sequence; "
+            "they count as wrong")
 
 def label_subset(labels, fraction, seed):
     """Indices of a stratified share of the sequences: of every class round(fraction x its size),
@@ -199,8 +212,11 @@ def make_model(settings: Settings, data: Dataset, source):
         if kind == "pretrain":
             loaded = model.load_pretrained(source["model"])
     if kind == "finetune":
-        model.load_state_dict(source["model"])
-        loaded = list(source["model"])
+        state = source["model"]
+        if source["classes"] != data.classes:  # a new head
+            state = {name: value for name, value in state.items() if not name.startswith("head.")}
+        model.load_state_dict(state, strict=False)
+        loaded = list(state)
     return model, arguments, loaded
 
 def make_optimizer(settings: Settings, model: nn.Module, pretrained):
@@ -239,24 +255,76 @@ def evaluate(model: nn.Module, batches: Loader, device, amp):
             "labels": torch.cat(labels).cpu()}
 
 def metrics(outputs):
-    """Top-1, top-5 and mean class accuracy (over the classes in the test set), in percent."""
+    """Top-1, mean class accuracy (over the classes in the test set) and, of more than five classes,
+    top-5, in percent."""
     logits, labels = outputs["logits"], outputs["labels"]
     hit = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]  # (N, 5)
     per_class = [hit[labels == c, 0].float().mean() for c in labels.unique()]
-    return {"top1": 100 * float(hit[:, 0].float().mean()),
-            "top5": 100 * float(hit.any(1).float().mean()),
-            "mean_class": 100 * float(torch.stack(per_class).mean())}
+    found = {"top1": hit[:, 0].float().mean(), "top5": hit.any(1).float().mean(),
+             "mean_class": torch.stack(per_class).mean()}
+    return {name: 100 * float(value) for name, value in found.items()
+            if name != "top5" or logits.shape[1] > 5}
 
 def report(outputs, settings: Settings, data: Dataset, what):
     """Prints the result and leaves test_outputs.pt."""
     result = metrics(outputs)
-    print(f"{what}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, mean class "
-          f"accuracy {result['mean_class']:.2f} % on {len(outputs['labels'])} test sequences, one "
-          "model, no test-time augmentation")
+    names = {"top1": "top-1", "top5": "top-5", "mean_class": "mean class accuracy"}
+    print(f"{what}: " + ", ".join(f"{names[name]} {value:.2f} %" for name, value in result.items())
+          + f" on {len(outputs['labels'])} test sequences, one model, no test-time augmentation")
     counts = torch.bincount(data.train.label, minlength=len(data.classes)).cpu()
     outputs |= {"classes": data.classes, "names": data.test.names, "train_counts": counts,
                 "metrics": result}
     shared.save_torch(outputs, os.path.join(settings.out, "test_outputs.pt"))
+
+# -------------------------------------------------------------------------------------- predicting
+
+def load_classifier(path, device="cpu"):
+    """A checkpoint of fine-tuning as a function: names, probabilities = classify(arrays). arrays:
+    one a sequence, (T, V, C) or (M, T, V, C), numpy's or torch's, C + 1 with the joint score last,
+    or the Content of a file; names: the class of each; probabilities: (N, K)."""
+    saved, device = shared.read_checkpoint(path, ("finetune",)), torch.device(device)
+    C, persons, form = saved["channels"], saved["persons"], dict(saved["normalisation"])
+    frames, marks, score = (form.pop(name) for name in ("frames", "marks", "score"))
+    if saved["settings"]["linear_probe"]:
+        encoder = SkeletonMAE(**saved["model_settings"], mask_ratio=0.5)
+        model = LinearProbe(encoder, len(saved["classes"]))
+    else:
+        model = SkeletonClassifier(**saved["model_settings"])
+    model.load_state_dict(saved["model"])
+    model.to(device)
+    amp = saved["settings"]["amp"] and shared.has_bfloat16(device)
+
+    def classify(arrays):
+        content = arrays
+        if not isinstance(content, Content):
+            content = complete(from_annotations(list(arrays), score, C, persons), score, marks)
+        logits = []
+        for half in content.halves.values():
+            if half.frames.shape[2:] != (len(saved["skeleton"]["joints"]), C + score):
+                raise DataError(f"{tuple(half.frames.shape[2:])} joints and coordinates; expected "
+                                f"{len(saved['skeleton']['joints'])} in {C}D")
+            batches = Loader(half, saved["skeleton"], C, 64, frames, view=form)
+            logits.append(evaluate(model, batches, device, amp)["logits"])
+        probabilities = torch.cat(logits).softmax(1)
+        return [saved["classes"][k] for k in probabilities.argmax(1).tolist()], probabilities
+
+    return classify
+
+def predict(settings: Settings):
+    """A line of name,class,probability a sequence on stdout, what was mended on stderr."""
+    saved = shared.read_checkpoint(settings.ckpt, ("finetune",))
+    form = saved["normalisation"]
+    with reading(settings.predict):
+        content = read(settings.predict, form["score"], saved["skeleton"], saved["channels"],
+                       saved["persons"], form["marks"])
+        device = shared.find_device(settings.device)
+        classes, probabilities = load_classifier(settings.ckpt, device)(content)
+    names = [name for half in content.halves.values() for name in half.names]
+    lines = csv.writer(sys.stdout)
+    lines.writerow(("name", "class", "probability"))
+    lines.writerows(zip(names, classes, (f"{p:.4f}" for p in probabilities.amax(1).tolist())))
+    for what, count in content.repairs.items():
+        print(f"note: {count} {what}" * bool(count), file=sys.stderr)
 
 if __name__ == "__main__":
     shared.run(main)

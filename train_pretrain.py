@@ -30,51 +30,60 @@ import torch
 from torch import Tensor
 
 def option(default, help, **extra):
-    """A setting and its flag. extra: its value for small or stack, its bounds (low, else 0;
-    high), keywords of argparse. A default of None depends on the data: see `suit`."""
+    """A setting and its flag. extra: its value for small or stack, its bounds (low, else 0; high),
+    keywords of argparse, its group in --help, by default that of the one before. A default of None
+    depends on the data: see `suit`."""
     return field(default=default, metadata={"help": help, **extra})
 
 @dataclass
 class CommonSettings:
     """What both scripts take. The defaults are supplement A where it says."""
-    recipe: str = option("paper", "supplement A, or for little data", choices=("paper", "small"))
+    recipe: str = option("paper", "supplement A, or for little data", choices=("paper", "small"),
+                         group="data")
     data: str = option("", "CTR-GCN's .npz, PYSKL's .pkl, a .pt dict; without it stick figures")
     split: str = option("", "xsub for a pickle's xsub_train and xsub_val, or train_name,test_name")
     layout: str = option("", "skeleton layout where two fit, or a JSON file with your own")
     test_fraction: float = option(0.2, "test share where a file has no split", high=1)
     synthetic_size: int = option(1600, "number of stick figures", low=20, high=20_000)
-    frames: int = option(64, "T, frames sampled from each sequence", small=16, low=2)
+    frames: int = option(64, "T, frames sampled from each sequence", small=16, low=2, group="input")
     box: bool = option(None, "stretch each axis to -1 to 1, without turning (small 3D: on)")
-    rotation: float = option(None, "random rotation, degrees (3D: 30, small 60)", high=180)
+    center: str = option("sequence", "one origin a sequence, or one a frame, which drops the path",
+                         choices=("sequence", "frame"))
+    up: str = option("y", "vertical axis of 3D data", choices=("y", "z"))
+    motion: bool = option(False, "motion as further input channels", small=True)
+    bone: bool = option(False, "bones as further input channels", small=True)
+    score: bool = option(False, "joint score as a further input channel")
+    rotation: float = option(None, "random rotation, degrees (2D: 0; 3D: 30, small 60)", high=180,
+                             group="augmentation")
     scaling: float = option(None, "random scaling of each axis (0.1; box: 0)", high=0.9)
     shift: float = option(None, "random shift in body units (0.1; box: 0)")
-    flip: float = option(None, "probability of a mirror image (2D: 0.5)", high=1)
-    noise: float = option(None, "coordinate noise in body units (2D: 0.01)")
+    flip: float = option(None, "probability of a mirror image (2D: 0.5; 3D: 0)", high=1)
+    noise: float = option(None, "coordinate noise in body units (2D: 0.01; 3D: 0)")
     crop: float = option(1.0, "shortest random window of a sequence", small=0.3, high=1)
-    repeat: int = option(None, "passes an epoch (1; small: for about 4,000 steps in all)", low=1)
-    workers: int = option(0, "loader processes (supplement A: 4; measured slower)")
-    width: int = option(64, "D, joint embedding", low=4)
+    width: int = option(64, "D, joint embedding", low=4, group="model")
     hidden: int = option(128, "H, encoder width", small=64, low=4)
     layers: int = option(3, "L_D, encoder layers", low=1)
     dropout: float = option(0.2, "input feature dropout, supplement A: 0.2", high=0.99)
     blocks: int = option(2, "attention blocks in each STRL layer", small=1)
     stride: int = option(2, "temporal stride between STRL layers", low=1)
-    motion: bool = option(False, "motion as further input channels", small=True)
-    bone: bool = option(False, "bones as further input channels", small=True)
-    score: bool = option(False, "joint score as a further input channel")
+    repeat: int = option(None, "passes an epoch (1; small: for about 4,000 steps in all)", low=1,
+                         group="run")
+    workers: int = option(0, "loader processes (supplement A: 4; measured slower)")
     eval_every: int = option(10, "epochs between measurements on the test split", low=1)
     seed: int = option(0, "of weights, order, masks and augmentation", high=2**31)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     amp: bool = option(None, "bfloat16 (on where the device has instructions for it)")
     graphs: bool = option(None, "CUDA graphs (on one GPU, for passes of at most 128 sequences)")
     resume: bool = option(False, "go on from the checkpoint in --out, with its settings")
+    overwrite: bool = option(False, "replace an unfinished run in --out")
 
 @dataclass
 class Settings(CommonSettings):
     """Pre-training."""
     out: str = option("runs/pretrain", "folder for checkpoint and log")
     pretrain: str = option("encoder", "encoder (the paper's) or stack (ours): STRL layers, squared "
-                           "error, a mask a quarter of the frames", choices=("encoder", "stack"))
+                           "error, a mask a quarter of the frames", choices=("encoder", "stack"),
+                           group="optimiser")
     epochs: int = option(50, "supplement A: 50", low=1)
     batch_size: int = option(1024, "sequences a step, supplement A: 1024", small=32, low=2)
     micro_batch: int = option(256, "sequences a forward pass, which batch norm sees", low=2)
@@ -88,8 +97,9 @@ def main(argv=None):
     settings, checkpoint, path = begin(Settings, parse(Settings, __doc__, argv), "pretrain")
     device, amp, rank, world = set_up(settings)
     say = print if rank == 0 else lambda *_: None
-    data = read_data(settings, say)
-    check_fit(checkpoint, path, data)
+    keep_unfinished(settings, path, say)
+    data = read_data(settings, say, checkpoint)
+    check_fit(checkpoint, path, data, settings, say)
     settings = suit(settings, data)
     data = to_device(data, device, settings)
     train = loader(settings, data, data.train, settings.batch_size, True, rank, world)
@@ -106,9 +116,9 @@ def main(argv=None):
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     introduce(settings, data, model, train, device, amp, say)
 
-    def step(packing: Packing, x, mask, weight):
+    def step(packing: Packing, x, mask, seen, weight):
         with autocast(device, amp):
-            loss = parallel(x, packing, mask)[0]
+            loss = parallel(x, packing, mask, seen)[0]
         loss.backward(weight)
         return loss.detach() * weight
 
@@ -120,23 +130,28 @@ def main(argv=None):
         for batch in train.epoch(epoch):
             loss = 0
             pieces = math.ceil(len(batch.x) / settings.micro_batch)
-            split = batch.x.tensor_split(pieces), batch.present.tensor_split(pieces)
-            for piece, (x, present) in enumerate(zip(*split), 1):
+            split = (value.tensor_split(pieces) for value in (batch.x, batch.seen, batch.present))
+            for piece, (x, seen, present) in enumerate(zip(*split), 1):
                 mask = model.draw(len(x), settings.frames).to(device, non_blocking=True)
                 weight = torch.tensor(len(x) / len(batch.x)).to(device, non_blocking=True)
                 syncs = world == 1 or piece == pieces  # processes exchange gradients once a batch
                 with contextlib.nullcontext() if syncs else parallel.no_sync():
-                    loss = loss + step(Packing(present, device), x.to(device), mask, weight)
+                    loss = loss + step(Packing(present, device), x.to(device), mask,
+                                       seen.to(device), weight)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)  # a CUDA graph adds to the gradients in place
             progress.step(loss, len(batch.x) * world)
         row = progress.end()
         if rank == 0:
-            if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs:
+            last = epoch + 1 == settings.epochs
+            if len(data.test) and (last or (epoch + 1) % settings.eval_every == 0):
                 row |= reconstruction_error(model, held_out, mean_pose)
             log.append(row)
             save(path, "pretrain", model, optimizer, epoch, log, settings, arguments, data)
         progress.show(row)
+    if rank == 0 and log[-1].get("joint_error", 0) > 0.95 * log[-1].get("mean_pose_error", 1):
+        say("note: the masked joints are put back hardly better than by the mean pose: more epochs, "
+            "a higher --lr, or --recipe small")
     say(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}")
 
 def pretraining_arguments(settings, data: Dataset):
@@ -154,10 +169,11 @@ def measure_scale(batches: Loader):
     """s, the root mean square distance of joints from the origin, and the mean pose (M, V, C)."""
     square = count = pose = frames = 0
     for batch in batches.epoch():
-        joints, in_frame = batch.x[..., :batches.channels], batch.in_frame[..., None, None]
-        square = square + joints.square().sum()
-        count = count + in_frame.sum() * joints.shape[3]
-        pose = pose + joints.sum((0, 2))
+        joints, seen = batch.x[..., :batches.channels], batch.seen[..., None]
+        in_frame = seen.any(3, keepdim=True)
+        square = square + (joints * seen).square().sum()
+        count = count + seen.sum()
+        pose = pose + (joints * in_frame).sum((0, 2))
         frames = frames + in_frame.sum((0, 2))
     return (square / count.clamp(min=1)).sqrt(), pose / frames.clamp(min=1)
 
@@ -190,9 +206,7 @@ def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose):
         unit = batch.unit.to(device).view(len(full), 1, 1, 1, -1)
         x = full[..., :C]
         mask = model.draw(len(x), x.shape[2], torch.Generator().manual_seed(step)).to(device)
-        counted = batch.in_frame.to(device)[..., None] & mask[:, None]  # (N, M, T, V)
-        if full.shape[-1] > C:
-            counted = counted & (full[..., C] > 0)
+        counted = batch.seen.to(device) & mask[:, None]  # (N, M, T, V)
         guesses = (model.reconstruct(full, batch.present, mask)[0],
                    mean_pose.to(device)[None, :, None].expand_as(x),
                    neighbour_mean(x, mask, distance))
@@ -213,25 +227,34 @@ def parse(settings_type, doc, argv=None):
 
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS)
+        argument_default=argparse.SUPPRESS, usage="%(prog)s [flags]")
     parser.error = refuse
+    groups = {}
     for f in fields(settings_type):
+        group = f.metadata.get("group") or group
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
         extra = {key: f.metadata[key] for key in ("choices", "nargs", "const") if key in f.metadata}
         if f.type is bool:
             extra["action"] = argparse.BooleanOptionalAction
         else:
             extra["type"] = partial(convert, f)
+        if f.type is tuple:
+            extra["nargs"] = "+"  # with commas, spaces or both
         values = {"default": f.default, **f.metadata}
         told = [f"{name} {values[name]}" for name in ("default", "small", "stack")
                 if values.get(name) not in (None, "")]
         text = f.metadata["help"] + f" ({', '.join(told)})" * bool(told)
-        parser.add_argument(flag(f.name), help=text, **extra)
+        groups[group].add_argument(flag(f.name), help=text, **extra)
     typed, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [flag(f.name) for f in fields(settings_type)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        refuse(f"unknown argument {unknown[0]}" + "".join(f"; did you mean {n}?" for n in near))
-    return vars(typed)
+        name = unknown[0].split("=")[0]
+        flags, others = ([flag(f.name) for f in fields(kind)] for kind in (settings_type, Settings))
+        near = [f"; did you mean {n}?" for n in difflib.get_close_matches(name, flags, 1, 0.8)]
+        where = "; it is a flag of train_pretrain.py" * (name in others)
+        refuse(f"unknown argument {unknown[0]}{where or ''.join(near)}")
+    return {name: sum(value, ()) if isinstance(value, list) else value
+            for name, value in vars(typed).items()}
 
 def flag(name):
     return f"--{name.replace('_', '-')}"
@@ -246,7 +269,8 @@ def convert(f, text):
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
     if kind is not str and not all(low <= value <= high and value < math.inf for value in values):
-        raise argparse.ArgumentTypeError(f"{text} is out of range; expected {low:g} to {high:g}")
+        expected = f"{low} to {high}" if high < math.inf else f"{low} or more"
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected {expected}")
     return values if several else values[0]
 
 def settle(settings_type, typed, source=None, path="", fixed=(), brought=()):
@@ -269,12 +293,25 @@ def begin(settings_type, typed, kind):
         return settle(settings_type, typed), None, path
     checkpoint = read_checkpoint(path, (kind,))
     may_change = {"epochs", "eval_every", "workers", "device", "amp", "graphs"}
-    fixed = {f.name for f in fields(settings_type)} - may_change - {"resume", "out"}
+    fixed = {f.name for f in fields(settings_type)} - may_change - {"resume", "out", "overwrite"}
+    if "data" in typed:
+        fixed.remove("data")  # it may have moved: check_fit compares the names of the sequences
     found = settle(settings_type, typed, checkpoint, path, sorted(fixed), may_change)
     done = checkpoint["epoch"] + 1
     if found.epochs < done:
         raise DataError(f"--epochs {found.epochs}: {path} has {done} behind it; expected as many")
     return found, checkpoint, path
+
+def keep_unfinished(settings, path, say):
+    """A new run does not replace an unfinished one unasked."""
+    if settings.resume or settings.overwrite or not os.path.exists(path):
+        return
+    before = read_checkpoint(path, ("pretrain", "finetune"))
+    done, epochs = before["epoch"] + 1, before["settings"]["epochs"]
+    if done < epochs:
+        raise DataError(f"{path} is an unfinished run ({done} of {epochs} epochs); go on with "
+                        "--resume, keep it with another --out, or replace it with --overwrite")
+    say(f"note: the finished run in {path} will be replaced")
 
 def suit(settings, data: Dataset):
     """Fills in the settings that depend on the data."""
@@ -288,6 +325,9 @@ def suit(settings, data: Dataset):
                "repeat": math.ceil(4000 / steps) if small else 1}
     return replace(settings, **{name: value for name, value in suiting.items()
                                 if getattr(settings, name) is None})
+
+def view(settings):
+    return pick(settings, "box", "center", "up")
 
 def augmentation(settings):
     return Augmentation(**pick(settings, *(f.name for f in fields(Augmentation))))
@@ -303,6 +343,9 @@ def build(make, *arguments, **keywords):
 
 def run(main):
     """Calls main. Bad input is one line and exit status 2, Ctrl-C 130; a bug has its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it may lack a path's characters
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -324,7 +367,22 @@ def set_up(settings):
     os.makedirs(settings.out, exist_ok=True)
     tempfile.TemporaryFile(dir=settings.out).close()  # a folder that cannot be written fails now
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = settings.device
+    device = find_device(settings.device)
+    if world > 1:
+        try:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"WORLD_SIZE is {world}, and there are no processes ({error}); start "
+                            "with torchrun, or unset WORLD_SIZE") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
+    settings.amp = has_bfloat16(device) if settings.amp is None else settings.amp
+    return device, settings.amp, rank, world
+
+def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -335,15 +393,7 @@ def set_up(settings):
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
                         "expected auto, cpu or a device that torch finds") from None
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    else:
-        keep_freed_memory()
-    settings.amp = has_bfloat16(device) if settings.amp is None else settings.amp
-    return device, settings.amp, rank, world
+    return device
 
 def has_bfloat16(device):
     """Whether the device has instructions for bfloat16; on a CPU False where torch cannot tell."""
@@ -367,9 +417,16 @@ def seed_epoch(settings, epoch, rank):
     """Masks and dropout depend on seed, epoch and process alone, so resuming is exact."""
     torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)
 
-def read_data(settings, say):
-    data = load(settings.data or None, settings.split or None, settings.layout or None,
-                settings.test_fraction, settings.synthetic_size)
+def read_data(settings, say, source):
+    """source: a checkpoint, whose skeleton and splits hold where no other layout or split is typed,
+    or None."""
+    layout, skeleton, pair = settings.layout or None, None, ()
+    if source:
+        pair = source["pair"]
+        if settings.layout == source["settings"]["layout"]:
+            layout, skeleton = source["layout"], source["skeleton"]
+    data = load(settings.data or None, settings.split or None, layout, settings.test_fraction,
+                settings.synthetic_size, settings.score, skeleton, pair)
     say(f"{settings.data or 'stick figures'}: {data}")
     return data
 
@@ -384,14 +441,14 @@ def to_device(data: Dataset, device, settings):
 
 def loader(settings, data: Dataset, half, batch_size, training=False, rank=0, world=1):
     return Loader(half, data.skeleton, data.channels, batch_size, settings.frames, training,
-                  settings.seed, augmentation(settings), settings.box, settings.repeat,
+                  settings.seed, augmentation(settings), view(settings), settings.repeat,
                   settings.workers * training, rank, world)  # measuring starts no processes
 
 def encoder_arguments(settings, data: Dataset):
     """What SkeletonMAE and SkeletonClassifier both take."""
     shape = pick(settings, "width", "hidden", "layers", "dropout", "motion", "bone")
     return {"skeleton": data.skeleton, "channels": data.channels,
-            "score": settings.score and data.score, **shape}
+            "score": settings.score and data.scored, **shape}
 
 def introduce(settings, data: Dataset, model, train: Loader, device, amp, say):
     """Says what is trained how, and what may be a mistake in the data or the settings for them."""
@@ -402,18 +459,38 @@ def introduce(settings, data: Dataset, model, train: Loader, device, amp, say):
     if settings.data and not settings.layout:
         say(f"note: {data.layout} is a guess from {len(joints)} joints in {C}D; if yours are not "
             f"{', '.join(joints)}, in this order, give their --layout")
-    poses = data.train.frames[:10_000, ..., :C][data.train.in_frame[:10_000]].float()  # (n, V, C)
-    zero = (poses == 0).all(-1)
-    missing = 100 * (zero & ~zero.all(0)).float().mean()  # a centred origin is 0 in every frame
-    if missing > 1 and not data.score:
-        say(f"note: {missing:.0f} % of the joints are exactly 0 and taken for positions; missing "
-            "ones need a keypoint_score of 0, in a pickle")
-    z = poses[..., 2:]  # empty in 2D
-    if z.numel() and 0 <= z.min() and z.max() <= 1 and poses.max() > 10:
-        say("note: the third coordinate lies between 0 and 1, the others do not: a score is no "
-            "coordinate; in a pickle it is the keypoint_score")
+    for doubt in doubts(data, settings.up):
+        say(f"note: {doubt}")
     if steps < 2000 and settings.recipe != "small":
         say(f"note: {steps} steps are little training; for a small set try --recipe small")
+
+def doubts(data: Dataset, up):
+    """What may be a mistake in the data, by 300 training sequences."""
+    C, parts, found = data.channels, data.skeleton["parts"], []
+    hips = data.skeleton["centre"]
+    batch = next(Loader(data.train, data.skeleton, C, 300, 32, view={"up": up}).epoch())
+    x, in_frame = batch.x[..., :C], batch.seen.any(3)          # (N, M, T, V, C), (N, M, T)
+    place = x.mean(3)                                          # (N, M, T, C)
+    size = (x - place[:, :, :, None])[:, 0].square().sum(-1).mean((1, 2)).sqrt()
+    span = (place.amax(2) - place.amin(2))[:, 0].norm(dim=-1)
+    if (span / size).median() > 4:
+        found.append("people travel far beyond their size; where the path is not the action, try "
+                     "--center frame")
+    height = (x[:, 0, :, parts.get("head", hips)].mean(2) - x[:, 0, :, hips].mean(2)).mean((0, 1))
+    raw = data.train.frames[:10_000, ..., :C]
+    if C == 3 and 0 <= raw[..., 2].min() and raw[..., 2].max() <= 1 and raw.max() > 10:
+        found.append("the third coordinate lies between 0 and 1, the others do not: a score is no "
+                     "coordinate; in a pickle it is the keypoint_score")
+    elif C == 3 and height[2].abs() > 2 * height[1].abs():
+        found.append("head and hips differ along z; where z is vertical, give --up z")
+    stay, swap = ((other[:, :, 1:] - place[:, :, :-1]).norm(dim=3).sum(1)
+                  for other in (place, place.flip(1)))         # (N, T - 1)
+    both = in_frame.all(1)[:, 1:] & in_frame.all(1)[:, :-1]
+    share = (both & (swap < stay / 2)).sum() / both.sum().clamp(min=1)
+    if data.persons == 2 and share > 0.02:
+        found.append(f"the two persons change places in {100 * share:.0f} % of the frames; give "
+                     "each the same place in all frames of a sequence")
+    return found
 
 # ----------------------------------------------------------- shared: checkpoints, progress, graphs
 
@@ -445,7 +522,10 @@ def save(path, kind, model, optimizer, epoch, log, settings, arguments, data: Da
     save_torch({"kind": kind, "model": state, "optimizer": optimizer.state_dict(), "epoch": epoch,
                 "log": log, "settings": asdict(settings), "model_settings": arguments,
                 "skeleton": data.skeleton, "layout": data.layout, "channels": data.channels,
-                **more}, path)
+                "persons": data.persons, "classes": data.classes, "scored": data.scored,
+                "pair": data.pair, "digest": data.digest, "normalisation": {
+                    "frames": settings.frames, "marks": data.marks, "score": arguments["score"],
+                    **view(settings)}, **more}, path)
     write_log(log, path)
 
 def write_log(rows, path):
@@ -453,7 +533,7 @@ def write_log(rows, path):
     text = io.StringIO()
     writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
     write_atomically(os.path.join(os.path.dirname(path), "log.csv"), text.getvalue().encode())
 
 def read_checkpoint(path, kinds):
@@ -476,17 +556,25 @@ def restore(checkpoint, path, model, optimizer):
     write_log(checkpoint["log"], path)  # the run may have died between its checkpoint and its log
     return checkpoint["epoch"] + 1, checkpoint["log"]
 
-def check_fit(checkpoint, path, data: Dataset):
-    """The data must have the skeleton, coordinates, scores and persons of the checkpoint."""
+def check_fit(checkpoint, path, data: Dataset, settings, say):
+    """The data must have the skeleton, coordinates, scores and persons of the checkpoint, and to
+    resume the same sequences; others are noted."""
     if not checkpoint:
         return
     shape = checkpoint["model_settings"]
     persons = (shape.get("strl") or shape).get("persons", data.persons)
     theirs = checkpoint["skeleton"], checkpoint["channels"], persons, shape["score"]
-    ours = data.skeleton, data.channels, data.persons, shape["score"] and data.score
+    ours = data.skeleton, data.channels, data.persons, shape["score"] and data.scored
     if theirs != ours:
         raise DataError(f"{path} was trained on {checkpoint['layout']} {theirs[1:]} (coordinates, "
                         f"persons, scores), got {data.layout} {ours[1:]}; expected the same")
+    if checkpoint["digest"] != data.digest:
+        same = sum(checkpoint["digest"]) == sum(data.digest)
+        found = "another split of the data" if same else "other data"
+        if settings.resume:
+            raise DataError(f"{path} was trained on {found}; --resume expects the same")
+        say(f"note: {path} was trained on {found}" + ": its training sequences may be among the "
+            "test sequences here" * same)
 
 class Progress:
     """One epoch: a live line on a terminal, one line at its end elsewhere; only rank 0 prints. A
