@@ -97,7 +97,7 @@ class Dataset:
                 f"{len(self.classes)} classes, {self.persons} person{'s' * (self.persons > 1)}, "
                 f"layout {self.layout} ({len(self.skeleton['joints'])} joints), {self.channels}D"
                 f"{' with scores' * self.scored}, {lengths.min()} to {lengths.max()} frames"
-                + "".join(f", {count} {what}" for what, count in self.repairs.items() if count))
+                + "".join(f", {count} {what}" for what, count in (+self.repairs).items()))
 
 # ------------------------------------------------------------------ sampling, normalising, batches
 

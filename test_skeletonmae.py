@@ -1829,6 +1829,156 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             close(model(*data.normalise(longer, skeleton, C, **how)),
                   load("runs/finetune/test_outputs.pt")["logits"])
 
+    def test_prediction(self):
+        """--predict and load_classifier give the test's probabilities; ghosts, gaps, padding."""
+        x = 50 + torch.rand(8, 2, 30, 5, 2)
+        score = (torch.rand(8, 2, 30, 5) > 0.2).float()
+        x[0, :, 4:9] = x[1, 1] = x[2, 1, 6:20] = x[3, :, 25:] = 0
+        x[4][score[4] == 0] = -1
+        score[5, 1, 2:] = 0
+        score = score * x.any(-1)
+        annotations = [dict(keypoint=x[n], keypoint_score=score[n], label=n % 3, frame_dir=f"n{n}")
+                       for n in range(8)]
+        every = [f"n{n}" for n in range(8)]
+        file = io.BytesIO()
+        NumpyPickler(file, 4).dump(dict(annotations=annotations, classes=["sit", "run", "eat"],
+                                        split=dict(train=every, test=every)))
+        self.write("own.pkl", file.getvalue())
+        for flags in ("", "--score --box", "--center frame"):
+            self.finetune(f"--data own.pkl --layout five.json --epochs 1 --out own {flags}")
+            expected = load("own/test_outputs.pt")["logits"].softmax(1)
+            classify = train_finetune.load_classifier("own/finetune.pt")
+            arrays = [torch.cat([x[n], score[n, ..., None]], -1) for n in range(8)]
+            names, found = classify(arrays)
+            close(found, expected)
+            alone = classify([arrays[1][0].double(), arrays[1]])[1]  # (T, V, C), and who is absent
+            close(alone, expected[[1, 1]])
+            os.rename("five.json", "away.json")
+            self.write("new.pkl", pickled([{k: a[k] for k in ("keypoint", "keypoint_score",
+                                                              "frame_dir")} for a in annotations]))
+            with contextlib.redirect_stderr(io.StringIO()) as notes:
+                with contextlib.redirect_stdout(io.StringIO()) as printed:
+                    train_finetune.main("--ckpt own/finetune.pt --predict new.pkl".split())
+            lines = printed.getvalue().splitlines()
+            self.assertRegex(notes.getvalue(), "note: 5 frames .*dropped\nnote: 1 persons")
+            os.rename("away.json", "five.json")
+            rows = [f"n{n},{names[n]},{expected[n].max():.4f}" for n in range(8)]
+            self.assertEqual(lines, ["name,class,probability", *rows])
+            self.assertLessEqual(set(names), {"sit", "run", "eat"})
+        for wrong, words in ((x[0, ..., :1], "keypoint"), (torch.rand(4, 6, 2), "6, 2.*expected 5")):
+            with self.assertRaisesRegex(DataError, words):
+                classify([wrong])
+
+    def test_export(self):
+        """normalise and classifier in one program, any number of frames, exact."""
+        class Deployed(torch.nn.Module):
+            def __init__(self, model, persons):
+                super().__init__()
+                self.model = model
+                self.packing = Packing(torch.ones(1, persons).bool(), "cpu")
+
+            def forward(self, x):
+                x, _ = data.normalise(x, FIVE, 3, 6)
+                return self.model(x, self.packing)
+
+        for persons in (1, 2):
+            model = Deployed(shaken(tiny_classifier(FIVE, 3, 4, persons)), persons)
+            frames = {2: torch.export.Dim("T", min=2, max=999)}
+            program = torch.export.export(
+                model, (torch.rand(1, persons, 9, 5, 3),), dynamic_shapes=(frames,))
+            torch.export.save(program, "deployed.pt2")
+            program = torch.export.load("deployed.pt2").module()
+            for T in (2, 9, 40):
+                x = torch.rand(1, persons, T, 5, 3)
+                x[:, :, 10:20] = 0
+                equal(program(x), model(x))
+
+    def test_unfinished_runs_stay(self):
+        """Without --resume or --overwrite; a finished one is replaced, and said to be."""
+        for script in (self.pretrain, self.finetune):
+            script(f"{self.data} --epochs 2 --out run")
+            self.assertIn("finished run", script(f"{self.data} --epochs 2 --out run"))
+            path, = Path("run").glob("*e.pt") if script == self.finetune else Path("run").glob("p*.pt")
+            saved = load(path)
+            saved["settings"]["epochs"] = 5
+            torch.save(saved, path)
+            message = script(f"{self.data} --epochs 2 --out run", 2)
+            self.assertRegex(message, r"unfinished run \(2 of 5.*--resume.*--out.*--overwrite")
+            script(f"{self.data} --epochs 1 --out run --overwrite")
+            shutil.rmtree("run")
+
+    def test_moved_data(self):
+        """A checkpoint knows its split and sequences, whatever the path; others are told."""
+        annotations = [dict(a, keypoint=torch.rand(1, 6, 13, 2)) for a in pyskl(12)]
+        names = [f"a{n}" for n in range(12)]
+        splits = dict(train=names[:6], test=names[6:], b_train=names[6:], b_val=names[:6])
+        self.write("two.pkl", pickled(annotations, **splits))
+        self.write("other.pkl", pickled([dict(a, frame_dir="x" + a["frame_dir"]) for a in annotations],
+                                        b_train=["xa0", "xa1"], b_val=["xa2"]))
+        self.finetune("--data two.pkl --split b --epochs 1")
+        os.makedirs("há\udcff\tb")
+        moved = shutil.move("two.pkl", "há\udcff\tb/two.pkl")
+
+        def run(*line):
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                train_finetune.main(["--device", "cpu", "--no-amp", *line])
+            return printed.getvalue()
+
+        fine = "--ckpt", "runs/finetune/finetune.pt", "--eval-only", "--out", "e", "--data"
+        printed = run(*fine, moved)
+        self.assertIn("b_train / b_val", printed)
+        self.assertNotIn("note:", printed)
+        self.assertIn("note: runs/finetune/finetune.pt was trained on another split of the data: its "
+                      "training sequences may", run(*fine, moved, "--split", "train,test"))
+        self.assertIn("on other data", run(*fine, "other.pkl"))
+        run("--resume", "--data", moved, "--epochs", "2")
+        run("--resume", "--epochs", "3")
+        with self.assertRaisesRegex(DataError, "on other data; --resume"):
+            run("--resume", "--data", "other.pkl", "--epochs", "4")
+
+    def test_labels_and_tests_are_optional(self):
+        """In pre-training; fine-tuning asks for both, and another set of classes has a new head."""
+        x = [dict(keypoint=torch.rand(1, 6, 5, 2), frame_dir=f"a{n}") for n in range(8)]
+        self.write("none.pkl", pickled(x, train=[a["frame_dir"] for a in x]))
+        line = "--data none.pkl --layout five.json --epochs 1"
+        self.assertIn("epoch 1/1", self.pretrain(line))
+        self.write("one.pkl", pickled([dict(x[0], label=0)]))
+        self.assertIn("no test sequences", self.finetune(line.replace("none", "one"), 2))
+        self.write("bare.pkl", pickled(x))
+        line = line.replace("none", "bare")
+        self.assertIn("joint_error", self.pretrain(line))
+        self.assertIn("has no label", self.finetune(line, 2))
+        for name, classes in (("few", 2), ("more", 3)):
+            self.write(f"{name}.pkl", pickled([dict(x[n % 8], label=n % classes, frame_dir=f"{n}")
+                                               for n in range(12)]))
+        self.finetune("--data few.pkl --layout five.json --epochs 1")
+        self.finetune("--ckpt runs/finetune/finetune.pt --data more.pkl --epochs 1 --out new")
+        self.assertEqual(load("new/finetune.pt")["classes"], ["0", "1", "2"])
+        before, after = (load(f"{f}/finetune.pt")["pretrained"] for f in ("runs/finetune", "new"))
+        self.assertNotIn("head.weight", after)
+        unknown = [dict(a, frame_dir=f"{n}", label=int(n > 9)) for n, a in enumerate(12 * x[:1])]
+        self.write("half.pkl", pickled(unknown, train=list("01234"), test=["5", "10", "11"]))
+        printed = self.finetune("--data half.pkl --layout five.json --epochs 1 --out half")
+        self.assertIn("note: 2 test sequences are of classes without a training sequence", printed)
+
+    def test_doubts(self):
+        """z-up data, persons who change places, long paths: a note each; its flag mends it."""
+        x = torch.randn(40, 2, 32, 25, 3) * 0.3 + torch.tensor([[[0.0]], [[5.0]]])[..., None]
+        x[..., 1] += 3 * torch.tensor([j in (2, 3) for j in range(25)])
+        swapped = x.clone()
+        swapped[:, :, ::4] = x[:, :, ::4].flip(1)
+        path = x + torch.linspace(0, 40, 32)[:, None, None]
+        for changed, words in ((x, None), (swapped, "the two persons change places in"),
+                               (path, "--center frame"), (x[..., [0, 2, 1]], "--up z")):
+            annotations = [dict(keypoint=a, label=0) for a in changed]
+            loaded = self.read("a.pkl", pickled(annotations))
+            found = train_pretrain.doubts(loaded, "y")
+            self.assertEqual(bool(found), bool(words))
+            self.assertIn(words or "", "; ".join(found))
+            self.assertEqual("--up" in "; ".join(found), "--up" in str(words))
+        self.assertEqual(train_pretrain.doubts(loaded, "z"), [])
+
     def test_notes(self):
         """A guessed layout, a score among the coordinates, few steps; else none."""
         x = 100 + torch.rand(10, 4, 1, 17, 3)
@@ -1895,7 +2045,9 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             (f"{fine} --strl-layers 3", "--strl-layers 3"), ("--milestones 3,-1", "--milestones"),
             (f"{pre} --box", "--box True.*runs/pretrain"), (f"{fine} --frames 9", "--frames 9"),
             ("--ckpt text.txt", "text.txt.*tensors"), ("--ckpt absent.pt", "absent.pt"),
-            ("--device tpu", "device.*tpu"), ("--eval-only", "--ckpt"))
+            ("--device tpu", "device.*tpu"), ("--eval-only", "--ckpt"), ("--predict a", "--ckpt"),
+            ("--mask-ratio 0.3", "flag of train_pretrain.py"), ("--zoom 3", "--zoom; --help"),
+            ("--momentum 2", "expected 0 to 1"), ("--clip -1", "expected 0 or more"))
         for script, lines in ((self.pretrain, pretraining), (self.finetune, finetuning)):
             for line, words in lines:
                 with self.subTest(line):

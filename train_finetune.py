@@ -323,8 +323,8 @@ def predict(settings: Settings):
     lines = csv.writer(sys.stdout)
     lines.writerow(("name", "class", "probability"))
     lines.writerows(zip(names, classes, (f"{p:.4f}" for p in probabilities.amax(1).tolist())))
-    for what, count in content.repairs.items():
-        print(f"note: {count} {what}" * bool(count), file=sys.stderr)
+    for what, count in (+content.repairs).items():  # those above 0
+        print(f"note: {count} {what}", file=sys.stderr)
 
 if __name__ == "__main__":
     shared.run(main)

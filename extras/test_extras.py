@@ -21,9 +21,13 @@ from pathlib import Path
 import data  # before torch: it silences torch's one remark about numpy
 from extras import benchmark, reliability, visualize
 from extras.drawing import FIGURES
+from data import Loader
+from skeletonmae import Packing, SkeletonClassifier, SkeletonMAE
+from test_skeletonmae import FIVE, ScriptCase, close
 import train_finetune
 import train_pretrain
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(data.__file__).parent
 TINY = "--synthetic-size 60 --device cpu --width 8 --hidden 8 --layers 1 --frames 8 --epochs 2"
@@ -397,10 +401,50 @@ class ReliabilityTest(unittest.TestCase):
                 found = data.load(f"{folder}/{name}")
                 joints = len(found.skeleton["joints"])
                 self.assertEqual((len(found.train), len(found.test), joints, found.channels), sizes)
-            self.assertTrue(found.score)
+            self.assertTrue(found.scored)
             self.assertEqual(found.train.frames[0, 0, :3].tolist(),
-                             [[1.0, 2.0, 1.0], [3.0, 4.0, 2.0], [5.0, 6.0, 3.0]])
+                             [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
         self.assertIs(sys.modules.get("numpy"), numpy)  # nothing stands in for it afterwards
+
+
+@unittest.skipUnless(torch.cuda.is_available(), "needs a GPU")
+class GpuTest(ScriptCase):
+    def test_same_batches_losses_and_gradients(self):
+        torch.set_float32_matmul_precision("highest")
+        train = data.load("tiny.pt", layout="five.json").train
+        shape = dict(width=8, hidden=8, layers=1, motion=True, bone=True, dropout=0.0)
+        mae = SkeletonMAE(FIVE, 3, mask_ratio=0.4, **shape)
+        classifier = SkeletonClassifier(FIVE, 3, 3, persons=2, attention_dropout=0.0, **shape)
+        models = torch.nn.ModuleList([mae, classifier])
+        mask = mae.draw(25, 8)
+        results = []
+        for device in ("cpu", "cuda"):
+            models.to(device).zero_grad()
+            batch, = Loader(train.to(device), FIVE, 3, 25, 8, False).epoch()
+            packing = Packing(batch.present, device)
+            loss = mae(batch.x, packing, mask)[0]
+            loss = loss + F.cross_entropy(classifier(batch.x, packing), batch.label)
+            loss.backward()
+            grads = [p.grad for p in models.parameters() if p.requires_grad]
+            results.append([value.detach().cpu() for value in (batch.x, loss, *grads)])
+        close(*results, rtol=1e-3, atol=1e-4)
+
+    def test_graphs_train_alike(self):
+        for script, name, flags in ((self.pretrain, "pretrain", "--micro-batch 4 --lr 0.01"),
+                                    (self.finetune, "finetune", "--clip 5")):
+            line = f"{self.data} --device cuda --no-amp --epochs 6 --batch-size 8 {flags}"
+            for graphs in ("graphs", "no-graphs"):
+                script(f"{line} --{graphs} --out {graphs}")
+            a, b = (load(graphs, f"{name}.pt")["log"] for graphs in ("graphs", "no-graphs"))
+            close([row["loss"] for row in a], [row["loss"] for row in b], rtol=1e-2, atol=1e-3)
+
+    def test_scripts(self):
+        printed = self.pretrain(f"{self.data} --device auto --amp --epochs 1")
+        self.assertIn("on cuda:0 in bfloat16", printed)
+        self.assertIn("epoch 3/3", self.pretrain("--device cuda --resume --epochs 3"))
+        self.finetune("--ckpt --amp --device cuda:0 --epochs 2 --batch-size 8")
+        self.assertIn("epoch 3/3", self.finetune("--device cuda --resume --epochs 3"))
+        self.assertIn("top-1", self.finetune("--ckpt runs/finetune/finetune.pt --eval-only"))
 
 
 class CoreTest(unittest.TestCase):

@@ -377,7 +377,7 @@ def reconstruct(checkpoint: dict, wanted: str | None, seed: int) -> tuple:
     whether y grows upwards."""
     settings, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
     with reading(os.path.join(settings["out"], "pretrain.pt"), "train_pretrain"):
-        data = shared.read_data(shared.Settings(**settings), lambda *_: None)
+        data = shared.read_data(shared.Settings(**settings), lambda *_: None, checkpoint)
         model = SkeletonMAE(**checkpoint["model_settings"]).eval()
         model.load_state_dict(checkpoint["model"])
     generator = torch.Generator().manual_seed(seed)
@@ -391,13 +391,12 @@ def reconstruct(checkpoint: dict, wanted: str | None, seed: int) -> tuple:
     chosen = (names + numbers).index(wanted) % len(names)
     frames = settings["frames"]
     half = data.test.subset([chosen])
-    loader = Loader(half, skeleton, C, 1, frames, box=settings["box"])
+    loader = Loader(half, skeleton, C, 1, frames, view=shared.view(shared.Settings(**settings)))
     batch = next(iter(loader.epoch()))
     mask = model.draw(1, frames, generator)
     guess = model.reconstruct(batch.x, batch.present, mask)[0][0]
     x = batch.x[0, ..., :C]
-    seen = (batch.x[0, ..., C:] > 0).all(-1)  # by its score; without scores all are
-    known = batch.in_frame[0, ..., None] & seen
+    known = batch.seen[0]
     head, leg = (float(data.test.frames[::7, 0, skeleton["parts"].get(part, [0]), 1].mean())
                  for part in ("head", "left_leg"))
     upwards = head > leg or head == leg and C == 3  # equal: there are no such parts
