@@ -46,8 +46,8 @@ class Sequences:
     start: Tensor     # (N,) int64, first frame of each sequence
     length: Tensor    # (N,) int64, frames of each sequence, at least 1
     label: Tensor     # (N,) int64, 0 to K - 1, or -1 where the file has none
-    present: Tensor   # (N, M) bool, stays on the CPU: who is there at all; `tidy` finds it
     names: list       # (N,) for messages
+    present: Tensor   # (N, M) bool, stays on the CPU: who is there at all
 
     def __len__(self):
         return len(self.start)
@@ -398,32 +398,26 @@ def tidy(data: Sequences, marks, scored, repairs):
     """Cuts the padding at the end of each sequence, and makes whole in place those that need it."""
     if not scored:
         data.seen[..., marks["origin"]] = data.seen.any(-1, keepdim=True)
-    in_frame = data.seen.any(2)
-    end = data.start + data.length - 1
-    last = torch.where(in_frame.any(1), torch.arange(len(in_frame)), -1).cummax(0).values
-    data.length = (last[end] - data.start + 1).clamp(min=1)
-    end = data.start + data.length - 1
-    flags = torch.stack([in_frame, in_frame & ~data.seen.all(2)], 2).long()
-    count, gaps = (flags.cumsum(0)[end] - flags.cumsum(0)[data.start] + flags[data.start]).unbind(2)
-    data.present = count > 0
-    needs = data.present & ((count < data.length[:, None]) | (gaps > 0))
-    for i in needs.any(1).nonzero()[:, 0].tolist():
-        first, length = int(data.start[i]), int(data.length[i])
-        x, seen = (flat[first:first + length].transpose(0, 1)[None]
-                   for flat in (data.frames, data.seen))
-        x, seen, present, kept, filled = make_whole(x, seen, marks)
-        left = int(kept.sum())
-        data.frames[first:first + left] = x[0, :, kept[0]].transpose(0, 1)
-        data.seen[first:first + left] = seen[0, :, kept[0]].transpose(0, 1)
-        repairs["frames without anyone dropped"] += length - left
-        repairs["persons seen in less than a tenth of the frames dropped"] += int(
-            (data.present[i] & ~present[0]).sum())
-        repairs["missing joints filled in"] += int(filled.sum())
-        data.length[i], data.present[i] = left, present[0]
-    nobody = ~data.present.any(1)
-    repairs["sequences without anyone"] += int(nobody.sum())
-    data.present[nobody, 0] = True  # an empty first person
-    return data
+    for i, (first, length) in enumerate(zip(data.start.tolist(), data.length.tolist())):
+        seen = data.seen[first:first + length]
+        present = seen.flatten(2).any(2).any(0)  # (M,)
+        frames = seen.flatten(1).any(1).nonzero()
+        length = int(frames[-1]) + 1 if len(frames) else 1
+        here = slice(first, first + length)
+        if not (data.seen[here] | ~present[:, None]).all():  # of a present person all is seen
+            x, seen, kept_persons, kept, filled = make_whole(
+                *(flat[here].transpose(0, 1)[None] for flat in (data.frames, data.seen)), marks)
+            length = int(kept.sum())
+            data.frames[first:first + length] = x[0, :, kept[0]].transpose(0, 1)
+            data.seen[first:first + length] = seen[0, :, kept[0]].transpose(0, 1)
+            repairs["frames without anyone dropped"] += int((~kept).sum())
+            repairs["persons seen in less than a tenth of the frames dropped"] += int(
+                (present & ~kept_persons[0]).sum())
+            repairs["missing joints filled in"] += int(filled.sum())
+            present = kept_persons[0]
+        repairs["sequences without anyone"] += int(not present.any())
+        present[0] |= not present.any()  # an empty first person
+        data.length[i], data.present[i] = length, present
 
 def flatten(sequences, labels, names, persons, score=False):
     """A list of (x (T, M, V, C), scores (T, M, V) or None), T and M may differ, in the one flat
@@ -440,17 +434,17 @@ def flatten(sequences, labels, names, persons, score=False):
         if score:
             part[:, :M, :, C] = 1 if scores is None else scores
     length = torch.tensor(lengths)
-    data = Sequences(frames, seen, length.cumsum(0) - length, length, labels, None, names)
-    check_numbers(torch.cat([part.abs().amax((1, 2, 3)) for part in frames.split(4096)]), data)
-    return data
+    return sequences_of(frames, seen, length.cumsum(0) - length, length, labels, names)
 
-def check_numbers(peak, data: Sequences):
-    """peak: the largest absolute value of each frame, (F,). NaN or above 1e9 is damage."""
-    wrong = (~(peak < 1e9)).nonzero()
-    if len(wrong):
-        name = data.names[int((data.start <= wrong[0]).sum()) - 1]
-        raise DataError(f"sequence {name} holds NaN, infinite or absurd numbers; expected finite "
-                        "ones below 1e9")
+def sequences_of(frames, *rest):
+    """Sequences of checked numbers; `tidy` finds out who is present. NaN or above 1e9 is damage."""
+    data = Sequences(frames, *rest, torch.zeros(len(rest[1]), frames.shape[1], dtype=torch.bool))
+    low, high = frames.aminmax()
+    if not (-1e9 < low and high < 1e9):
+        wrong = (~(frames.abs() < 1e9)).flatten(1).any(1).nonzero()[0]
+        raise DataError(f"sequence {data.names[int((data.start <= wrong).sum()) - 1]} holds NaN, "
+                        "infinite or absurd numbers; expected finite ones below 1e9")
+    return data
 
 # ------------------------------------------------------------------------- readers: npz and pickle
 
@@ -499,7 +493,10 @@ def read_npz(path):
     return arrays
 
 def read_labels(y, count):
-    """Integer labels (N,) from integers (N,), (N, 1) or a one-hot (N, K)."""
+    """Integer labels (N,) from integers (N,), (N, 1), a one-hot (N, K), or None: -1."""
+    if y is None:
+        return torch.full((count,), -1)
+    y = torch.as_tensor(y)
     if y.dim() == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.dim() == 2 and ((y != 0).sum(1) == 1).all():
@@ -537,15 +534,10 @@ def from_npz(path, skeleton, persons):
         frames = x.reshape(N * T, *divide_columns(columns, skeleton))
         if persons:
             frames = F.pad(frames, (0, 0, 0, 0, 0, persons - frames.shape[1]))
-        norms = [torch.linalg.vector_norm(part.float(), math.inf, dim=-1)
-                 for part in frames.split(4096)]  # a mapped array is not copied
-        label = torch.full((N,), -1)
-        if f"y_{half}" in arrays:
-            label = read_labels(arrays[f"y_{half}"], N)
-        halves[half] = Sequences(
-            frames, torch.cat([norm > 0 for norm in norms]), torch.arange(N) * T,
-            torch.full((N,), T), label, None, [f"{half}[{i}]" for i in range(N)])
-        check_numbers(torch.cat([norm.amax((1, 2)) for norm in norms]), halves[half])
+        seen = torch.cat([(part != 0).any(-1) for part in frames.split(4096)])
+        halves[half] = sequences_of(
+            frames, seen, torch.arange(N) * T, torch.full((N,), T),
+            read_labels(arrays.get(f"y_{half}"), N), [f"{half}[{i}]" for i in range(N)])
     return Content(halves)
 
 class _DType:
@@ -637,7 +629,7 @@ def read_annotation(annotation, channels=None, persons=2):
         x, score = x[kept], None if score is None else score[kept]
     return x.transpose(0, 1), None if score is None else score.transpose(0, 1)
 
-def from_annotations(annotations, score=False, channels=None, persons=None):
+def from_annotations(annotations, score=False, channels=None, persons=None, half=""):
     """The sequences of PYSKL's annotations, or of arrays. The list is emptied: what was read frees
     its memory. persons: M, by default the most that occur, 2 at most."""
     sequences, labels, names = [], [], []
@@ -660,7 +652,7 @@ def from_annotations(annotations, score=False, channels=None, persons=None):
     persons = persons or max(x.shape[1] for x, _ in sequences)
     scored = any(scores is not None for _, scores in sequences)
     data = flatten(sequences, torch.tensor(labels), names, persons, score and scored)
-    return Content({"": data}, scored=scored)
+    return Content({half: data}, scored=scored)
 
 def from_pyskl(path, score=False, channels=None, persons=None):
     """PYSKL's pickle, {"split": {name: [frame_dir]}, "annotations": [...]}, the bare list of
@@ -753,19 +745,19 @@ def read_torch(path):
             why = f"it asks for {asked[1]}, which is never loaded" if asked else brief(error)
             raise DataError(f"no file of plain tensors by torch.save ({why})") from None
 
-def from_pt(path, score, channels, persons):
+def from_pt(path, channels, persons):
     """A dict saved by torch: x_train, x_test lists of tensors (T, M, V, C), or (T, V, C) of one
     person, or one tensor (N, T, M, V, C); y_train, y_test labels; classes their names."""
     content, halves = read_torch(path), {}
     for half in ("train", "test"):
-        x, label = content.get(f"x_{half}"), content.get(f"y_{half}")
+        x = content.get(f"x_{half}")
         if x is not None:
-            label = len(x) * [-1] if label is None else read_labels(torch.as_tensor(label), len(x))
-            annotations = [
-                {"frame_dir": f"{half}[{i}]", "label": int(label[i]),
-                 "keypoint": s.detach() if s.dim() == 3 else s.detach().transpose(0, 1)}
-                for i, s in enumerate(x)]
-            halves[half] = from_annotations(annotations, score, channels, persons or 2).halves[""]
+            labels = read_labels(content.get(f"y_{half}"), len(x)).tolist()
+            annotations = [{"frame_dir": f"{half}[{i}]", "label": label, "keypoint": array.detach()
+                            if array.dim() == 3 else array.detach().transpose(0, 1)}
+                           for i, (array, label) in enumerate(zip(x, labels))]
+            halves |= from_annotations(annotations, half=half, channels=channels,
+                                       persons=persons or 2).halves
     return Content(halves, classes=content.get("classes"))
 
 def load_skeleton(layout):
@@ -800,7 +792,7 @@ def read(path, score=False, skeleton=None, channels=None, persons=None, marks=No
     """The sequences of a file, by the ending of its name. score: keep the scores as a last channel;
     skeleton, channels, persons, marks: where they are known, as of a checkpoint."""
     if path.endswith((".pt", ".pth")):
-        content = from_pt(path, score, channels, persons)
+        content = from_pt(path, channels, persons)
     elif path.endswith(".npz"):
         content = from_npz(path, skeleton, persons)
     elif path.endswith((".pkl", ".pickle")):

@@ -466,27 +466,23 @@ def introduce(settings, data: Dataset, model, train: Loader, device, amp, say):
 
 def doubts(data: Dataset, up):
     """What may be a mistake in the data, by 300 training sequences."""
-    C, parts, found = data.channels, data.skeleton["parts"], []
-    hips = data.skeleton["centre"]
+    C, found, hips = data.channels, [], data.skeleton["centre"]
+    raw = data.train.frames[:10_000, ..., :C]
     batch = next(Loader(data.train, data.skeleton, C, 300, 32, view={"up": up}).epoch())
-    x, in_frame = batch.x[..., :C], batch.seen.any(3)          # (N, M, T, V, C), (N, M, T)
-    place = x.mean(3)                                          # (N, M, T, C)
-    size = (x - place[:, :, :, None])[:, 0].square().sum(-1).mean((1, 2)).sqrt()
-    span = (place.amax(2) - place.amin(2))[:, 0].norm(dim=-1)
-    if (span / size).median() > 4:
+    x, place = batch.x[..., :C], batch.x[..., :C].mean(3)  # (N, M, T, V, C), (N, M, T, C)
+    if (place.amax(2) - place.amin(2))[:, 0].norm(dim=-1).median() > 2.6:  # body and path: 1
         found.append("people travel far beyond their size; where the path is not the action, try "
                      "--center frame")
-    height = (x[:, 0, :, parts.get("head", hips)].mean(2) - x[:, 0, :, hips].mean(2)).mean((0, 1))
-    raw = data.train.frames[:10_000, ..., :C]
+    head = x[:, 0][:, :, data.skeleton["parts"].get("head", hips)] - x[:, 0][:, :, hips[:1]]
+    height = head.mean((0, 1, 2)).abs()  # of the head above the hips, (C,)
     if C == 3 and 0 <= raw[..., 2].min() and raw[..., 2].max() <= 1 and raw.max() > 10:
         found.append("the third coordinate lies between 0 and 1, the others do not: a score is no "
                      "coordinate; in a pickle it is the keypoint_score")
-    elif C == 3 and height[2].abs() > 2 * height[1].abs():
+    elif C == 3 and height[2] > 2 * height[1]:
         found.append("head and hips differ along z; where z is vertical, give --up z")
     stay, swap = ((other[:, :, 1:] - place[:, :, :-1]).norm(dim=3).sum(1)
-                  for other in (place, place.flip(1)))         # (N, T - 1)
-    both = in_frame.all(1)[:, 1:] & in_frame.all(1)[:, :-1]
-    share = (both & (swap < stay / 2)).sum() / both.sum().clamp(min=1)
+                  for other in (place, place.flip(1)))  # (N, T - 1)
+    share = (swap < stay / 2)[batch.present.all(1)].double().mean()
     if data.persons == 2 and share > 0.02:
         found.append(f"the two persons change places in {100 * share:.0f} % of the frames; give "
                      "each the same place in all frames of a sequence")
