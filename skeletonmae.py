@@ -5,7 +5,8 @@ An independent implementation: the authors' code was never released. This file n
 torch, and works copied alone into another project:
 
     model = SkeletonMAE(SKELETONS["coco17"], channels=2)
-    model.scale.copy_(s)                         # root mean square distance from the centre
+    model.mean.copy_(mean)                       # of each joint over the training set, (V, C)
+    model.spread.copy_(spread)                   # root mean square distance from it, (V,)
     loss, prediction, mask = model(x)            # x (N, M, T, V, C), pre-training
     classifier = SkeletonClassifier(SKELETONS["coco17"], channels=2, classes=60, persons=2)
     classifier.load_pretrained(model.state_dict())
@@ -430,13 +431,15 @@ class SkeletonMAE(nn.Module):
     """The graph masked autoencoder (paper 3.1) with the layers of S Eq. 1.
 
     skeleton: an entry of SKELETONS or your own; channels: C, 2 or 3; motion, bone, score: further
-    input streams; mask_parts, mask_num_parts, mask_ratio: see draw_mask. The buffer `scale` is s,
-    the root mean square distance of the training joints from the centre, in the units of x.
+    input streams; mask_parts, mask_num_parts, mask_ratio: see draw_mask. The buffers `mean` (V, C)
+    and `spread` (V,) are of each joint over the training set, in the units of x: its mean and the
+    root mean square distance from it.
 
-    The target of a masked joint is its position in homogeneous coordinates, (x / s, y / s, [z / s,]
-    1): fixed, so it cannot collapse as a learned embedding could, and a zero error means the right
-    position, as it would not with the cosine of raw coordinates. Joints that were not seen never
-    count in the loss.
+    The target of a masked joint j is ((x - mean_j) / spread_j, 1), homogeneous coordinates: fixed,
+    so it cannot collapse as a learned embedding could, and a zero error means the right position,
+    as it would not with the cosine of raw coordinates. Without mean and spread all targets would
+    point nearly the same way, and the error of the mean pose would be close to zero. Joints that
+    were not seen never count in the loss.
 
     Ours, not the paper's: loss "squared", the squared error of the position; mask_segments: the
     frames fall into as many segments, each with a mask of its own; strl: arguments of STRLStack,
@@ -452,7 +455,8 @@ class SkeletonMAE(nn.Module):
         self.masking = {"parts": mask_parts, "num_parts": mask_num_parts, "ratio": mask_ratio}
         draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # refuses early
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("mean", torch.zeros(len(skeleton["joints"]), channels))
+        self.register_buffer("spread", torch.ones(len(skeleton["joints"])))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
         self.stacked = strl is not None
         if self.stacked:
@@ -479,8 +483,8 @@ class SkeletonMAE(nn.Module):
         return self.encoder(h, packing) if self.stacked else self.encoder(h)
 
     def decode(self, encoded, frames):
-        """Features of the encoder -> homogeneous coordinates (V, P, T, C + 1) in units of s; with
-        the squared loss the last of them is 1, not predicted. One graph layer (paper 3.1.3)."""
+        """Features of the encoder -> homogeneous coordinates (V, P, T, C + 1), as the target has
+        them; with the squared loss the last is 1, not predicted. One graph layer (paper 3.1.3)."""
         prediction = self.head(self.decoder(encoded)).float()
         prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :frames]
         return prediction if self.loss_kind == "cosine" else F.pad(prediction, (0, 1), value=1.0)
@@ -488,8 +492,8 @@ class SkeletonMAE(nn.Module):
     def loss(self, prediction, packed, selected):
         """Mean error of the selected joints. prediction: (V, P, T, C + 1), packed: (V, P, T, C
         [+ score]), selected: bool (V, P, T), masked and seen."""
-        position = packed[..., :self.channels] / self.scale
-        target = F.pad(position, (0, 1), value=1.0)  # homogeneous coordinates
+        mean, spread = self.mean[:, None, None], self.spread[:, None, None, None]
+        target = F.pad((packed[..., :self.channels] - mean) / spread, (0, 1), value=1.0)
         if self.loss_kind == "squared":
             return selected_mean((prediction - target).square().sum(-1), selected)
         return reweighted_cosine_error(prediction, target, selected, self.beta)
@@ -501,8 +505,8 @@ class SkeletonMAE(nn.Module):
         bool (N, M, T, V), the joints that count in the loss, by default those of the persons who
         are not all zero in a frame.
 
-        Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1) in
-        units of s, float32, zero for absent persons; the mask (N, 1 or T, V)."""
+        Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1), as
+        the target has them, float32, zero for absent persons; the mask (N, 1 or T, V)."""
         packing = packing_of(x, self.embedding, present)
         N, _, T, V, _ = x.shape
         if seen is None:
@@ -526,12 +530,14 @@ class SkeletonMAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x, present=None, mask=None):
-        """Puts the masked joints back (call eval() first): a prediction (p, w) stands for the
-        position s p / max(w, 0.01). Returns (coordinates (N, M, T, V, C) in the units of x, visible
-        joints as given and absent persons zero; the mask (N, 1 or T, V))."""
+        """Puts the masked joints back (call eval() first): a prediction (p, w) of joint j stands
+        for the position mean_j + spread_j p / max(w, 0.01). Returns (coordinates (N, M, T, V, C) in
+        the units of x, visible joints as given and absent persons zero; the mask (N, 1 or T, V)).
+        """
         C, packing = self.channels, packing_of(x, self.embedding, present)
         _, prediction, mask = self(x, packing, mask)
-        position = self.scale * prediction[..., :C] / prediction[..., C:].clamp(min=1e-2)
+        whitened = prediction[..., :C] / prediction[..., C:].clamp(min=1e-2)
+        position = self.mean + self.spread[:, None] * whitened
         joints = torch.where(mask[:, None, ..., None], position, x[..., :C])
         return packing.unpack(packing.pack(joints)), mask  # packing leaves absent persons zero
 

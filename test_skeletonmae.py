@@ -212,6 +212,12 @@ def shaken(module):
         value.copy_(torch.rand_like(value) + 0.5)
     return module.eval()
 
+def whiten_at_random(model):
+    """Gives a SkeletonMAE a mean and a spread for every joint, and returns them."""
+    model.mean.copy_(torch.randn_like(model.mean))
+    model.spread.copy_(torch.rand_like(model.spread) + 0.5)
+    return model.mean, model.spread
+
 def statistics(module):
     return {name: value for name, value in module.named_buffers() if "running" in name}
 
@@ -413,12 +419,12 @@ class PretrainingTest(Case):
         self.assertEqual(reweighted_cosine_error(target, -target, ~selected), 0)
 
     def test_loss(self):
-        """Paper Eq. 2 over masked joints that were seen; the target is (x/s, y/s, 1) (ours)."""
+        """Paper Eq. 2 over masked joints that were seen; the target is whitened (ours)."""
         absent = [(1, 1), (2, 0)]
         x = people(4, 2, 3, 5, 3, absent)
         x[3, 1, 2, :, :2] = 0
         model = shaken(tiny_mae(mask_num_parts=2, score=True, beta=3))
-        model.scale.fill_(1.7)
+        mean, spread = whiten_at_random(model)
         for seen in (None, torch.rand(4, 2, 3, 5) < 0.5):
             loss, prediction, mask = model(x, seen=seen)
             self.assertEqual((prediction.shape, mask.shape), ((4, 2, 3, 5, 3), (4, 1, 5)))
@@ -426,7 +432,7 @@ class PretrainingTest(Case):
             for n, m, t, v in grid(4, 2, 3, 5):
                 counts = x[n, m, t, v, :2].any() if seen is None else seen[n, m, t, v]
                 if mask[n, 0, v] and counts and (n, m) not in absent:
-                    target = torch.tensor([x[n, m, t, v, 0] / 1.7, x[n, m, t, v, 1] / 1.7, 1])
+                    target = F.pad((x[n, m, t, v, :2] - mean[v]) / spread[v], (0, 1), value=1.0)
                     y = prediction[n, m, t, v]
                     errors.append((1 - target @ y / target.norm() / y.norm()) ** 3)
             close(loss, sum(errors) / len(errors))
@@ -435,13 +441,13 @@ class PretrainingTest(Case):
         """Ours: the squared distance; every output frame predicts as many as the strides skip."""
         strl = dict(persons=2, frames=6, strl_layers=3, blocks=1, heads=2)
         model = shaken(tiny_mae(mask_ratio=0.4, loss="squared", mask_segments=2, strl=strl))
-        model.scale.fill_(1.7)
+        mean, spread = whiten_at_random(model)
         x = people(3, 2, 6, 5, 2, [(1, 1)])
         loss, prediction, mask = model(x)
         errors = []
         for n, m, t, v in grid(3, 2, 6, 5):
             if mask[n, t, v] and (n, m) != (1, 1):
-                error = x[n, m, t, v] / 1.7 - prediction[n, m, t, v, :2]
+                error = (x[n, m, t, v] - mean[v]) / spread[v] - prediction[n, m, t, v, :2]
                 errors.append(error.square().sum())
         close(loss, sum(errors) / len(errors))
         equal(mask, mask[:, [0, 0, 0, 3, 3, 3]])  # each segment has a mask of its own
@@ -453,12 +459,14 @@ class PretrainingTest(Case):
             of_frame = out[:, :, t // 4, 2 * (t % 4):][..., :2]
             equal(packing.pack(prediction)[:, :, t, :2], of_frame)
         coordinates, _ = model.reconstruct(x, mask=mask)
-        close(coordinates, torch.where(mask[:, None, ..., None], 1.7 * prediction[..., :2], x))
+        position = torch.stack([mean[v] + spread[v] * prediction[..., v, :2] for v in range(5)], 3)
+        position[1, 1] = 0  # absent
+        close(coordinates, torch.where(mask[:, None, ..., None], position, x))
 
     def test_reconstruct(self):
-        """A masked joint is s y / max(w, 0.01) (ours), visible ones stay, absent ones are 0."""
+        """A masked joint is mean + spread y / max(w, 0.01) (ours), others stay, absent ones 0."""
         model = shaken(tiny_mae())
-        model.scale.fill_(2.5)
+        mean, spread = whiten_at_random(model)
         x = people(3, 2, 4, 5, 2, absent=[(1, 1)])
         mask = torch.tensor([[False, False, True, True, False]] * 3)
         weights = model(x, mask=mask)[1][0, ..., [2, 3], 2]
@@ -467,7 +475,10 @@ class PretrainingTest(Case):
         weights = prediction[..., [2, 3], 2:]
         self.assertTrue((weights < 0).any() and (weights > 0).any())
         expected = x.clone()
-        expected[..., [2, 3], :] = 2.5 * prediction[..., [2, 3], :2] / weights.clamp(min=0.01)
+        for v in (2, 3):
+            weight = prediction[..., v, 2:].clamp(min=0.01)
+            expected[..., v, :] = mean[v] + spread[v] * prediction[..., v, :2] / weight
+        expected[1, 1] = 0
         x[1, 1] = float("nan")  # what an absent person's coordinates hold does not matter
         present = torch.tensor([[True, True], [True, False], [True, True]])
         for who in (present, Packing(present, "cpu")):
@@ -1540,29 +1551,31 @@ class MeasureTest(Case):
                 close(guess[n, :, t, v], x[n, :, t, joints].mean(1))
 
     def test_measures_against_loops(self):
-        """Scale and mean pose over whom frames show; errors of masked joints, in file units."""
+        """Target and mean pose over seen joints; errors of masked joints, in file units."""
         model = SkeletonMAE(FIVE, 3, 8, 8, mask_parts=("right_arm", "left_leg")).eval()
         source = sequences([5, 9, 3, 12, 2])
         source.seen[2:4, 1] = False  # out of sight for two frames
         source.seen[1, 0, 2] = False
         loader = Loader(source, FIVE, 3, 3, 6, False)
-        scale, mean_pose = train_pretrain.measure_scale(loader)
-        poses = ([], [])
-        squares = []
+        mean, spread, mean_pose = train_pretrain.measure_target(loader)
+        poses = {(m, v): [] for m, v in grid(2, 5)}
         sums = torch.zeros(2)
         count = 0
         for batch in loader.epoch():
-            for n, m, t in grid(len(batch.x), 2, 6):
-                x, seen = batch.x[n, m, t], batch.seen[n, m, t]
-                squares += x[seen].square().sum(-1).tolist()
-                if seen.any():
-                    poses[m].append(x)
-                    for v in (2, 3):  # their one neighbour is the root
+            for n, m, t, v in grid(len(batch.x), 2, 6, 5):
+                x = batch.x[n, m, t]
+                if batch.seen[n, m, t, v]:
+                    poses[m, v].append(x[v])
+                    if v in (2, 3):  # their one neighbour is the root
                         guesses = torch.stack([mean_pose[m, v], x[0]])
-                        sums += (guesses - x[v]).norm(dim=1) * batch.unit[n] * seen[v]
-                        count += int(seen[v])
-        close(scale, torch.tensor(squares).mean().sqrt())
-        close(mean_pose, torch.stack([torch.stack(person).mean(0) for person in poses]))
+                        sums += (guesses - x[v]).norm(dim=1) * batch.unit[n]
+                        count += 1
+        for v in range(5):
+            seen = torch.stack(poses[0, v] + poses[1, v])
+            close(mean[v], seen.mean(0))
+            close(spread[v], (seen - seen.mean(0)).square().sum(-1).mean().sqrt())
+            for m in range(2):
+                close(mean_pose[m, v], torch.stack(poses[m, v]).mean(0))
         errors = train_pretrain.reconstruction_error(model, loader, mean_pose)
         found = [errors["mean_pose_error"], errors["neighbour_error"]]
         close(found, (sums / count).tolist())
@@ -1688,8 +1701,10 @@ class ScriptTest(ScriptCase):
         train = training_batches(settings_of(train_pretrain, line, dataset), dataset)
         torch.manual_seed(0)
         model = SkeletonMAE(**trained["model_settings"])
-        model.scale.copy_(trained["model"]["scale"])
-        self.assertNotEqual(model.scale, 1)  # it was measured
+        for name in ("mean", "spread"):
+            measured = trained["model"][name]
+            self.assertFalse(measured.equal(getattr(model, name)), name)
+            getattr(model, name).copy_(measured)
         adam = Adam()
         for epoch in range(2):
             batch, = train.epoch(epoch)
@@ -1805,7 +1820,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         """Every flag in the README and in docs/ is known, every value within its bounds."""
         pages = [*FOLDER.glob("*.md"), *FOLDER.glob("docs/*.md")]
         text = "\n".join(page.read_text() for page in pages)
-        commands = re.findall(r"python (train_\w+)\.py([^&#|`\n]*)", text)
+        commands = re.findall(r"python (train_\w+)\.py([^&#|`>\n]*)", text)
         self.assertGreater(len(commands), 10)
         for script, words in commands:
             with self.subTest(words):
@@ -2055,7 +2070,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         self.assertEqual({path: path.read_bytes() for path in Path("runs").glob("*/*")}, before)
 
     def test_interrupted(self):
-        with patch.object(train_pretrain, "measure_scale", side_effect=KeyboardInterrupt):
+        with patch.object(train_pretrain, "measure_target", side_effect=KeyboardInterrupt):
             self.assertIn("--resume", self.pretrain(f"{self.data} --epochs 1", 130))  # Ctrl-C
 
     def test_a_loss_that_is_not_finite_stops_the_run(self):

@@ -109,8 +109,9 @@ def main(argv=None):
     torch.manual_seed(settings.seed)
     arguments = pretraining_arguments(settings, data)
     model = build(SkeletonMAE, **arguments).to(device)
-    scale, mean_pose = measure_scale(loader(settings, data, data.train, settings.batch_size))
-    model.scale.copy_(scale)
+    mean, spread, mean_pose = measure_target(loader(settings, data, data.train, forward_size))
+    model.mean.copy_(mean)
+    model.spread.copy_(spread)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
     first_epoch, log = restore(checkpoint, path, model, optimizer)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -165,17 +166,19 @@ def pretraining_arguments(settings, data: Dataset):
 
 # --------------------------------------------------------------------------------------- measuring
 
-def measure_scale(batches: Loader):
-    """s, the root mean square distance of joints from the origin, and the mean pose (M, V, C)."""
-    square = count = pose = frames = 0
+def measure_target(batches: Loader):
+    """What whitens the target, over the seen joints: each joint's mean (V, C) and spread (V,), the
+    root mean square distance from it, 0.01 at least; and each person's mean pose (M, V, C)."""
+    square = pose = count = 0
     for batch in batches.epoch():
-        joints, seen = batch.x[..., :batches.channels], batch.seen[..., None]
-        in_frame = seen.any(3, keepdim=True)
-        square = square + (joints * seen).square().sum()
-        count = count + seen.sum()
-        pose = pose + (joints * in_frame).sum((0, 2))
-        frames = frames + in_frame.sum((0, 2))
-    return (square / count.clamp(min=1)).sqrt(), pose / frames.clamp(min=1)
+        joints, seen = batch.x[..., :batches.channels].double(), batch.seen[..., None]
+        square = square + (joints * seen).square().sum((0, 1, 2, 4))
+        pose = pose + (joints * seen).sum((0, 2))
+        count = count + seen.sum((0, 2))  # (M, V, 1)
+    total = count.sum(0).clamp(min=1)
+    mean = pose.sum(0) / total
+    spread = (square / total[:, 0] - mean.square().sum(-1)).clamp(min=1e-4).sqrt()
+    return mean.float(), spread.float(), (pose / count.clamp(min=1)).float()
 
 def joint_distances(skeleton):
     """Edges on the shortest path between every two joints, (V, V); V where there is none."""
@@ -199,7 +202,7 @@ def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose):
     """Mean distance of the masked joints from where they are, in the units of the file: of the
     reconstruction, of the training set's mean pose, and of each joint's nearest visible joints."""
     model.eval()
-    C, device, distance = model.channels, model.scale.device, joint_distances(model.skeleton)
+    C, device, distance = model.channels, model.mean.device, joint_distances(model.skeleton)
     sums = 0
     for step, batch in enumerate(batches.epoch()):
         full = batch.x.to(device)
