@@ -47,7 +47,7 @@ class Sequences:
     length: Tensor    # (N,) int64, frames of each sequence, at least 1
     label: Tensor     # (N,) int64, 0 to K - 1, or -1 where the file has none
     names: list       # (N,) for messages
-    present: Tensor   # (N, M) bool, stays on the CPU: who is there at all
+    present: Tensor | None = None  # (N, M) bool, on the CPU: who is there at all; see `tidy`
 
     def __len__(self):
         return len(self.start)
@@ -66,6 +66,7 @@ class Sequences:
 class Content:
     """What a reader finds in a file."""
     halves: dict                 # Sequences of "train", "test", or "" where they are to divide
+    channels: int                # C, the score not counted
     scored: bool = False         # there are joint scores
     splits: dict | None = None   # name of a split -> names of its sequences
     classes: list | None = None  # names of the classes 0 to K - 1
@@ -395,7 +396,14 @@ def make_whole(x, seen, marks):
     return x, seen, present, in_frame.any(1), in_frame[..., None] & ~known
 
 def tidy(data: Sequences, marks, scored, repairs):
-    """Cuts the padding at the end of each sequence, and makes whole in place those that need it."""
+    """Checks the numbers, cuts the padding at the end of each sequence, and makes whole in place
+    those that need it."""
+    low, high = data.frames.aminmax()
+    if not (-1e9 < low and high < 1e9):
+        wrong = (~(data.frames.abs() < 1e9)).flatten(1).any(1).nonzero()[0]
+        raise DataError(f"sequence {data.names[int((data.start <= wrong).sum()) - 1]} holds NaN, "
+                        "infinite or absurd numbers; expected finite ones below 1e9")
+    data.present = torch.zeros(len(data), data.frames.shape[1], dtype=torch.bool)
     if not scored:
         data.seen[..., marks["origin"]] = data.seen.any(-1, keepdim=True)
     for i, (first, length) in enumerate(zip(data.start.tolist(), data.length.tolist())):
@@ -415,8 +423,10 @@ def tidy(data: Sequences, marks, scored, repairs):
                 (present & ~kept_persons[0]).sum())
             repairs["missing joints filled in"] += int(filled.sum())
             present = kept_persons[0]
-        repairs["sequences without anyone"] += int(not present.any())
-        present[0] |= not present.any()  # an empty first person
+        if not present.any():
+            repairs["sequences without anyone"] += 1
+            data.frames[first] = 0  # an empty first person
+            present[0] = True
         data.length[i], data.present[i] = length, present
 
 def flatten(sequences, labels, names, persons, score=False):
@@ -434,17 +444,7 @@ def flatten(sequences, labels, names, persons, score=False):
         if score:
             part[:, :M, :, C] = 1 if scores is None else scores
     length = torch.tensor(lengths)
-    return sequences_of(frames, seen, length.cumsum(0) - length, length, labels, names)
-
-def sequences_of(frames, *rest):
-    """Sequences of checked numbers; `tidy` finds out who is present. NaN or above 1e9 is damage."""
-    data = Sequences(frames, *rest, torch.zeros(len(rest[1]), frames.shape[1], dtype=torch.bool))
-    low, high = frames.aminmax()
-    if not (-1e9 < low and high < 1e9):
-        wrong = (~(frames.abs() < 1e9)).flatten(1).any(1).nonzero()[0]
-        raise DataError(f"sequence {data.names[int((data.start <= wrong).sum()) - 1]} holds NaN, "
-                        "infinite or absurd numbers; expected finite ones below 1e9")
-    return data
+    return Sequences(frames, seen, length.cumsum(0) - length, length, labels, names)
 
 # ------------------------------------------------------------------------- readers: npz and pickle
 
@@ -535,10 +535,12 @@ def from_npz(path, skeleton, persons):
         if persons:
             frames = F.pad(frames, (0, 0, 0, 0, 0, persons - frames.shape[1]))
         seen = torch.cat([(part != 0).any(-1) for part in frames.split(4096)])
-        halves[half] = sequences_of(
-            frames, seen, torch.arange(N) * T, torch.full((N,), T),
-            read_labels(arrays.get(f"y_{half}"), N), [f"{half}[{i}]" for i in range(N)])
-    return Content(halves)
+        label = read_labels(arrays.get(f"y_{half}"), N)
+        halves[half] = Sequences(frames, seen, torch.arange(N) * T, torch.full((N,), T), label,
+                                 [f"{half}[{i}]" for i in range(N)])
+    if "train" not in halves:
+        raise DataError("no x_train; expected x_train and, to fine-tune, x_test")
+    return Content(halves, frames.shape[3])
 
 class _DType:
     """Stands in for numpy.dtype."""
@@ -596,12 +598,10 @@ def numbers(value, what):
     value = torch.as_tensor(value)
     return value if value.is_floating_point() else value.float()
 
-def read_annotation(annotation, channels=None, persons=2):
-    """(x (T, M, V, C), scores (T, M, V) or None) of a dict with `keypoint`, or of an array alone.
-    channels: C, where it is known; one more is then the score. Of more persons than `persons` stay
-    those with the highest mean score, without scores those that move most."""
-    if not isinstance(annotation, dict):
-        annotation = {"keypoint": annotation}
+def read_annotation(annotation, channels, persons):
+    """(x (T, M, V, C), scores (T, M, V) or None) of a dict with `keypoint`. channels: C, or None;
+    one more is then the score. Of more persons than `persons` stay those with the highest mean
+    score, without scores those that move most."""
     if "keypoint" not in annotation:
         raise DataError(f"no keypoint; got {', '.join(map(str, annotation))}")
     x, score = numbers(annotation["keypoint"], "keypoint"), annotation.get("keypoint_score")
@@ -613,46 +613,48 @@ def read_annotation(annotation, channels=None, persons=2):
         raise DataError(f"keypoint {tuple(x.shape)}; expected (M, T, V, C) or (T, V, C), persons "
                         f"before frames, none of them 0, C {channels or '2 or 3'}; a score belongs "
                         "in keypoint_score")
-    in_frame = (x != 0).any(3)  # (M, T, V)
     if score is not None:
         score = numbers(score, "keypoint_score")
         score = score[None] if score.dim() == 2 else score
         if score.shape != x.shape[:3]:
             raise DataError(f"keypoint_score {tuple(score.shape)}; expected {tuple(x.shape[:3])}")
-        rank = (score * in_frame).float().mean((1, 2))
-    else:
-        in_frame = in_frame.any(2)  # (M, T); who comes or goes does not move by that
-        moved = x.diff(dim=1).abs().float().sum((2, 3)) * (in_frame[:, 1:] & in_frame[:, :-1])
-        rank = torch.where(in_frame.any(1), moved.sum(1), -1)
     if len(x) > persons:
+        there = (x != 0).any(3)  # (M, T, V)
+        if score is None:
+            in_frame = there.any(2)  # who comes or goes does not move by that
+            moved = x.diff(dim=1).abs().float().sum((2, 3)) * in_frame[:, 1:] * in_frame[:, :-1]
+            rank = torch.where(in_frame.any(1), moved.sum(1), -1)
+        else:
+            rank = (score * there).float().mean((1, 2))
         kept = rank.topk(persons).indices.sort().values
         x, score = x[kept], None if score is None else score[kept]
     return x.transpose(0, 1), None if score is None else score.transpose(0, 1)
 
-def from_annotations(annotations, score=False, channels=None, persons=None, half=""):
+def from_annotations(annotations, score=False, channels=None, persons=None):
     """The sequences of PYSKL's annotations, or of arrays. The list is emptied: what was read frees
     its memory. persons: M, by default the most that occur, 2 at most."""
     sequences, labels, names = [], [], []
     for i, annotation in enumerate(annotations):
-        has = annotation.get if isinstance(annotation, dict) else {}.get
-        names.append(str(has("frame_dir", i)))
-        label = has("label")
+        if not isinstance(annotation, dict):
+            annotation = {"keypoint": annotation}
+        names.append(str(annotation.get("frame_dir", i)))
+        label = annotation.get("label", -1)  # -1: none
         label = label.tensor.tolist() if isinstance(label, _Array) else label
         try:
+            if type(label) is not int or label < -1:
+                raise DataError(f"label {label!r}; expected an integer from 0, or none")
             sequences.append(read_annotation(annotation, channels, persons or 2))
             shape, first = (tuple(x.shape[2:]) for x, _ in (sequences[-1], sequences[0]))
             if shape != first:
                 raise DataError(f"{shape} joints and coordinates, the first has {first}")
-            if label is not None and (type(label) is not int or label < -1):
-                raise DataError(f"label {label!r}; expected an integer from 0, or none")
         except DataError as error:
             raise DataError(f"annotation {names[-1]!r}: {error}") from None
-        labels.append(-1 if label is None else label)
+        labels.append(label)
         annotations[i] = None
     persons = persons or max(x.shape[1] for x, _ in sequences)
     scored = any(scores is not None for _, scores in sequences)
     data = flatten(sequences, torch.tensor(labels), names, persons, score and scored)
-    return Content({half: data}, scored=scored)
+    return Content({"": data}, first[1], scored)
 
 def from_pyskl(path, score=False, channels=None, persons=None):
     """PYSKL's pickle, {"split": {name: [frame_dir]}, "annotations": [...]}, the bare list of
@@ -748,17 +750,16 @@ def read_torch(path):
 def from_pt(path, channels, persons):
     """A dict saved by torch: x_train, x_test lists of tensors (T, M, V, C), or (T, V, C) of one
     person, or one tensor (N, T, M, V, C); y_train, y_test labels; classes their names."""
-    content, halves = read_torch(path), {}
+    content, annotations, splits = read_torch(path), [], {}
     for half in ("train", "test"):
-        x = content.get(f"x_{half}")
-        if x is not None:
-            labels = read_labels(content.get(f"y_{half}"), len(x)).tolist()
-            annotations = [{"frame_dir": f"{half}[{i}]", "label": label, "keypoint": array.detach()
-                            if array.dim() == 3 else array.detach().transpose(0, 1)}
-                           for i, (array, label) in enumerate(zip(x, labels))]
-            halves |= from_annotations(annotations, half=half, channels=channels,
-                                       persons=persons or 2).halves
-    return Content(halves, classes=content.get("classes"))
+        x = content.get(f"x_{half}", ())
+        splits[half] = [f"{half}[{i}]" for i in range(len(x))]
+        labels = read_labels(content.get(f"y_{half}"), len(x)).tolist()
+        annotations += [{"frame_dir": name, "label": label, "keypoint": array.detach()
+                         if array.dim() == 3 else array.detach().transpose(0, 1)}
+                        for name, label, array in zip(splits[half], labels, x)]
+    found = from_annotations(annotations, False, channels, persons)
+    return replace(found, splits=splits, classes=content.get("classes"))
 
 def load_skeleton(layout):
     """A layout by name, or from a JSON file with the arguments of make_skeleton."""
@@ -799,16 +800,15 @@ def read(path, score=False, skeleton=None, channels=None, persons=None, marks=No
         content = from_pyskl(path, score, channels, persons)
     else:
         raise DataError("its name ends in neither .npz, .pkl nor .pt")
-    return complete(content, score, marks)
+    return complete(content, marks)
 
-def complete(content: Content, score, marks=None):
+def complete(content: Content, marks=None):
     """Finds or takes the marks, and makes the sequences whole."""
     halves = list(content.halves.values())
-    if not halves or content.scored and not any(half.seen.any() for half in halves):
+    if content.scored and not any(half.seen.any() for half in halves):
         raise DataError("no joint score is above 0; expected 1 for a joint that is there, 0 for a "
-                        "missing one, or a confidence" if halves else "no x_train and no x_test")
-    channels = halves[0].frames.shape[3] - (score and content.scored)
-    content.marks = marks or find_marks(halves[0], channels, content.scored)
+                        "missing one, or a confidence")
+    content.marks = marks or find_marks(halves[0], content.channels, content.scored)
     for half in halves:
         tidy(half, content.marks, content.scored, content.repairs)
     return content
@@ -820,28 +820,25 @@ def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1
     layout and split name no others. Raises DataError for what is in a file, OSError for the
     file."""
     skeleton = skeleton or (load_skeleton(layout) if layout else None)
-    path = path and os.fspath(path)
     with reading(path):
         if path:
-            content = read(path, score, skeleton)
+            content = read(os.fspath(path), score, skeleton)
         else:
-            content = Content({"": stick_figures(synthetic_size)}, classes=list(ACTIONS))
-            complete(content, score)
+            figures = stick_figures(synthetic_size)
+            content = complete(Content({"": figures}, 2, classes=list(ACTIONS)))
         if "" in content.halves:
             train, test, note, pair = divide(content, split, pair, test_fraction)
         elif split:
             raise DataError(f"it has one split, and --split {split} was asked for; leave it out")
         else:
-            if "train" not in content.halves:
-                raise DataError("no x_train; expected x_train and, to fine-tune, x_test")
             train, pair, note = content.halves["train"], (), "x_train / x_test"
             test = content.halves.get("test") or train.subset([])
-        return assemble(content, train, test, layout, skeleton, note, pair,
-                        train.frames.shape[3] - (score and content.scored))
+        return assemble(content, train, test, layout, skeleton, note, pair)
 
-def assemble(content: Content, train, test, layout, skeleton, note, pair, channels):
+def assemble(content: Content, train, test, layout, skeleton, note, pair):
     """Finds the layout and checks it; the classes are the names in the file, which the labels
     number, or the labels that occur, which then become 0 to K - 1."""
+    channels = content.channels
     V = train.frames.shape[2]
     if train.frames.shape[1:] != test.frames.shape[1:] or not train.seen.any():
         raise DataError("expected anyone in the training sequences, and the same persons, joints "

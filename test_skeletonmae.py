@@ -942,7 +942,7 @@ def sequences(lengths=(5, 9, 3, 12)):
         part[:, 1] = 0
     names = [f"s{n}" for n in range(len(parts))]
     made = data.flatten([(part, None) for part in parts], torch.arange(len(parts)) % 2, names, 2)
-    return data.complete(data.Content({"": made}), False).halves[""]
+    return data.complete(data.Content({"": made}, 3)).halves[""]
 
 def plain_normalise(x, centre: list, seen=None):
     """One sequence (M, T, V, C) centred and scaled with loops: (x, unit). seen: bool (M, T, V)."""
@@ -1294,6 +1294,12 @@ class PresenceTest(Case):
             self.assertEqual((found.marks["origin"], found.repairs.total()), ([3], 0))
         with self.assertRaisesRegex(DataError, "no joint score is above 0"):
             self.load(self.x, -scores)
+        scores[0] = 0  # nobody is seen: one empty person, whatever stands there
+        found = self.load(self.x, scores)
+        self.assertIn("1 sequences without anyone", str(found))
+        for half in (found.train, found.test):
+            batch, = Loader(half, SKELETONS["penn13"], 2, 9, 20).epoch()
+            self.assertTrue(batch.present.any(1).all() and batch.x.abs().max() < 9)
 
 class OwnFileTest(Case):
     """What a user's own file may look like."""
@@ -2010,6 +2016,16 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         for script in (self.pretrain, self.finetune):
             printed = script(f"{self.data} --epochs 1 --recipe small --repeat 2 --out new")
             self.assertNotIn("note:", printed.replace("note: the masked joints", ""))
+
+    def test_odd_surroundings(self):
+        """A terminal that lacks a character of the path; WORLD_SIZE without torchrun."""
+        os.rename("tiny.pt", "日本.pt")
+        line = f"{TINY} --data 日本.pt --layout five.json --epochs 1"
+        for variable, status in (({"PYTHONIOENCODING": "cp1252"}, 0), ({"WORLD_SIZE": "2"}, 2)):
+            done = subprocess.run([sys.executable, train_pretrain.__file__, *line.split()],
+                                  env=os.environ | variable, capture_output=True)
+            self.assertEqual((done.returncode, done.stderr.count(b"\n")), (status, status // 2))
+        self.assertRegex(done.stderr.decode(), "WORLD_SIZE is 2.*torchrun")
 
     def test_bfloat16_by_default(self):
         """Where the CPU has instructions for it; off where torch cannot tell, or --no-amp."""

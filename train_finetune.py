@@ -297,7 +297,7 @@ def load_classifier(path, device="cpu"):
     def classify(arrays):
         content = arrays
         if not isinstance(content, Content):
-            content = complete(from_annotations(list(arrays), score, C, persons), score, marks)
+            content = complete(from_annotations(list(arrays), score, C, persons), marks)
         logits = []
         for half in content.halves.values():
             if half.frames.shape[2:] != (len(saved["skeleton"]["joints"]), C + score):
