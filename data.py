@@ -631,8 +631,8 @@ def read_annotation(annotation, channels, persons):
     return x.transpose(0, 1), None if score is None else score.transpose(0, 1)
 
 def from_annotations(annotations, score=False, channels=None, persons=None):
-    """The sequences of PYSKL's annotations, or of arrays. The list is emptied: what was read frees
-    its memory. persons: M, by default the most that occur, 2 at most."""
+    """The sequences of PYSKL's annotations, or of arrays. persons: M, by default the most that
+    occur, 2 at most."""
     sequences, labels, names = [], [], []
     for i, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
@@ -650,7 +650,6 @@ def from_annotations(annotations, score=False, channels=None, persons=None):
         except DataError as error:
             raise DataError(f"annotation {names[-1]!r}: {error}") from None
         labels.append(label)
-        annotations[i] = None
     persons = persons or max(x.shape[1] for x, _ in sequences)
     scored = any(scores is not None for _, scores in sequences)
     data = flatten(sequences, torch.tensor(labels), names, persons, score and scored)
@@ -727,8 +726,8 @@ def find_split(splits, wanted):
     elif wanted:
         fits = [pair for pair in pairs if wanted in (*pair, pair[0].removesuffix("_train"))]
     else:
-        alone = [(name, "") for name in splits if not pairs and (name == "train" or len(splits) < 2)]
-        fits = obvious or alone or pairs * (len({a for a, _ in pairs}) < 2)
+        alone = [(name, "") for name in splits if name == "train" or len(splits) == 1]
+        fits = obvious or pairs * (len({a for a, _ in pairs}) == 1) or alone * (not pairs)
     if not fits:
         raise DataError(f"no {f'split {wanted}' if wanted else 'obvious split'} among "
                         f"{', '.join(sorted(splits))}; name a pair, as in --split xsub or --split "

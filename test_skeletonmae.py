@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from data import Augmentation, DataError, Loader
 from skeletonmae import (SKELETONS, Attention, AttentionBlock, GraphConvolution, GraphEncoder,
                          JointEmbedding, LinearProbe, Packing, SkeletonClassifier, SkeletonMAE,
-                         TemporalPooling, bone_parents, draw_mask, make_skeleton, normalized_adjacency,
-                         reweighted_cosine_error)
+                         TemporalPooling, bone_parents, draw_mask, make_skeleton,
+                         normalized_adjacency, reweighted_cosine_error)
 
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -509,8 +509,9 @@ class FinetuningTest(Case):
     def test_shapes_are_checked(self):
         classifier = tiny_classifier(STAR, 2, 3)
         x = torch.randn(2, 1, 4, 5, 2)
-        for wrong, words in ((x[:, 0], r"Tensor \(2, 4, 5, 2"), (x.tolist(), "list"), (x / 0, "finite"),
-                             (torch.randn(2, 2, 4, 5, 2), r"\(2, 2"), (0 * x, "none all zero"),
+        for wrong, words in ((x[:, 0], r"Tensor \(2, 4, 5, 2"), (x.tolist(), "list"),
+                             (x / 0, "finite"), (torch.randn(2, 2, 4, 5, 2), r"\(2, 2"),
+                             (0 * x, "none all zero"),
                              (torch.randn(2, 1, 4, 5, 3), "5, 3")):  # a third coordinate, no score
             with self.assertRaisesRegex(ValueError, r"expected.*\(N, 1, T, 5, 2\).*" + words):
                 classifier(wrong)
@@ -919,7 +920,7 @@ class ReaderTest(Case):
         self.assertTrue(os.path.exists("ran"))
 
     def test_pt(self):
-        """Sequences in their precision, padding cut; T and M may differ, who is missing is absent."""
+        """Sequences in their precision, padding cut; T and M may differ."""
         shapes = [(4, 1, 17, 2), (6, 2, 17, 2), (2, 1, 17, 2)]
         x = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
         x[1].data[4:] = 0
@@ -1041,7 +1042,8 @@ class BatchTest(Case):
             close(y[n], plain_boxed(x[n]))
             close(y[n].diff(dim=2) * unit[n], x[n].diff(dim=2))
         changes = Augmentation(60, 0.1, 0.1, crop=0.5)
-        loader = Loader(sequences(), layout, 3, 4, 6, True, augmentation=changes, view={"box": True})
+        loader = Loader(sequences(), layout, 3, 4, 6, True, augmentation=changes,
+                        view={"box": True})
         batch, = loader.epoch()
         for n in range(4):
             seen = batch.x[n][batch.seen[n]]
@@ -1217,10 +1219,10 @@ class PresenceTest(Case):
         return self.read("a.pkl", pickled(annotations), layout="penn13", test_fraction=0.5)
 
     def same(self, found, expected=None):
-        expected = expected or self.clean
+        layout = SKELETONS["penn13"]
         for half in ("train", "test"):
-            a, b = (next(iter(Loader(getattr(d, half), COCO | {"centre": [7, 8]}, 2, 9, 20).epoch()))
-                    for d in (found, expected))
+            a, b = (next(iter(Loader(getattr(d, half), layout, 2, 9, 20).epoch()))
+                    for d in (found, expected or self.clean))
             close([a.x, a.present], [b.x, b.present])
 
     def test_frames_without_anyone(self):
@@ -1232,16 +1234,11 @@ class PresenceTest(Case):
         self.same(found)
         self.assertIn("48 frames without anyone dropped", str(found))  # the end is padding
         self.same(self.load(x, (x != 0).any(-1).float()))
-        columns = F.pad(x.transpose(1, 2), (0, 1)).flatten(2)  # as 3D
-        y = torch.arange(4) % 2
+        columns, y = x.transpose(1, 2).flatten(2), torch.arange(4) % 2
         npz = ctr_gcn(x_train=columns, x_test=columns, y_train=y, y_test=y)
-        found = self.read("a.npz", npz, layout=self.json(26 * 3 // 6))
-        self.assertEqual(found.train.length.tolist(), [20] * 4)
-
-    def json(self, V):
-        layout = FIVE | {"joints": [f"j{v}" for v in range(V)]}
-        self.write("v.json", json.dumps(layout).encode())
-        return "v.json"
+        train = self.read("a.npz", npz, layout="penn13").train
+        for n, (start, length) in enumerate(zip(train.start.tolist(), train.length.tolist())):
+            equal(train.frames[start:start + length], self.x[n].transpose(0, 1))
 
     def test_a_person_out_of_sight(self):
         """Keeps the pose of the nearest frame, and counts in no origin, unit or loss."""
@@ -1281,8 +1278,8 @@ class PresenceTest(Case):
         scores = (~hidden).float()
         zeros = self.load(self.x.masked_fill(hidden[..., None], 0), scores)
         for place in ((-1.0, -1.0), (0.5, 7.0)):
-            self.same(self.load(torch.where(hidden[..., None], torch.tensor(place), self.x), scores),
-                      zeros)
+            placed = torch.where(hidden[..., None], torch.tensor(place), self.x)
+            self.same(self.load(placed, scores), zeros)
         self.same(self.load(self.x.masked_fill(hidden[..., None], 0)), zeros)
         self.assertIn(f"{int(hidden.sum())} missing joints filled in", str(zeros))
         guess = self.load(self.x, scores)  # where they stand is of use
@@ -1323,7 +1320,8 @@ class OwnFileTest(Case):
     def test_shapes_and_labels(self):
         """(T, V, C), bare arrays and one annotation are read; what is not names the cause."""
         x = torch.rand(7, 13, 2)
-        for content in ([x, x], [dict(keypoint=x), dict(keypoint=x[None], keypoint_score=1 + x[..., 0])]):
+        scored = dict(keypoint=x[None], keypoint_score=1 + x[..., 0])
+        for content in ([x, x], [dict(keypoint=x), scored]):
             found = self.read("a.pkl", pickled(content), test_fraction=0.5)
             self.assertEqual((len(found.train), found.classes), (1, []))
             equal(found.train.frames[:7, 0], x)
@@ -1832,24 +1830,6 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             with self.subTest(words):
                 settings_of(sys.modules[script], words.replace("...", ""))
 
-    def test_own_sequences(self):
-        """The README's lines: data.normalise and the model give the logits of the test run."""
-        x = torch.randn(12, 2, 7, 20, 3) + 3
-        x[::2, 1] = 0
-        x[::3, :, 5:] = 0
-        flat = x.transpose(1, 2).flatten(2)
-        y = torch.arange(12) % 3
-        self.write("own.npz", ctr_gcn(x_train=flat, y_train=y, x_test=flat, y_test=y))
-        longer = F.pad(x, (0, 0, 0, 0, 0, 9))  # zero frames at the end change nothing
-        for flags in ("", "--box"):
-            self.finetune(f"--data own.npz --epochs 1 {flags}")
-            run = load("runs/finetune/finetune.pt")
-            model = SkeletonClassifier(**run["model_settings"]).eval()
-            model.load_state_dict(run["model"])
-            skeleton, C, how = (run[key] for key in ("skeleton", "channels", "normalisation"))
-            close(model(*data.normalise(longer, skeleton, C, **how)),
-                  load("runs/finetune/test_outputs.pt")["logits"])
-
     def test_prediction(self):
         """--predict and load_classifier give the test's probabilities; ghosts, gaps, padding."""
         x = 50 + torch.rand(8, 2, 30, 5, 2)
@@ -1886,7 +1866,8 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             rows = [f"n{n},{names[n]},{expected[n].max():.4f}" for n in range(8)]
             self.assertEqual(lines, ["name,class,probability", *rows])
             self.assertLessEqual(set(names), {"sit", "run", "eat"})
-        for wrong, words in ((x[0, ..., :1], "keypoint"), (torch.rand(4, 6, 2), "6, 2.*expected 5")):
+        for wrong, words in ((x[0, ..., :1], "keypoint"),
+                             (torch.rand(4, 6, 2), "6, 2.*expected 5")):
             with self.assertRaisesRegex(DataError, words):
                 classify([wrong])
 
@@ -1916,10 +1897,10 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
 
     def test_unfinished_runs_stay(self):
         """Without --resume or --overwrite; a finished one is replaced, and said to be."""
-        for script in (self.pretrain, self.finetune):
+        for script, path in ((self.pretrain, "run/pretrain.pt"),
+                             (self.finetune, "run/finetune.pt")):
             script(f"{self.data} --epochs 2 --out run")
             self.assertIn("finished run", script(f"{self.data} --epochs 2 --out run"))
-            path, = Path("run").glob("*e.pt") if script == self.finetune else Path("run").glob("p*.pt")
             saved = load(path)
             saved["settings"]["epochs"] = 5
             torch.save(saved, path)
@@ -1934,8 +1915,8 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         names = [f"a{n}" for n in range(12)]
         splits = dict(train=names[:6], test=names[6:], b_train=names[6:], b_val=names[:6])
         self.write("two.pkl", pickled(annotations, **splits))
-        self.write("other.pkl", pickled([dict(a, frame_dir="x" + a["frame_dir"]) for a in annotations],
-                                        b_train=["xa0", "xa1"], b_val=["xa2"]))
+        others = [dict(a, frame_dir="x" + a["frame_dir"]) for a in annotations]
+        self.write("other.pkl", pickled(others, b_train=["xa0", "xa1"], b_val=["xa2"]))
         self.finetune("--data two.pkl --split b --epochs 1")
         os.makedirs("há\udcff\tb")
         moved = shutil.move("two.pkl", "há\udcff\tb/two.pkl")
@@ -1950,8 +1931,8 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         printed = run(*fine, moved)
         self.assertIn("b_train / b_val", printed)
         self.assertNotIn("note:", printed)
-        self.assertIn("note: runs/finetune/finetune.pt was trained on another split of the data: its "
-                      "training sequences may", run(*fine, moved, "--split", "train,test"))
+        self.assertIn("note: runs/finetune/finetune.pt was trained on another split of the data: "
+                      "its training sequences may", run(*fine, moved, "--split", "train,test"))
         self.assertIn("on other data", run(*fine, "other.pkl"))
         run("--resume", "--data", moved, "--epochs", "2")
         run("--resume", "--epochs", "3")

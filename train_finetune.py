@@ -179,8 +179,8 @@ def check_data(settings, source, data: Dataset, say):
                             "half" if len(half) else f"no {name} sequences; expected a {name} half")
     unknown = ~torch.isin(data.test.label, data.train.label)
     if unknown.any():
-        say(f"note: {int(unknown.sum())} test sequences are of classes without a training sequence; "
-            "they count as wrong")
+        say(f"note: {int(unknown.sum())} test sequences are of classes without a training "
+            "sequence; they count as wrong")
 
 def label_subset(labels, fraction, seed):
     """Indices of a stratified share of the sequences: of every class round(fraction x its size),

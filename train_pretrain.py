@@ -151,8 +151,8 @@ def main(argv=None):
             save(path, "pretrain", model, optimizer, epoch, log, settings, arguments, data)
         progress.show(row)
     if rank == 0 and log[-1].get("joint_error", 0) > 0.95 * log[-1].get("mean_pose_error", 1):
-        say("note: the masked joints are put back hardly better than by the mean pose: more epochs, "
-            "a higher --lr, or --recipe small")
+        say("note: the masked joints are put back hardly better than by the mean pose: more "
+            "epochs, a higher --lr, or --recipe small")
     say(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}")
 
 def pretraining_arguments(settings, data: Dataset):
