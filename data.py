@@ -186,12 +186,15 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     planes[:, C] = present[..., None, None]
     if up == "z" and C == 3:
         planes[:, 1:3] = torch.stack([planes[:, 2], -planes[:, 1]], 1)
+
+    def in_sight(joints):
+        return mean_joint(planes, joints) * in_frame[:, None]  # (N, C + 1, M, T)
+
     if center == "frame":
-        total = (mean_joint(planes, skeleton["centre"]) * in_frame[:, None]).sum(2)  # over persons
+        total = in_sight(skeleton["centre"]).sum(2)  # over persons
         place = total[:, :C] / total[:, C:].clamp(min=1)  # (N, C, T)
         planes[:, :C] -= place[:, :, None, :, None] * planes[:, C:]
-    pose = (planes * in_frame[:, None, ..., None]).sum(3)  # over frames, (N, C + 1, M, V)
-    total = mean_joint(pose, skeleton["centre"]).sum(2)    # over persons, (N, C + 1)
+    total = in_sight(skeleton["centre"]).sum((2, 3))  # over persons and frames, (N, C + 1)
     origin = total[:, :C] / total[:, C:].clamp(min=1)
     square = (planes[:, :C] - origin[:, :, None, None, None]).square_().sum(1)  # (N, M, T, V)
     count = seen.flatten(1).sum(1).clamp(min=1)
@@ -201,7 +204,7 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     torso = skeleton["parts"].get("torso", ())
     sides = [(left, right) for left, right in skeleton["pairs"] if left in torso]
     if C == 3 and sides and not box:
-        left, right = (mean_joint(pose, joints) for joints in zip(*sides))
+        left, right = (in_sight(joints).sum(3) for joints in zip(*sides))  # (N, C + 1, M)
         first_absent = ~in_frame[:, 0].any(1)
         leader = first_absent.long() * (x.shape[1] - 1)  # person 1 where person 0 never appears
         across = (left - right).gather(2, leader[:, None, None].expand(-1, C + 1, 1))[..., 0]
