@@ -42,7 +42,7 @@ class DataError(ValueError):
 class Sequences:
     """N sequences of one split: one flat tensor of frames and an index into it."""
     frames: Tensor    # (F, M, V, C), or C + 1 with the joint score last, in the units of the file
-    seen: Tensor      # (F, M, V) bool: which joints were seen, rather than filled in
+    seen: Tensor      # (F, M, V) bool: which joints were seen, not filled in or guessed
     start: Tensor     # (N,) int64, first frame of each sequence
     length: Tensor    # (N,) int64, frames of each sequence, at least 1
     label: Tensor     # (N,) int64, 0 to K - 1, or -1 where the file has none
@@ -187,16 +187,16 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     if up == "z" and C == 3:
         planes[:, 1:3] = torch.stack([planes[:, 2], -planes[:, 1]], 1)
 
+
     def in_sight(joints):
         return mean_joint(planes, joints) * in_frame[:, None]  # (N, C + 1, M, T)
 
-    if center == "frame":
-        total = in_sight(skeleton["centre"]).sum(2)  # over persons
-        place = total[:, :C] / total[:, C:].clamp(min=1)  # (N, C, T)
-        planes[:, :C] -= place[:, :, None, :, None] * planes[:, C:]
-    total = in_sight(skeleton["centre"]).sum((2, 3))  # over persons and frames, (N, C + 1)
-    origin = total[:, :C] / total[:, C:].clamp(min=1)
-    square = (planes[:, :C] - origin[:, :, None, None, None]).square_().sum(1)  # (N, M, T, V)
+    total = in_sight(skeleton["centre"]).sum(2)        # over persons
+    if center == "sequence":
+        total = total.sum(2, keepdim=True)             # and over frames
+    origin = total[:, :C] / total[:, C:].clamp(min=1)  # (N, C, T or 1)
+    planes[:, :C] -= origin[:, :, None, :, None] * planes[:, C:]
+    square = planes[:, :C].square().sum(1)             # (N, M, T, V)
     count = seen.flatten(1).sum(1).clamp(min=1)
     unit = ((square * seen).flatten(1).sum(1) / count).sqrt().clamp(min=1e-6)
 
@@ -210,14 +210,13 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
         across = (left - right).gather(2, leader[:, None, None].expand(-1, C + 1, 1))[..., 0]
         linear = rotation(torch.atan2(across[:, 2], across[:, 0]), axis=1)
     linear = linear / unit[:, None, None]
-    shift = torch.zeros_like(origin)
+    shift = torch.zeros(N, C, device=x.device)
     if augmentation:
         change, shift, mirrored = augmentation.draw(N, C, generator, x.device)
         linear = product(change.to(precision), linear)
-    constant = shift - (linear * origin[:, None]).sum(2)
-    planes = product(torch.cat([linear, constant[..., None]], 2), planes.flatten(2))
+    planes = product(torch.cat([linear, shift[..., None]], 2), planes.flatten(2))
     planes = planes.view(N, C, *x.shape[1:4]).float()
-    x = torch.cat([planes, x[..., C:].movedim(4, 1)], 1) if x.shape[-1] > C else planes
+    x = torch.cat([planes, x[..., C:].movedim(4, 1).float()], 1) if x.shape[-1] > C else planes
     if augmentation and augmentation.flip:
         swap = dict(skeleton["pairs"]) | {right: left for left, right in skeleton["pairs"]}
         order = torch.tensor([swap.get(joint, joint) for joint in range(x.shape[4])])
@@ -233,8 +232,8 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
         low = x[:, :C].masked_fill(~there, math.inf).amin((2, 3, 4), keepdim=True)
         high = x[:, :C].masked_fill(~there, -math.inf).amax((2, 3, 4), keepdim=True)
         half = ((high - low) / 2).clamp(min=1e-6)
-        there = present[:, None, :, None, None]
-        x[:, :C] = torch.where(there, (x[:, :C] - (low + high) / 2) / half, 0.0)
+        middle = ((low + high) / 2).nan_to_num()  # of a sequence without anyone
+        x[:, :C] = (x[:, :C] - middle) / half * present[:, None, :, None, None]
         unit = unit[:, None] * half.view(N, C)
     return x.movedim(1, 4), seen, unit
 
@@ -253,8 +252,7 @@ def normalise(x, skeleton, channels, frames, marks=None, score=False, **view):
     if not torch.compiler.is_compiling() and not (x.isfinite().all() and seen.any()):
         raise ValueError(f"{expected}, with joints of scores above 0")
     x, seen, present, kept, _ = make_whole(x, seen, marks)
-    length = kept.sum(1).clamp(min=1)
-    steps = sample_frames(length, frames)
+    steps = sample_frames(kept.sum(1).clamp(min=1), frames)
     steps = torch.searchsorted(kept.long().cumsum(1), steps + 1).clamp(max=x.shape[2] - 1)
     here = torch.arange(len(x), device=x.device)[:, None]
     x, seen = (value.transpose(1, 2)[here, steps].transpose(1, 2) for value in (x, seen))
@@ -359,8 +357,10 @@ def find_marks(data: Sequences, channels, scored):
             frame, person, joint = (~data.seen[first:first + length]).nonzero().T
             places_here = position[first + frame, person, joint].double()
             rows.append(torch.cat([places_here, joint[:, None]], 1).unique(dim=0))
-        shared, count = torch.cat(rows)[:, :channels].unique(dim=0, return_counts=True)
-        places += [place for place in shared[count >= 10].tolist() if any(place)]
+        rows = torch.cat(rows)[:, :channels]
+        shared, count = rows.unique(dim=0, return_counts=True)
+        places += [place for place in shared[count >= max(10, len(rows) / 10_000)].tolist()
+                   if any(place)]
     else:
         first = data.start[data.seen[data.start, 0].any(1)]
         joints = position[first, 0].float().flatten(0, 1)  # centred ones lie on both sides of 0
@@ -399,8 +399,8 @@ def make_whole(x, seen, marks):
     return x, seen, present, in_frame.any(1), in_frame[..., None] & ~known
 
 def tidy(data: Sequences, marks, scored, repairs):
-    """Checks the numbers, cuts the padding at the end of each sequence, and makes whole in place
-    those that need it."""
+    """Checks the numbers, cuts the padding at the end of each sequence, makes whole in place those
+    that need it, and says who is present."""
     low, high = data.frames.aminmax()
     if not (-1e9 < low and high < 1e9):
         wrong = (~(data.frames.abs() < 1e9)).flatten(1).any(1).nonzero()[0]
@@ -415,21 +415,20 @@ def tidy(data: Sequences, marks, scored, repairs):
         frames = seen.flatten(1).any(1).nonzero()
         length = int(frames[-1]) + 1 if len(frames) else 1
         here = slice(first, first + length)
-        if not (data.seen[here] | ~present[:, None]).all():  # of a present person all is seen
+        whole = (data.seen[here] | ~present[:, None]).all()  # every joint of who is present
+        if not whole:
             x, seen, kept_persons, kept, filled = make_whole(
                 *(flat[here].transpose(0, 1)[None] for flat in (data.frames, data.seen)), marks)
             length = int(kept.sum())
             data.frames[first:first + length] = x[0, :, kept[0]].transpose(0, 1)
             data.seen[first:first + length] = seen[0, :, kept[0]].transpose(0, 1)
-            repairs["frames without anyone dropped"] += int((~kept).sum())
-            repairs["persons seen in less than a tenth of the frames dropped"] += int(
-                (present & ~kept_persons[0]).sum())
-            repairs["missing joints filled in"] += int(filled.sum())
+            ghosts = int((present & ~kept_persons[0]).sum())
+            repairs.update({"frames without anyone dropped": int((~kept).sum()),
+                            "persons seen in less than a tenth of the frames dropped": ghosts,
+                            "missing joints filled in": int(filled.sum())})
             present = kept_persons[0]
-        if not present.any():
-            repairs["sequences without anyone"] += 1
-            data.frames[first] = 0  # an empty first person
-            present[0] = True
+        repairs["sequences without anyone"] += int(not present.any())
+        present[0] |= not present.any()  # an empty first person
         data.length[i], data.present[i] = length, present
 
 def flatten(sequences, labels, names, persons, score=False):
@@ -446,6 +445,7 @@ def flatten(sequences, labels, names, persons, score=False):
         part_seen[:, :M] = (x != 0).any(-1) if scores is None else scores > 0
         if score:
             part[:, :M, :, C] = 1 if scores is None else scores
+        part[:, ~part_seen.any(2).any(0)] = 0  # who is never seen
     length = torch.tensor(lengths)
     return Sequences(frames, seen, length.cumsum(0) - length, length, labels, names)
 
@@ -611,6 +611,9 @@ def read_annotation(annotation, channels, persons):
     x = x[None] if x.dim() == 3 else x
     if channels and x.dim() == 4 and x.shape[3] == channels + 1:
         x, score = x[..., :channels], x[..., channels]
+        if (score < 0).any():
+            raise DataError(f"{channels + 1} numbers a joint, the last below 0; expected {channels}"
+                            ", or the joint score as one more")
     if (x.dim() != 4 or x.shape[3] not in ((channels,) if channels else (2, 3)) or 0 in x.shape
             or len(x) > 5 and len(x) > x.shape[1]):  # frames before persons
         raise DataError(f"keypoint {tuple(x.shape)}; expected (M, T, V, C) or (T, V, C), persons "
@@ -619,8 +622,9 @@ def read_annotation(annotation, channels, persons):
     if score is not None:
         score = numbers(score, "keypoint_score")
         score = score[None] if score.dim() == 2 else score
-        if score.shape != x.shape[:3]:
-            raise DataError(f"keypoint_score {tuple(score.shape)}; expected {tuple(x.shape[:3])}")
+        if score.shape != x.shape[:3] or not score.isfinite().all():
+            raise DataError(f"keypoint_score {tuple(score.shape)}; expected {tuple(x.shape[:3])} "
+                            "finite numbers")
     if len(x) > persons:
         there = (x != 0).any(3)  # (M, T, V)
         if score is None:
@@ -637,6 +641,8 @@ def from_annotations(annotations, score=False, channels=None, persons=None):
     """The sequences of PYSKL's annotations, or of arrays. persons: M, by default the most that
     occur, 2 at most."""
     sequences, labels, names = [], [], []
+    if not annotations:
+        raise DataError("no sequences")
     for i, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
             annotation = {"keypoint": annotation}
@@ -706,6 +712,8 @@ def divide(content: Content, wanted, preferred, test_fraction):
 def divide_at_random(data: Sequences, test_fraction):
     """Of every class the same share tests, at least one of two or more. Drawn by a fixed seed
     from the sorted names, so that other classes and their order do not matter."""
+    if not 0 < test_fraction < 1:
+        raise DataError(f"test fraction {test_fraction}; expected a share between 0 and 1")
     classes, tests = {}, torch.zeros(len(data), dtype=torch.bool)
     for i in sorted(range(len(data)), key=data.names.__getitem__):
         classes.setdefault(int(data.label[i]), []).append(i)
@@ -713,8 +721,6 @@ def divide_at_random(data: Sequences, test_fraction):
         order = torch.randperm(len(members), generator=torch.Generator().manual_seed(0))
         count = min(max(round(test_fraction * len(members)), 1), len(members) - 1)
         tests[torch.tensor(members)[order[:count]]] = True
-    if not 0 < test_fraction < 1:
-        raise DataError(f"test fraction {test_fraction}; expected a share between 0 and 1")
     return data.subset(~tests), data.subset(tests), f"a random {test_fraction:g} of each class"
 
 def find_split(splits, wanted):
@@ -862,8 +868,8 @@ def assemble(content: Content, train, test, layout, skeleton, note, pair):
     if not content.classes and classes:
         label = torch.where(label < 0, -1, torch.searchsorted(torch.tensor(classes), label))
     train.label, test.label = label.split([len(train), len(test)])
-    digest = [sum(int(hashlib.sha256(ascii(pair).encode()).hexdigest()[:12], 16)
-                  for pair in zip(half.names, half.length.tolist())) for half in (train, test)]
+    digest = [sum(int(hashlib.sha256(ascii(key).encode()).hexdigest()[:12], 16)
+                  for key in zip(half.names, half.length.tolist())) for half in (train, test)]
     return Dataset(train, test, layout, skeleton, channels, content.scored, list(map(str, classes)),
                    note, list(pair), content.marks, content.repairs, digest)
 

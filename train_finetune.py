@@ -58,7 +58,7 @@ class Settings(shared.CommonSettings):
 def main(argv=None):
     settings, source, path = start(shared.parse(Settings, __doc__, argv))
     if settings.predict:
-        return predict(settings)
+        return predict(settings, source)
     device, amp, rank, world = shared.set_up(settings)
     say = print if rank == 0 else lambda *_: None
     if not settings.eval_only:
@@ -86,7 +86,7 @@ def main(argv=None):
 
     pretrained = source["pretrained"] if settings.resume else loaded
     optimizer = shared.build(make_optimizer, settings, model, pretrained)
-    first_epoch, log = shared.restore(source if settings.resume else None, path, model, optimizer)
+    first_epoch, log = shared.restore(source if settings.resume else None, model, optimizer)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     say(f"{described}: {len(pretrained)} of {len(model.state_dict())} tensors loaded")
     shared.introduce(settings, data, model, train, device, amp, say)
@@ -132,7 +132,7 @@ def main(argv=None):
 # ---------------------------------------------------------------------------------------- starting
 
 DATA = ("data", "split", "layout", "test_fraction", "synthetic_size")
-SHAPE = ("width", "hidden", "layers", "motion", "bone", "score", "box")
+SHAPE = ("width", "hidden", "layers", "motion", "bone", "score", "box", "center", "up")
 STRL_SHAPE = ("frames", "blocks", "stride")
 
 def start(typed):
@@ -152,7 +152,8 @@ def start(typed):
                         "runs/finetune/finetune.pt")
     source, fixed, brought = None, (), ()
     if typed.get("ckpt"):
-        kinds = ("finetune",) if typed.get("eval_only") else ("pretrain", "finetune")
+        tests = typed.get("eval_only") or typed.get("predict")
+        kinds = ("finetune",) if tests else ("pretrain", "finetune")
         source = shared.read_checkpoint(typed["ckpt"], kinds)
         fixed = SHAPE
         if source["kind"] == "finetune":
@@ -221,10 +222,9 @@ def make_model(settings: Settings, data: Dataset, source):
 
 def make_optimizer(settings: Settings, model: nn.Module, pretrained):
     """Loaded weights form a group of their own, at encoder_lr_scale of the learning rate."""
-    named = list(model.named_parameters())
-    groups = [{"params": [p for name, p in named if name not in pretrained], "lr_scale": 1.0},
-              {"params": [p for name, p in named if name in pretrained],
-               "lr_scale": settings.encoder_lr_scale}]
+    groups = [{"lr_scale": scale, "params": [p for name, p in model.named_parameters()
+                                             if (name in pretrained) == loaded]}
+              for loaded, scale in ((False, 1.0), (True, settings.encoder_lr_scale))]
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=settings.nesterov,
@@ -244,15 +244,13 @@ def evaluate(model: nn.Module, batches: Loader, device, amp):
     """Logits (N, K), features before the classifier and labels of every sequence, in the order of
     the file, on the CPU."""
     model.eval()
-    logits, features, labels = [], [], []
+    parts = []
     for batch in batches.epoch():
         with shared.autocast(device, amp):
-            feature = model.features(batch.x.to(device), batch.present)
-            logits.append(model.head(feature).float())
-        features.append(feature.float())
-        labels.append(batch.label)
-    return {"logits": torch.cat(logits).cpu(), "features": torch.cat(features).cpu(),
-            "labels": torch.cat(labels).cpu()}
+            features = model.features(batch.x.to(device), batch.present)
+            logits = model.head(features)
+        parts.append((logits.float().cpu(), features.float().cpu(), batch.label.cpu()))
+    return dict(zip(("logits", "features", "labels"), map(torch.cat, zip(*parts))))
 
 def metrics(outputs):
     """Top-1, mean class accuracy (over the classes in the test set) and, of more than five classes,
@@ -302,7 +300,7 @@ def load_classifier(path, device="cpu"):
         for half in content.halves.values():
             if half.frames.shape[2:] != (len(saved["skeleton"]["joints"]), C + score):
                 raise DataError(f"{tuple(half.frames.shape[2:])} joints and coordinates; expected "
-                                f"{len(saved['skeleton']['joints'])} in {C}D")
+                                f"{len(saved['skeleton']['joints'])} in {C}D{' + score' * score}")
             batches = Loader(half, saved["skeleton"], C, 64, frames, view=form)
             logits.append(evaluate(model, batches, device, amp)["logits"])
         probabilities = torch.cat(logits).softmax(1)
@@ -310,17 +308,16 @@ def load_classifier(path, device="cpu"):
 
     return classify
 
-def predict(settings: Settings):
+def predict(settings: Settings, source):
     """A line of name,class,probability a sequence on stdout, what was mended on stderr."""
-    saved = shared.read_checkpoint(settings.ckpt, ("finetune",))
-    form = saved["normalisation"]
+    form, classify = source["normalisation"], load_classifier(
+        settings.ckpt, shared.find_device(settings.device))
     with reading(settings.predict):
-        content = read(settings.predict, form["score"], saved["skeleton"], saved["channels"],
-                       saved["persons"], form["marks"])
-        device = shared.find_device(settings.device)
-        classes, probabilities = load_classifier(settings.ckpt, device)(content)
+        content = read(settings.predict, form["score"], source["skeleton"], source["channels"],
+                       source["persons"], form["marks"])
+        classes, probabilities = classify(content)
     names = [name for half in content.halves.values() for name in half.names]
-    lines = csv.writer(sys.stdout)
+    lines = csv.writer(sys.stdout, lineterminator="\n")
     lines.writerow(("name", "class", "probability"))
     lines.writerows(zip(names, classes, (f"{p:.4f}" for p in probabilities.amax(1).tolist())))
     for what, count in (+content.repairs).items():  # those above 0

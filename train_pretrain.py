@@ -113,7 +113,7 @@ def main(argv=None):
     model.mean.copy_(mean)
     model.spread.copy_(spread)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
-    first_epoch, log = restore(checkpoint, path, model, optimizer)
+    first_epoch, log = restore(checkpoint, model, optimizer)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     introduce(settings, data, model, train, device, amp, say)
 
@@ -282,6 +282,8 @@ def settle(settings_type, typed, source=None, path="", fixed=(), brought=()):
     chosen = typed.get("recipe"), typed.get("pretrain")
     recipe = {f.name: f.metadata[name] for f in fields(settings_type) for name in chosen
               if name in f.metadata}
+    if typed.keys() & {"mask_parts", "mask_num_parts"}:
+        recipe.pop("mask_ratio", None)
     kept = {name: source["settings"][name] for name in (*fixed, *brought)} if source else {}
     for name in fixed:
         if typed.get(name, kept[name]) != kept[name]:
@@ -371,6 +373,9 @@ def set_up(settings):
     tempfile.TemporaryFile(dir=settings.out).close()  # a folder that cannot be written fails now
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(settings.device)
+    if settings.batch_size < 2 * world:
+        raise DataError(f"--batch-size {settings.batch_size} for {world} processes; expected two "
+                        "sequences each")
     if world > 1:
         try:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -431,16 +436,22 @@ def read_data(settings, say, source):
     data = load(settings.data or None, settings.split or None, layout, settings.test_fraction,
                 settings.synthetic_size, settings.score, skeleton, pair)
     say(f"{settings.data or 'stick figures'}: {data}")
+    if settings.score and not data.scored:
+        say("note: these data have no joint scores; --score has no effect")
     return data
 
 def to_device(data: Dataset, device, settings):
     """Frames that fit into half of a GPU's free memory move there, and batches are built there."""
     if device.type != "cuda" or settings.workers:  # workers cannot use a GPU
         return data
-    size = data.train.frames.nbytes + data.test.frames.nbytes
+    shared = data.test.frames is data.train.frames  # of a pickle both halves are one tensor
+    size = data.train.frames.nbytes + (0 if shared else data.test.frames.nbytes)
     if size > torch.cuda.mem_get_info(device)[0] / 2:
         return data
-    return replace(data, train=data.train.to(device), test=data.test.to(device))
+    train = data.train.to(device)
+    if shared:
+        data.test.frames, data.test.seen = train.frames, train.seen
+    return replace(data, train=train, test=data.test.to(device))
 
 def loader(settings, data: Dataset, half, batch_size, training=False, rank=0, world=1):
     return Loader(half, data.skeleton, data.channels, batch_size, settings.frames, training,
@@ -472,12 +483,12 @@ def doubts(data: Dataset, up):
     C, found, hips = data.channels, [], data.skeleton["centre"]
     raw = data.train.frames[:10_000, ..., :C]
     batch = next(Loader(data.train, data.skeleton, C, 300, 32, view={"up": up}).epoch())
-    x, place = batch.x[..., :C], batch.x[..., :C].mean(3)  # (N, M, T, V, C), (N, M, T, C)
+    place = batch.x[..., :C].mean(3)                # (N, M, T, C)
+    pose = batch.x[:, 0, ..., :C].mean((0, 1))      # of the first person, (V, C)
     if (place.amax(2) - place.amin(2))[:, 0].norm(dim=-1).median() > 2.6:  # body and path: 1
         found.append("people travel far beyond their size; where the path is not the action, try "
                      "--center frame")
-    head = x[:, 0][:, :, data.skeleton["parts"].get("head", hips)] - x[:, 0][:, :, hips[:1]]
-    height = head.mean((0, 1, 2)).abs()  # of the head above the hips, (C,)
+    height = (pose[data.skeleton["parts"].get("head", hips)].mean(0) - pose[hips[0]]).abs()
     if C == 3 and 0 <= raw[..., 2].min() and raw[..., 2].max() <= 1 and raw.max() > 10:
         found.append("the third coordinate lies between 0 and 1, the others do not: a score is no "
                      "coordinate; in a pickle it is the keypoint_score")
@@ -520,19 +531,14 @@ def save(path, kind, model, optimizer, epoch, log, settings, arguments, data: Da
                         "kept, try a lower --lr")
     save_torch({"kind": kind, "model": state, "optimizer": optimizer.state_dict(), "epoch": epoch,
                 "log": log, "settings": asdict(settings), "model_settings": arguments,
-                "skeleton": data.skeleton, "layout": data.layout, "channels": data.channels,
-                "persons": data.persons, "classes": data.classes, "scored": data.scored,
-                "pair": data.pair, "digest": data.digest, "normalisation": {
-                    "frames": settings.frames, "marks": data.marks, "score": arguments["score"],
-                    **view(settings)}, **more}, path)
-    write_log(log, path)
-
-def write_log(rows, path):
-    """log.csv beside the checkpoint at path."""
+                **pick(data, "skeleton", "layout", "channels", "persons", "classes", "scored",
+                       "pair", "digest"),
+                "normalisation": {"frames": settings.frames, "marks": data.marks,
+                                  "score": arguments["score"], **view(settings)}, **more}, path)
     text = io.StringIO()
-    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in log for name in row))
     writer.writeheader()
-    writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
+    writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in log)
     write_atomically(os.path.join(os.path.dirname(path), "log.csv"), text.getvalue().encode())
 
 def read_checkpoint(path, kinds):
@@ -546,13 +552,12 @@ def read_checkpoint(path, kinds):
         why = error
     raise DataError(f"{path} is no {' or '.join(kinds)} checkpoint of these scripts ({why})")
 
-def restore(checkpoint, path, model, optimizer):
+def restore(checkpoint, model, optimizer):
     """Takes an interrupted run up again. Returns (the epoch to go on with, the log so far)."""
     if not checkpoint:
         return 0, []
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    write_log(checkpoint["log"], path)  # the run may have died between its checkpoint and its log
     return checkpoint["epoch"] + 1, checkpoint["log"]
 
 def check_fit(checkpoint, path, data: Dataset, settings, say):
