@@ -459,7 +459,7 @@ def array(buffer, code, shape, fortran=False, offset=0):
     `offset`; no copy where the bytes already lie as torch wants them."""
     dtype = DTYPES.get(code.lstrip("<>|="))
     if dtype is None:
-        raise DataError(f"dtype {code!r}; expected one of {', '.join(DTYPES)}: save numbers")
+        raise DataError(f"dtype {code!r}; expected one of {', '.join(DTYPES)}, strings in a list")
     size = math.prod(shape) * dtype.itemsize
     if len(buffer) - offset < size:
         raise DataError(f"an array {shape} of {code} is truncated; copy the file again")
@@ -598,10 +598,10 @@ def numbers(value, what):
         value = value.tensor
     elif not hasattr(value, "__array__"):  # numpy's or torch's
         raise DataError(f"{what} is {type(value).__name__}; expected an array of numbers")
-    value = torch.as_tensor(value)
+    value = torch.as_tensor(value).detach()
     return value if value.is_floating_point() else value.float()
 
-def read_annotation(annotation, channels, persons):
+def read_annotation(annotation, channels, persons, repairs):
     """(x (T, M, V, C), scores (T, M, V) or None) of a dict with `keypoint`. channels: C, or None;
     one more is then the score. Of more persons than `persons` stay those with the highest mean
     score, without scores those that move most."""
@@ -634,13 +634,14 @@ def read_annotation(annotation, channels, persons):
         else:
             rank = (score * there).float().mean((1, 2))
         kept = rank.topk(persons).indices.sort().values
+        repairs[f"persons beyond {persons} a sequence left out"] += len(x) - persons
         x, score = x[kept], None if score is None else score[kept]
     return x.transpose(0, 1), None if score is None else score.transpose(0, 1)
 
 def from_annotations(annotations, score=False, channels=None, persons=None):
     """The sequences of PYSKL's annotations, or of arrays. persons: M, by default the most that
     occur, 2 at most."""
-    sequences, labels, names = [], [], []
+    sequences, labels, names, repairs = [], [], [], Counter()
     if not annotations:
         raise DataError("no sequences")
     for i, annotation in enumerate(annotations):
@@ -652,7 +653,7 @@ def from_annotations(annotations, score=False, channels=None, persons=None):
         try:
             if type(label) is not int or label < -1:
                 raise DataError(f"label {label!r}; expected an integer from 0, or none")
-            sequences.append(read_annotation(annotation, channels, persons or 2))
+            sequences.append(read_annotation(annotation, channels, persons or 2, repairs))
             shape, first = (tuple(x.shape[2:]) for x, _ in (sequences[-1], sequences[0]))
             if shape != first:
                 raise DataError(f"{shape} joints and coordinates, the first has {first}")
@@ -662,7 +663,7 @@ def from_annotations(annotations, score=False, channels=None, persons=None):
     persons = persons or max(x.shape[1] for x, _ in sequences)
     scored = any(scores is not None for _, scores in sequences)
     data = flatten(sequences, torch.tensor(labels), names, persons, score and scored)
-    return Content({"": data}, first[1], scored)
+    return Content({"": data}, first[1], scored, repairs=repairs)
 
 def from_pyskl(path, score=False, channels=None, persons=None):
     """PYSKL's pickle, {"split": {name: [frame_dir]}, "annotations": [...]}, the bare list of
@@ -670,13 +671,15 @@ def from_pyskl(path, score=False, channels=None, persons=None):
     optional, `label`, `keypoint_score` (M, T, V) and `frame_dir`, or an array alone."""
     with open(path, "rb") as file:
         content = _Unpickler(file).load()
+    if isinstance(content, _Array) and content.tensor.dim() == 4:
+        content = list(content.tensor)  # as many sequences, as a caller's array would be
     if not isinstance(content, dict) or "keypoint" in content:
         content = {"annotations": content if isinstance(content, list) else [content]}
     annotations, splits = content.get("annotations"), content.get("split")
-    if not isinstance(annotations, list) or not annotations:
+    if not isinstance(annotations, list):
         raise DataError("expected PYSKL's dict with a list `annotations`, or that list alone")
-    keys = annotations[0].keys() if isinstance(annotations[0], dict) else ()
-    if splits is not None and "frame_dir" not in keys:
+    keys = [key for annotation in annotations[:1] for key in dict(annotation)] if splits else ()
+    if splits and "frame_dir" not in keys:
         raise DataError(f"the splits name sequences by frame_dir; got {', '.join(keys)}")
     found = from_annotations(annotations, score, channels, persons)
     return replace(found, splits=splits, classes=content.get("classes"))
@@ -811,12 +814,15 @@ def read(path, score=False, skeleton=None, channels=None, persons=None, marks=No
     return complete(content, marks)
 
 def complete(content: Content, marks=None):
-    """Finds or takes the marks, and makes the sequences whole."""
+    """Finds the marks, beside those of a checkpoint, and makes the sequences whole."""
     halves = list(content.halves.values())
     if content.scored and not any(half.seen.any() for half in halves):
         raise DataError("no joint score is above 0; expected 1 for a joint that is there, 0 for a "
                         "missing one, or a confidence")
-    content.marks = marks or find_marks(halves[0], content.channels, content.scored)
+    found = find_marks(halves[0], content.channels, content.scored)
+    for mark, values in (marks or {}).items():
+        found[mark] += [value for value in values if value not in found[mark]]
+    content.marks = found
     for half in halves:
         tidy(half, content.marks, content.scored, content.repairs)
     return content

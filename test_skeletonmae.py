@@ -9,6 +9,7 @@ import ast
 import base64
 import contextlib
 import copy
+import csv
 import io
 import json
 import math
@@ -876,6 +877,7 @@ class ReaderTest(Case):
         loaded = self.read("a.pkl", pickled(
             pyskl(2, 4, score=[0.2, 0.6, 0.1, 0.9]), train=["a0"], test=["a1"]), score=True)
         close(loaded.train.frames[0, :, 0, 2], torch.tensor([0.6, 0.9]))
+        self.assertIn("4 persons beyond 2 a sequence left out", str(loaded))
         moves = 2.0 + torch.arange(6)
         more = 3 * moves
         still = torch.full((6,), 2.0)
@@ -1511,6 +1513,8 @@ class MeasureTest(Case):
     def test_learning_rate_of_all_epochs(self):
         expected = [0.02, 0.04, 0.06, 0.08, 0.1] + [0.1] * 85 + [0.01] * 10 + [0.001] * 10
         close([train_finetune.learning_rate(e, 0.1, 5, (90, 100)) for e in range(110)], expected)
+        for line in ("--milestones 3,5", "--milestones 3 5", "--milestones 3, 5"):
+            self.assertEqual(settings_of(train_finetune, line).milestones, (3, 5))
 
     def test_label_subset(self):
         """Of each class round(fraction x size), at least one; another choice for another seed."""
@@ -1646,7 +1650,9 @@ class ScriptTest(ScriptCase):
         printed = self.finetune("--ckpt --epochs 3 --batch-size 8")
         self.assertIn("runs/pretrain/pretrain.pt", printed)
         trained = load("runs/finetune/finetune.pt")
-        self.assertEqual(len(Path("runs/finetune/log.csv").read_text().splitlines()), 1 + 3)
+        rows = list(csv.DictReader(open("runs/finetune/log.csv")))
+        self.assertEqual(len(rows), 3)
+        self.assertTrue(all(v == f"{float(v):.6g}" for row in rows for v in row.values() if v))
         measured = "top-1 {top1:.2f} %, mean class accuracy {mean_class:.2f} %"  # of 3 classes
         self.assertIn(measured.format(**trained["log"][-1]), printed)
         outputs = load("runs/finetune/test_outputs.pt")
@@ -1854,6 +1860,9 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             close(found, expected)
             alone = classify([arrays[1][0].double(), arrays[1]])[1]  # (T, V, C), and who is absent
             close(alone, expected[[1, 1]])
+            hidden = [torch.where(a[..., 2:] == 0, torch.tensor([-7.0, 5.0, 0.0]), a) for a in arrays]
+            zeros = [torch.where(a[..., 2:] == 0, torch.tensor(0.0), a) for a in arrays]
+            close(classify(hidden)[1], classify(zeros)[1])  # a placeholder unknown in training
             os.rename("five.json", "away.json")
             self.write("new.pkl", pickled([{k: a[k] for k in ("keypoint", "keypoint_score",
                                                               "frame_dir")} for a in annotations]))
@@ -1867,7 +1876,8 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             self.assertEqual(lines, ["name,class,probability", *rows])
             self.assertLessEqual(set(names), {"sit", "run", "eat"})
         for wrong, words in ((x[0, ..., :1], "keypoint"),
-                             (torch.rand(4, 6, 2), "6, 2.*expected 5")):
+                             (torch.rand(4, 6, 2), "6, 2.*expected 5"),
+                             (torch.rand(4, 5, 3) - 2, "the last below 0"), ("text", "keypoint")):
             with self.assertRaisesRegex(DataError, words):
                 classify([wrong])
 
@@ -1950,7 +1960,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         self.write("bare.pkl", pickled(x))
         line = line.replace("none", "bare")
         self.assertIn("joint_error", self.pretrain(line))
-        self.assertIn("has no label", self.finetune(line, 2))
+        self.assertIn("sequence a", self.finetune(line, 2))
         for name, classes in (("few", 2), ("more", 3)):
             self.write(f"{name}.pkl", pickled([dict(x[n % 8], label=n % classes, frame_dir=f"{n}")
                                                for n in range(12)]))

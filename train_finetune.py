@@ -61,10 +61,10 @@ def main(argv=None):
         return predict(settings, source)
     device, amp, rank, world = shared.set_up(settings)
     say = print if rank == 0 else lambda *_: None
-    if not settings.eval_only:
-        shared.keep_unfinished(settings, path, say)
     data = shared.read_data(settings, say, source)
     check_data(settings, source, data, say)
+    if not settings.eval_only:
+        shared.keep_unfinished(settings, path, say)
     if settings.label_fraction < 1:
         subset = label_subset(data.train.label, settings.label_fraction, settings.label_seed)
         data.train = data.train.subset(subset)
@@ -175,9 +175,10 @@ def check_data(settings, source, data: Dataset, say):
         raise DataError(f"the checkpoint knows the classes {str(source['classes']):.80}, the data "
                         f"have {str(data.classes):.80}; expected the same")
     for name, half in (("training", data.train), ("test", data.test)):
-        if not len(half) or (half.label < 0).any():
-            raise DataError(f"a {name} sequence has no label; fine-tuning needs labels and a test "
-                            "half" if len(half) else f"no {name} sequences; expected a {name} half")
+        unlabelled = [known for known, label in zip(half.names, half.label) if label < 0]
+        if not len(half) or unlabelled:
+            raise DataError(f"{name} sequence {unlabelled[0]} has no label; to fine-tune, each "
+                            "needs one" if len(half) else f"no {name} sequences; expected a half")
     unknown = ~torch.isin(data.test.label, data.train.label)
     if unknown.any():
         say(f"note: {int(unknown.sum())} test sequences are of classes without a training "
@@ -293,10 +294,10 @@ def load_classifier(path, device="cpu"):
     amp = saved["settings"]["amp"] and shared.has_bfloat16(device)
 
     def classify(arrays):
-        content = arrays
+        content, logits = arrays, []
         if not isinstance(content, Content):
-            content = complete(from_annotations(list(arrays), score, C, persons), marks)
-        logits = []
+            with reading("arrays"):
+                content = complete(from_annotations(list(arrays), score, C, persons), marks)
         for half in content.halves.values():
             if half.frames.shape[2:] != (len(saved["skeleton"]["joints"]), C + score):
                 raise DataError(f"{tuple(half.frames.shape[2:])} joints and coordinates; expected "

@@ -97,9 +97,9 @@ def main(argv=None):
     settings, checkpoint, path = begin(Settings, parse(Settings, __doc__, argv), "pretrain")
     device, amp, rank, world = set_up(settings)
     say = print if rank == 0 else lambda *_: None
-    keep_unfinished(settings, path, say)
     data = read_data(settings, say, checkpoint)
     check_fit(checkpoint, path, data, settings, say)
+    keep_unfinished(settings, path, say)
     settings = suit(settings, data)
     data = to_device(data, device, settings)
     train = loader(settings, data, data.train, settings.batch_size, True, rank, world)
@@ -152,8 +152,9 @@ def main(argv=None):
         progress.show(row)
     if rank == 0 and log[-1].get("joint_error", 0) > 0.95 * log[-1].get("mean_pose_error", 1):
         say("note: the masked joints are put back hardly better than by the mean pose: more "
-            "epochs, a higher --lr, or --recipe small")
-    say(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}")
+            "epochs or a higher --lr may help")
+    say(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}"
+        + " --recipe small" * (settings.recipe == "small"))
 
 def pretraining_arguments(settings, data: Dataset):
     """What SkeletonMAE takes."""
@@ -268,7 +269,8 @@ def convert(f, text):
     kind = type(f.default[0]) if several else f.type
     low, high = f.metadata.get("low", 0), f.metadata.get("high", math.inf)
     try:
-        values = tuple(kind(part.strip()) for part in (text.split(",") if several else [text]))
+        parts = filter(str.strip, text.split(",")) if several else [text]
+        values = tuple(kind(part.strip()) for part in parts)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
     if kind is not str and not all(low <= value <= high and value < math.inf for value in values):
