@@ -357,10 +357,12 @@ def find_marks(data: Sequences, channels, scored):
             frame, person, joint = (~data.seen[first:first + length]).nonzero().T
             places_here = position[first + frame, person, joint].double()
             rows.append(torch.cat([places_here, joint[:, None]], 1).unique(dim=0))
-        rows = torch.cat(rows)[:, :channels]
-        shared, count = rows.unique(dim=0, return_counts=True)
-        places += [place for place in shared[count >= max(10, len(rows) / 10_000)].tolist()
-                   if any(place)]
+        rows = torch.cat(rows)[:, :channels].contiguous()
+        factors = torch.tensor([1, 0x1F123BB5, 0x2545F491])[:channels]
+        hashed = (rows.view(torch.int64) * factors).sum(1)  # sorting rows would take much memory
+        _, inverse, count = hashed.unique(return_inverse=True, return_counts=True)
+        shared = rows[count[inverse] >= max(10, len(rows) / 10_000)].unique(dim=0)
+        places += [place for place in shared.tolist() if any(place)]
     else:
         first = data.start[data.seen[data.start, 0].any(1)]
         joints = position[first, 0].float().flatten(0, 1)  # centred ones lie on both sides of 0
