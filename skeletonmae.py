@@ -47,14 +47,12 @@ def make_skeleton(joints, edges, parts, centre, pairs=None):
     pairs = [[left, right] for left, right in pairs]
     used = [j for group in (*edges, *parts.values(), *pairs, centre) for j in group]
     paired = [j for pair in pairs for j in pair]
-    if not all(j in range(len(names)) for j in used):
-        raise ValueError(f"a skeleton of {len(names)} joints needs indices from 0 to "
-                         f"{len(names) - 1} in edges, parts, pairs and centre")
-    if any(len(set(group)) < len(group) for group in (names, paired, *edges)):
-        raise ValueError("a skeleton needs joint names that differ, edges and pairs of two "
-                         "different joints, and no joint in two pairs")
-    if not parts or not all(parts.values()) or not centre:
-        raise ValueError("a skeleton needs a body part, no empty part, and a centre joint")
+    repeats = any(len(set(group)) < len(group) for group in (names, paired, *edges))
+    inside = all(j in range(len(names)) for j in used)
+    if repeats or not inside or not parts or not all(parts.values()) or not centre:
+        raise ValueError(f"a skeleton of {len(names)} joints needs names that differ, indices from "
+                         f"0 to {len(names) - 1}, edges and pairs of two different joints, no joint "
+                         "in two pairs, a body part, none empty, and a centre joint")
     return {"joints": names, "edges": edges, "pairs": pairs, "centre": centre,
             "parts": {name: list(joints) for name, joints in parts.items()}}
 
