@@ -547,7 +547,7 @@ def read_checkpoint(path, kinds):
     """A checkpoint of one of these kinds ("pretrain", "finetune"), on the CPU."""
     try:
         checkpoint = read_torch(path)
-        if checkpoint["kind"] in kinds:
+        if checkpoint["kind"] in kinds and checkpoint["digest"]:  # which earlier versions lack
             return checkpoint
         why = f"it holds a {checkpoint['kind']} run"
     except (DataError, KeyError, TypeError, IndexError) as error:
