@@ -192,34 +192,34 @@ def label_subset(labels, fraction, seed):
     kept = [members[:max(1, round(fraction * len(members)))] for members in classes]
     return torch.cat(kept).sort().values
 
+def new_model(arguments, linear_probe, classes):
+    """A model from the `model_settings` of a checkpoint."""
+    if linear_probe:
+        encoder = SkeletonMAE(**arguments, mask_ratio=0.5)  # the default parts may not exist
+        return LinearProbe(encoder, classes)
+    return SkeletonClassifier(**arguments)
+
 def make_model(settings: Settings, data: Dataset, source):
     """The model asked for, with the weights of a checkpoint where there is one. Returns (model, its
     arguments, names of the loaded tensors)."""
+    kind, state = (source["kind"], source["model"]) if source else ("", {})
     arguments = shared.encoder_arguments(settings, data)
-    kind = source["kind"] if source else ""
-    loaded = []
     if settings.linear_probe:
         before = source["model_settings"] if source else {}
         arguments |= {name: before[name] for name in ("loss", "strl") if name in before}
-        encoder = SkeletonMAE(**arguments, mask_ratio=0.5)  # the default parts may not exist
-        if kind == "pretrain":
-            encoder.load_state_dict(source["model"])
-            loaded = ["pretrained." + name for name in source["model"]]
-        model = LinearProbe(encoder, len(data.classes))
     else:
         arguments |= {"classes": len(data.classes), "persons": data.persons,
                       **shared.pick(settings, *STRL_SHAPE, "strl_layers", "attention_dropout",
                                     "head_dropout")}
-        model = SkeletonClassifier(**arguments)
-        if kind == "pretrain":
-            loaded = model.load_pretrained(source["model"])
-    if kind == "finetune":
-        state = source["model"]
-        if source["classes"] != data.classes:  # a new head
-            state = {name: value for name, value in state.items() if not name.startswith("head.")}
-        model.load_state_dict(state, strict=False)
-        loaded = list(state)
-    return model, arguments, loaded
+    model = new_model(arguments, settings.linear_probe, len(data.classes))
+    if kind == "pretrain" and not settings.linear_probe:
+        return model, arguments, model.load_pretrained(state)
+    if kind == "pretrain":
+        state = {"pretrained." + name: value for name, value in state.items()}
+    elif kind and source["classes"] != data.classes:  # a new head
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    model.load_state_dict(state, strict=False)
+    return model, arguments, list(state)
 
 def make_optimizer(settings: Settings, model: nn.Module, pretrained):
     """Loaded weights form a group of their own, at encoder_lr_scale of the learning rate."""
@@ -284,11 +284,8 @@ def load_classifier(path, device="cpu"):
     saved, device = shared.read_checkpoint(path, ("finetune",)), torch.device(device)
     C, persons, form = saved["channels"], saved["persons"], dict(saved["normalisation"])
     frames, marks, score = (form.pop(name) for name in ("frames", "marks", "score"))
-    if saved["settings"]["linear_probe"]:
-        encoder = SkeletonMAE(**saved["model_settings"], mask_ratio=0.5)
-        model = LinearProbe(encoder, len(saved["classes"]))
-    else:
-        model = SkeletonClassifier(**saved["model_settings"])
+    model = new_model(saved["model_settings"], saved["settings"]["linear_probe"],
+                      len(saved["classes"]))
     model.load_state_dict(saved["model"])
     model.to(device)
     amp = saved["settings"]["amp"] and shared.has_bfloat16(device)
