@@ -176,7 +176,7 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     vertical so that the first person's left and right shoulders and hips lie along x on average,
     the left at larger x: the camera's place drops out. box: instead of turning, each axis is
     stretched to -1 to 1 at the end, as in CTR-GCN's feeder.
-    Returns (x, unit (N,), or (N, C) for the axes of a box, in units of the file)."""
+    Returns (x, seen, unit (N,), or (N, C) for the axes of a box, in units of the file)."""
     C, N = channels, len(x)
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
     in_frame = seen.any(3)                               # (N, M, T)
@@ -186,7 +186,6 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     planes[:, C] = present[..., None, None]
     if up == "z" and C == 3:
         planes[:, 1:3] = torch.stack([planes[:, 2], -planes[:, 1]], 1)
-
 
     def in_sight(joints):
         return mean_joint(planes, joints) * in_frame[:, None]  # (N, C + 1, M, T)
