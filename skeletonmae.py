@@ -51,8 +51,8 @@ def make_skeleton(joints, edges, parts, centre, pairs=None):
     inside = all(j in range(len(names)) for j in used)
     if repeats or not inside or not parts or not all(parts.values()) or not centre:
         raise ValueError(f"a skeleton of {len(names)} joints needs names that differ, indices from "
-                         f"0 to {len(names) - 1}, edges and pairs of two different joints, no joint "
-                         "in two pairs, a body part, none empty, and a centre joint")
+                         f"0 to {len(names) - 1}, edges and pairs of two different joints, no "
+                         "joint in two pairs, a body part, none empty, and a centre joint")
     return {"joints": names, "edges": edges, "pairs": pairs, "centre": centre,
             "parts": {name: list(joints) for name, joints in parts.items()}}
 

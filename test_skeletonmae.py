@@ -1860,7 +1860,8 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             close(found, expected)
             alone = classify([arrays[1][0].double(), arrays[1]])[1]  # (T, V, C), and who is absent
             close(alone, expected[[1, 1]])
-            hidden = [torch.where(a[..., 2:] == 0, torch.tensor([-7.0, 5.0, 0.0]), a) for a in arrays]
+            place = torch.tensor([-7.0, 5.0, 0.0])
+            hidden = [torch.where(a[..., 2:] == 0, place, a) for a in arrays]
             zeros = [torch.where(a[..., 2:] == 0, torch.tensor(0.0), a) for a in arrays]
             close(classify(hidden)[1], classify(zeros)[1])  # a placeholder unknown in training
             os.rename("five.json", "away.json")
