@@ -900,6 +900,7 @@ class ReaderTest(Case):
                               (dict(keypoint=torch.ones(31, 1, 13, 2)), "persons before frames"),
                               (dict(keypoint=torch.ones(1, 2, 14, 2)), "bad.*14"),
                               (dict(keypoint_score=torch.ones(1, 1, 13)), "bad.*keypoint_score"),
+                              (dict(keypoint_score=torch.zeros(1, 2, 13) / 0), "bad.*finite"),
                               (dict(label="run"), "bad.*label 'run'")):
             annotations = [*pyskl(2), {**pyskl(1)[0], "frame_dir": "bad", **change}]
             self.refused("a.pkl", pickled(annotations), words)
@@ -1296,8 +1297,8 @@ class PresenceTest(Case):
         scores[0] = 0  # nobody is seen: one empty person, whatever stands there
         found = self.load(self.x, scores)
         self.assertIn("1 sequences without anyone", str(found))
-        for half in (found.train, found.test):
-            batch, = Loader(half, SKELETONS["penn13"], 2, 9, 20).epoch()
+        for half, box in product((found.train, found.test), (False, True)):
+            batch, = Loader(half, SKELETONS["penn13"], 2, 9, 20, view={"box": box}).epoch()
             self.assertTrue(batch.present.any(1).all() and batch.x.abs().max() < 9)
 
 class OwnFileTest(Case):
@@ -1854,6 +1855,8 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         for flags in ("", "--score --box", "--center frame"):
             self.finetune(f"--data own.pkl --layout five.json --epochs 1 --out own {flags}")
             expected = load("own/test_outputs.pt")["logits"].softmax(1)
+            self.finetune("--ckpt own/finetune.pt --eval-only --out again")
+            close(load("again/test_outputs.pt")["logits"].softmax(1), expected)
             classify = train_finetune.load_classifier("own/finetune.pt")
             arrays = [torch.cat([x[n], score[n, ..., None]], -1) for n in range(8)]
             names, found = classify(arrays)
