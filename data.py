@@ -351,17 +351,18 @@ def find_marks(data: Sequences, channels, scored):
     sequence because the data are centred there."""
     position, places, origin = data.frames[..., :channels], [[0.0] * channels], []
     if scored:
-        rows = []
+        hidden = ~data.seen & (position != 0).any(-1)
+        rows = [torch.empty(0, channels + 1, dtype=torch.float64)]
         for first, length in zip(data.start.tolist(), data.length.tolist()):
-            frame, person, joint = (~data.seen[first:first + length]).nonzero().T
-            places_here = position[first + frame, person, joint].double()
-            rows.append(torch.cat([places_here, joint[:, None]], 1).unique(dim=0))
+            frame, person, joint = hidden[first:first + length].nonzero().T
+            if len(frame):
+                places_here = position[first + frame, person, joint].double()
+                rows.append(torch.cat([places_here, joint[:, None]], 1).unique(dim=0))
         rows = torch.cat(rows)[:, :channels].contiguous()
         factors = torch.tensor([1, 0x1F123BB5, 0x2545F491])[:channels]
         hashed = (rows.view(torch.int64) * factors).sum(1)  # sorting rows would take much memory
         _, inverse, count = hashed.unique(return_inverse=True, return_counts=True)
-        shared = rows[count[inverse] >= max(10, len(rows) / 10_000)].unique(dim=0)
-        places += [place for place in shared.tolist() if any(place)]
+        places += rows[count[inverse] >= max(10, len(rows) / 10_000)].unique(dim=0).tolist()
     else:
         first = data.start[data.seen[data.start, 0].any(1)]
         joints = position[first, 0].float().flatten(0, 1)  # centred ones lie on both sides of 0
@@ -411,9 +412,9 @@ def tidy(data: Sequences, marks, scored, repairs):
     if not scored:
         data.seen[..., marks["origin"]] = data.seen.any(-1, keepdim=True)
     for i, (first, length) in enumerate(zip(data.start.tolist(), data.length.tolist())):
-        seen = data.seen[first:first + length]
-        present = seen.flatten(2).any(2).any(0)  # (M,)
-        frames = seen.flatten(1).any(1).nonzero()
+        in_frame = data.seen[first:first + length].any(2)  # (T, M)
+        present = in_frame.any(0)
+        frames = in_frame.any(1).nonzero()
         length = int(frames[-1]) + 1 if len(frames) else 1
         here = slice(first, first + length)
         whole = (data.seen[here] | ~present[:, None]).all()  # every joint of who is present
@@ -767,8 +768,8 @@ def from_pt(path, channels, persons):
         x = content.get(f"x_{half}", ())
         splits[half] = [f"{half}[{i}]" for i in range(len(x))]
         labels = read_labels(content.get(f"y_{half}"), len(x)).tolist()
-        annotations += [{"frame_dir": name, "label": label, "keypoint": array.detach()
-                         if array.dim() == 3 else array.detach().transpose(0, 1)}
+        annotations += [{"frame_dir": name, "label": label,
+                         "keypoint": array if array.dim() == 3 else array.transpose(0, 1)}
                         for name, label, array in zip(splits[half], labels, x)]
     found = from_annotations(annotations, False, channels, persons)
     return replace(found, splits=splits, classes=content.get("classes"))
@@ -869,11 +870,13 @@ def assemble(content: Content, train, test, layout, skeleton, note, pair):
     if len(skeleton["joints"]) != V:
         raise DataError(f"{V} joints; {layout} has {len(skeleton['joints'])}: another --layout?")
     label = torch.cat([train.label, test.label])
-    classes = content.classes or label[label >= 0].unique().tolist()
-    if content.classes and int(label.max()) >= len(classes):
+    classes = content.classes
+    if not classes:
+        values = label[label >= 0].unique()
+        label = torch.where(label < 0, -1, torch.searchsorted(values, label))
+        classes = values.tolist()
+    elif int(label.max()) >= len(classes):
         raise DataError(f"label {int(label.max())}, and {len(classes)} names in `classes`")
-    if not content.classes and classes:
-        label = torch.where(label < 0, -1, torch.searchsorted(torch.tensor(classes), label))
     train.label, test.label = label.split([len(train), len(test)])
     digest = [sum(int(hashlib.sha256(ascii(key).encode()).hexdigest()[:12], 16)
                   for key in zip(half.names, half.length.tolist())) for half in (train, test)]
