@@ -281,7 +281,10 @@ def load_classifier(path, device="cpu"):
     """A checkpoint of fine-tuning as a function: names, probabilities = classify(arrays). arrays:
     one a sequence, (T, V, C) or (M, T, V, C), numpy's or torch's, C + 1 with the joint score last,
     or the Content of a file; names: the class of each; probabilities: (N, K)."""
-    saved, device = shared.read_checkpoint(path, ("finetune",)), torch.device(device)
+    return classifier(shared.read_checkpoint(path, ("finetune",)), torch.device(device))
+
+def classifier(saved, device):
+    """The function of load_classifier, of a checkpoint that was read."""
     C, persons, form = saved["channels"], saved["persons"], dict(saved["normalisation"])
     frames, marks, score = (form.pop(name) for name in ("frames", "marks", "score"))
     model = new_model(saved["model_settings"], saved["settings"]["linear_probe"],
@@ -308,8 +311,8 @@ def load_classifier(path, device="cpu"):
 
 def predict(settings: Settings, source):
     """A line of name,class,probability a sequence on stdout, what was mended on stderr."""
-    form, classify = source["normalisation"], load_classifier(
-        settings.ckpt, shared.find_device(settings.device))
+    form = source["normalisation"]
+    classify = classifier(source, shared.find_device(settings.device))
     with reading(settings.predict):
         content = read(settings.predict, form["score"], source["skeleton"], source["channels"],
                        source["persons"], form["marks"])

@@ -430,12 +430,12 @@ def seed_epoch(settings, epoch, rank):
 def read_data(settings, say, source):
     """source: a checkpoint, whose skeleton and splits hold where no other layout or split is typed,
     or None."""
-    layout, skeleton, pair = settings.layout or None, None, ()
+    layout, skeleton, pair = settings.layout, None, ()
     if source:
         pair = source["pair"]
         if settings.layout == source["settings"]["layout"]:
             layout, skeleton = source["layout"], source["skeleton"]
-    data = load(settings.data or None, settings.split or None, layout, settings.test_fraction,
+    data = load(settings.data, settings.split, layout, settings.test_fraction,
                 settings.synthetic_size, settings.score, skeleton, pair)
     say(f"{settings.data or 'stick figures'}: {data}")
     if settings.score and not data.scored:
