@@ -9,6 +9,7 @@ import io
 import math
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -19,8 +20,7 @@ import zipfile
 from pathlib import Path
 
 import data  # before torch: it silences torch's one remark about numpy
-from extras import benchmark, reliability, visualize
-from extras.drawing import FIGURES
+from extras import benchmark, drawing, numbers, reliability, visualize
 from data import Loader
 from skeletonmae import Packing, SkeletonClassifier, SkeletonMAE
 from test_skeletonmae import FIVE, ScriptCase, close
@@ -106,7 +106,7 @@ class NumberTest(unittest.TestCase):
         generator = torch.Generator().manual_seed(1)
         spread = torch.tensor([5.0, 3.0, 2.0, 1.0, 0.5, 0.1])
         x = torch.randn(200, 6, generator=generator) * spread + 7
-        points, share = visualize.pca(x, 3)
+        points, share = numbers.pca(x, 3)
         values, vectors = torch.linalg.eigh(torch.cov(x.T))
         for k in range(3):
             expected = (x - x.mean(0)) @ vectors[:, -1 - k]
@@ -118,7 +118,7 @@ class NumberTest(unittest.TestCase):
         """exp(entropy) of each row of the affinities, summed in a loop, is the perplexity."""
         x = torch.randn(120, 8, generator=torch.Generator().manual_seed(2)) * 4 + 3
         for wanted in (5.0, 30.0):
-            p = visualize.affinities(x, wanted)
+            p = numbers.affinities(x, wanted)
             for row in p:
                 entropy = -sum(v * math.log(v) for v in row.tolist() if v > 0)
                 self.assertAlmostEqual(math.exp(entropy), wanted, delta=0.01 * wanted)
@@ -130,39 +130,64 @@ class NumberTest(unittest.TestCase):
         generator = torch.Generator().manual_seed(3)
         label = torch.arange(3).repeat_interleave(30)
         x = torch.randn(90, 10, generator=generator) + 12 * torch.eye(3, 10)[label]
-        y, divergence = visualize.tsne(x, perplexity=12, iterations=350, early=100)
+        y, divergence = numbers.tsne(x, perplexity=12, iterations=350, early=100)
         self.assertLess(divergence[-1], 0.5 * divergence[0])
         for before, after in zip(divergence[3:], divergence[4:]):
             self.assertLess(after, before + 0.01)
         kernel = (1 / (1 + torch.cdist(y, y) ** 2)).fill_diagonal_(0)
         q = (kernel / kernel.sum()).clamp(min=1e-12)
-        p = visualize.affinities(x, 12)
+        p = numbers.affinities(x, 12)
         p = ((p + p.T) / 180).clamp(min=1e-12)
         self.assertAlmostEqual(divergence[-1], float((p * (p / q).log()).sum()), places=3)
         distance = torch.cdist(y, y).fill_diagonal_(math.inf)
         self.assertTrue((label[distance.argmin(1)] == label).all())
 
     def test_confusion_and_class_accuracy_against_loops(self):
-        """Fig. 2 says the accuracy of each class that has sequences, their mean and spread."""
+        """The accuracy of each class that has sequences, their mean and spread."""
         generator = torch.Generator().manual_seed(4)
         labels = torch.randint(5, (300,), generator=generator)
         predicted = torch.randint(5, (300,), generator=generator)
         labels[labels == 2] = 4
-        counts = visualize.confusion(labels, predicted, 5)
+        counts = numbers.confusion(labels, predicted, 5)
         expected = [[0] * 5 for _ in range(5)]
         for true, guess in zip(labels.tolist(), predicted.tolist()):
             expected[true][guess] += 1
         self.assertEqual(counts.tolist(), expected)
         accuracy = {c: 100 * expected[c][c] / sum(expected[c]) for c in (0, 1, 3, 4)}
         names = [f"class {c}" for c in range(5)]
-        drawn = visualize.fig2({"run": counts}, names, list("01234"))
+        drawn = visualize.class_accuracy([visualize.Run("", {}, {}, counts)], names)
         order = sorted(accuracy, key=accuracy.get, reverse=True)
-        self.assertEqual(re.findall(r"<title>class (\d): ([\d.]+) %", drawn.content),
+        self.assertEqual(re.findall(r"<title>class (\d): ([\d.]+) %", drawn.panels[0].body),
                          [(str(c), f"{accuracy[c]:.1f}") for c in order])
         mean = statistics.mean(accuracy.values())
         spread = statistics.pstdev(accuracy.values())
-        self.assertIn(f"average {mean:.1f} %, spread ±{spread:.1f} points", drawn.content)
+        self.assertIn(f"average {mean:.1f} %, spread ±{spread:.1f} points", drawn.caption)
         self.assertIn("Left out: 1 ", drawn.caption)
+
+    def test_intervals(self):
+        """Published values of Wilson's interval and of Student's; the mean class accuracy's covers
+        the truth in 95 of 100 draws."""
+        low, high = numbers.interval(81, 263)  # Newcombe 1998, table I
+        self.assertEqual((f"{low:.2f}", f"{high:.2f}"), ("25.53", "36.62"))
+        self.assertEqual(f"{numbers.interval(0, 20)[1]:.2f}", "16.11")
+        for df, t in ((1, 12.706), (4, 2.776), (5, 2.571), (9, 2.262), (29, 2.045)):
+            values = [0.0, 2.0] + [1.0] * (df - 1)
+            half = numbers.mean_interval(values)
+            error = statistics.stdev(values) / math.sqrt(df + 1)
+            self.assertAlmostEqual(half / error, t, delta=0.006)
+        self.assertEqual(numbers.mean_interval([3.0]), 0)
+        generator = torch.Generator().manual_seed(5)
+        truth = torch.tensor([0.9, 0.6, 0.97])
+        covered = 0
+        for _ in range(400):
+            hits = (torch.rand(3, 60, generator=generator) < truth[:, None]).sum(1)
+            counts = torch.diag(hits)
+            counts[:, 0] += torch.tensor([0, 1, 1]) * (60 - hits)
+            counts[0, 1] = 60 - hits[0]
+            low, high = numbers.class_interval(counts)
+            covered += low < 100 * truth.mean() < high
+        self.assertGreater(covered, 364)
+        self.assertLess(covered, 396)
 
 
 # ------------------------------------------------------------------------------------ figures
@@ -171,12 +196,73 @@ class FigureTest(Case):
     def test_report_of_a_run(self):
         """All figures of a pre-training and its fine-tuning, and the numbers of their logs."""
         said = self.draw(self.trained, "--table", self.trained, "--out", self.folder)
-        self.assertIn("10 figures", said)
         files = {path.stem for path in Path(self.folder).glob("*.svg")}
-        self.assertEqual(files, set(FIGURES))
+        self.assertIn(f"{len(files)} panels", said)
+        unmeasured = {"class-sizes", "pretrain-error"}  # balanced; measured in one epoch alone
+        self.assertEqual(files, set(drawing.NAMES) - unmeasured)
         metrics = load(self.trained, "test_outputs.pt")["metrics"]
         page = text_of(self.folder, "report.html")
-        self.assertIn(f"{metrics['top1']:.2f} % top-1, {metrics['top5']:.2f} % top-5", page)
+        self.assertIn(f"{metrics['top1']:.2f} % top-1", page)
+        self.assertIn(f"<td>{metrics['top5']:.2f} %</td>", page)
+        self.assertIn(">jumping jack</text>", page)
+        self.assertNotIn("class 0", page)
+        count = sum(p.numel() for p in visualize.train_finetune.new_model(
+            load(self.trained, "finetune.pt")["model_settings"], False, 10).parameters())
+        self.assertIn(f"<td>{count / 1e6:.2f} million</td>", page)
+        self.assertLess(page.index("fine-tuning loss"), page.index("<h2>Confusion matrix"))
+
+    def test_the_command_makes_the_run(self):
+        """The command line that a report gives parses to the settings of the run."""
+        for script, path in ((train_finetune, f"{self.trained}/finetune.pt"),
+                             (train_pretrain, self.pretrained)):
+            checkpoint = load(path)
+            words = shlex.split(visualize.command_line(checkpoint))
+            typed = train_pretrain.parse(script.Settings, "", words[2:])
+            data_set = data.load(synthetic_size=60)
+            settings = train_pretrain.suit(train_pretrain.settle(script.Settings, typed), data_set)
+            own = {"device", "amp", "graphs"}
+            self.assertEqual({k: v for k, v in vars(settings).items() if k not in own},
+                             {k: v for k, v in checkpoint["settings"].items() if k not in own})
+            self.assertNotIn("--frames 64", " ".join(words))
+
+    def test_two_runs_side_by_side(self):
+        """With --compare both runs stand in every figure of classes and features, and their
+        difference has its paired interval."""
+        outputs = self.make_run(self.folder, K=6)
+        other = outputs | {"logits": outputs["logits"].flip(1)}
+        self.make_run(f"{self.folder}/other", K=6, pretrained=self.pretrained)
+        torch.save(other, f"{self.folder}/other/test_outputs.pt")
+        self.draw(self.folder, "--compare", f"{self.folder}/other")
+        files = {path.stem for path in Path(self.folder).glob("*.svg")}
+        self.assertLess({"confusion-2", "features-pca-2", "features-tsne-2"}, files)
+        hits = [(one["logits"].argmax(1) == one["labels"]).double() for one in (outputs, other)]
+        gain = [100 * (a - b) for a, b in zip(*(h.tolist() for h in hits))]
+        half = 1.96 * statistics.stdev(gain) / math.sqrt(len(gain))
+        mean = statistics.mean(gain)
+        told = f"{mean:+.2f} points ({mean - half:+.1f} to {mean + half:+.1f})".replace("-", "−")
+        page = text_of(self.folder, "report.html")
+        self.assertIn(told, page)
+        self.assertIn("from random weights, blue: average", page)
+        self.assertIn("pre-trained, orange: average", page)
+        dots = re.findall(r'class="big joint c\d"', text_of(self.folder, "class-accuracy.svg"))
+        self.assertEqual(len(dots), 2 * 5)  # class 1 has no test sequence
+
+    def test_few_and_balanced_classes(self):
+        """Without top-5, with at most five classes, no figure repeats another; sizes are drawn
+        where they differ."""
+        outputs = self.make_run(self.folder, K=4)
+        del outputs["metrics"]["top5"]
+        outputs["train_counts"] = torch.tensor([10, 10, 11, 12])
+        torch.save(outputs, f"{self.folder}/test_outputs.pt")
+        self.draw(self.folder, "--no-tsne")
+        files = {path.stem for path in Path(self.folder).glob("*.svg")}
+        self.assertFalse(files & {"chosen-pca2d", "chosen-pca3d", "class-sizes"})
+        self.assertNotIn("top-5", text_of(self.folder, "report.html"))
+        outputs["train_counts"][3] = 40
+        torch.save(outputs, f"{self.folder}/test_outputs.pt")
+        self.draw(self.folder, "--no-tsne", "--classes", "3,0")
+        sizes = text_of(self.folder, "class-sizes.svg")
+        self.assertEqual(re.findall(r">(class \d \*)<", sizes), ["class 3 *", "class 0 *"])
 
     def test_names_are_escaped_and_clipped_in_well_formed_files(self):
         """5, 60 and 120 classes with bad names: XML that parses, nothing loaded from elsewhere."""
@@ -187,46 +273,101 @@ class FigureTest(Case):
             Path(names).write_text("\n".join(lines))
             self.draw(self.folder, "--class-names", names, "--compare", self.folder, "--no-tsne")
             files = glob.glob(f"{self.folder}/*.svg")
-            self.assertEqual(len(files), 7, files)
+            self.assertEqual(len(files), {5: 9, 60: 13, 120: 17}[K], files)
             for path in files:
                 for element in ElementTree.parse(path).iter():
                     if element.tag.endswith(("}text", "}title")):
                         self.assertNotIn("W" * 60, element.text, path)
                         self.assertLessEqual(len(element.text), 140, path)
-            confusion = text_of(self.folder, "fig4-confusion.svg")
+            confusion = text_of(self.folder, "class-accuracy.svg")
             self.assertIn("&lt;b&gt;&quot;0&#x27; &amp; ", confusion)
             page = text_of(self.folder, "report.html")
             self.assertNotIn("<b>", page)
             self.assertNotRegex(page, r"https?:|<link|\bsrc=|@import|url\(")
             counts = re.findall(r": (\d+) of \d+ taken for", page)
-            self.assertEqual(sum(map(int, counts)), 4 * K)  # hovering counts each sequence once
+            self.assertEqual(sum(map(int, counts)), 2 * 4 * K)  # a run counts each sequence once
 
     def test_reconstruction_of_a_pretraining(self):
-        """Eight frames three times over, a ring at each masked joint, and their mean distance from
-        where they are in the units of the data (paper Fig. 6)."""
+        """Moving and in four frames, a ring at each masked joint, and the mean distance from where
+        they are, of the model and of the mean pose, in the units of the data (paper Fig. 6)."""
         checkpoint = load(self.pretrained)
-        _, x, guess, known, masked, upwards = visualize.reconstruct(checkpoint, "3", 0)
-        self.assertFalse(upwards)  # stick figures are in the pixels of an image
-        test = data.load(synthetic_size=60).test
+        found = visualize.reconstruct(checkpoint, "3", 0)
+        self.assertFalse(found.upwards)  # stick figures are in the pixels of an image
+        data_set = data.load(synthetic_size=60)
+        test = data_set.test
         own = slice(int(test.start[3]), int(test.start[3] + test.length[3]))
         raw = test.frames[own, 0, :, :2].float()
-        for pose in x[0]:  # distances between joints are those of one of its frames
+        for pose in found.x[0]:  # distances between joints are those of one of its frames
             gap = (torch.cdist(raw, raw) - torch.cdist(pose, pose)).abs().amax((1, 2))
             self.assertLess(float(gap.min()), 1e-2)
-        distances = []
-        for m, t, v in (known & masked).nonzero().tolist():
-            distances.append(math.dist(x[m, t, v].tolist(), guess[m, t, v].tolist()))
-        self.assertEqual(len(distances) % (4 * 8), 0)  # right arm and right leg in eight frames
+        errors = {"guess": [], "mean": []}
+        hidden = (found.known & found.masked).nonzero().tolist()
+        mean_pose = found.mean.expand_as(found.x)
+        for m, t, v in hidden:
+            true = found.x[m, t, v].tolist()
+            errors["guess"].append(math.dist(true, found.guess[m, t, v].tolist()))
+            errors["mean"].append(math.dist(true, mean_pose[m, t, v].tolist()))
+        self.assertEqual(len(hidden) % (4 * 8), 0)  # right arm and right leg in eight frames
         self.draw(self.trained, "--no-tsne", "--sequence", "3", "--out", self.folder)
-        path = f"{self.folder}/paper-fig6-reconstruction.svg"
-        elements = list(ElementTree.parse(path).iter())
-        self.assertEqual(sum(e.tag.endswith("}svg") for e in elements), 1 + 3 * 8)
-        rings = [e.get("d").count("M") for e in elements if e.get("class") == "joint ring"]
-        self.assertEqual(sum(rings), len(distances))
-        self.assertIn(f"Mean error of its masked joints: {statistics.mean(distances):.3g} in the "
-                      "units of the data", text_of(self.folder, "report.html"))
+        for name, poses in (("reconstruction", 8), ("reconstruction-frames", 4)):
+            elements = list(ElementTree.parse(f"{self.folder}/{name}.svg").iter())
+            rings = [e.get("d").count("M") for e in elements if e.get("class") == "joint ring"]
+            self.assertEqual(sum(rings), len(hidden) // 8 * poses)
+        moving = text_of(self.folder, "reconstruction.svg")
+        self.assertEqual(moving.count('class="frame'), 3 * 8)
+        self.assertEqual(moving.count('class="frame still"'), 3)  # what unmoved pages show
+        self.assertIn("(prefers-reduced-motion:reduce){.frame{animation:none}.still{visibility:"
+                      "visible}}", moving)
+        delays = sorted({float(d) for d in re.findall(r"animation-delay:([-.\d]+)s", moving)})
+        self.assertEqual([f"{d:.3g}" for d in delays], [f"{(i - 8) / 6:.3g}" for i in range(8)])
+        told = (f"Mean error of its masked joints {statistics.mean(errors['guess']):.3g}, by the "
+                f"mean pose {statistics.mean(errors['mean']):.3g}, in the units of the data")
+        self.assertIn(told, text_of(self.folder, "report.html"))
         for wanted in ("1000", "9" * 5000, "nobody"):
             self.refused("no test sequence", self.trained, "--no-tsne", "--sequence", wanted)
+
+    def test_the_mean_pose_and_the_moving_sequence(self):
+        """The mean pose is that of the training set; the sequence that moves more than nine in ten
+        is found among others that stand still."""
+        checkpoint = load(self.pretrained)
+        data_set = data.load(synthetic_size=60)
+        loader = Loader(data_set.train, checkpoint["skeleton"], 2, 100, 8)
+        expected = train_pretrain.measure_target(loader)[2]
+        found = visualize.reconstruct(checkpoint, "3", 0)
+        unit = (found.mean / expected[:, None]).flatten()
+        close(unit, unit[:1].expand_as(unit), rtol=1e-3, atol=1e-3)
+        test = data_set.test
+        for i in range(len(test)):
+            own = slice(int(test.start[i]), int(test.start[i] + test.length[i]))
+            middle = test.frames[own].mean(0, keepdim=True)
+            share = {3: 1.0, 5: 0.5}.get(i, 0.01)
+            test.frames[own] = middle + share * (test.frames[own] - middle)
+        slow = Loader(test, checkpoint["skeleton"], 2, 100, 8)
+        self.assertEqual(visualize.moving(slow), 5)  # 3 moves most: one in ten
+
+    def test_label_share(self):
+        """A point a cell at the mean of its lines, an interval by Student; what is no such file is
+        one line."""
+        path = Path(self.folder, "shares.csv")
+        rows = ["share,arm,accuracy"]
+        for share, values in ((1, (60, 62, 67)), (10, (80, 82, 84)), (100, (90,))):
+            rows += [f"{share},<pre>,{value}" for value in values]
+            rows.append(f"{share},scratch,{share / 2}")
+        path.write_text("\n".join(rows))
+        self.draw("--labels", str(path))
+        drawn = text_of(self.folder, "label-share.svg")
+        ElementTree.fromstring(drawn)
+        half = 4.303 * statistics.stdev((60, 62, 67)) / math.sqrt(3)
+        self.assertIn(f"<title>&lt;pre&gt;, 1 %: 63.0 ± {half:.1f}, n = 3</title>", drawn)
+        self.assertIn("&lt;pre&gt; (n = 1 to 3)", drawn)
+        line = re.search(r'class="line c0" d="M([^"m]+)"', drawn)[1]
+        x, y = zip(*(map(float, point.split()) for point in line.split("L")))
+        self.assertAlmostEqual(x[1] - x[0], x[2] - x[1], delta=0.2)  # 1, 10, 100: a log axis
+        self.assertAlmostEqual((y[0] - y[1]) / (y[1] - y[2]), 19 / 8, delta=0.05)
+        for content in ("a,b\n1,2", "share,arm,accuracy\n0,a,5", "share,arm,accuracy\n1,a,x",
+                        "share,arm,accuracy", "share,arm,accuracy\n1"):
+            path.write_text(content)
+            self.refused("expected lines of share,arm,accuracy", "--labels", str(path))
 
     def test_table_2(self):
         """The best and the worst set of as many joints, mean and deviation over runs, a dash where
@@ -249,8 +390,8 @@ class FigureTest(Case):
         self.draw(f"{self.folder}/e", "--table", *sorted(glob.glob(f"{self.folder}/*")),
                   "--no-tsne", "--out", self.folder)
         page = text_of(self.folder, "report.html")
-        self.assertEqual(page.count("<h2>Table 2"), 2)
-        found = page.partition("<h2>Table 2")[2].partition("</table>")[0].split("<tr>")[1:]
+        self.assertEqual(page.count("<h2>Masking strategy"), 2)
+        found = page.partition("<h2>Masking strategy")[2].partition("</table>")[0].split("<tr>")[1:]
         rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in found]
         parts = list(load(self.pretrained)["skeleton"]["parts"])
         high, low = (f"V{parts.index(side + '_arm')} V{parts.index(side + '_leg')}"
@@ -269,31 +410,40 @@ class FigureTest(Case):
         Path(self.folder, "own.svg").write_text("<svg/>")
         self.draw(self.folder)
         before = {path.stem for path in Path(self.folder).glob("*.svg")}
-        missing = {"paper-fig6-reconstruction", "training-pretrain"}
-        self.assertEqual(before, FIGURES.keys() - missing | {"own"})
+        self.assertLess({"own", "features-tsne", "confusion"}, before)
+        self.draw(self.folder, "--no-tsne", "--compare", self.folder)
         self.draw(self.folder, "--no-tsne")
         after = {path.stem for path in Path(self.folder).glob("*.svg")}
-        self.assertEqual(before - after, {"fig1-tsne"})
+        self.assertEqual(before - after, {"features-tsne"})
+        self.assertEqual(after - before, set())
 
     def test_classes_are_named_or_drawn_from_the_rarer_half(self):
-        """Table 1 has the classes asked for; else five of the rarer half, drawn by the seed."""
+        """A table has the classes asked for; else features are of five of the rarer half, drawn by
+        the seed."""
         outputs = self.make_run(self.folder, 24, 480)
         names = f"{self.folder}/names.txt"
         lines = "\n".join(f"name {i}" for i in range(24))
         Path(names).write_text(lines, encoding="utf-8-sig")  # as Windows writes it
-        tables = []
-        for words in (["--classes", "name 7,0"], ["--seed", "1"], ["--seed", "1"], ["--seed", "2"]):
-            self.draw(self.folder, "--no-tsne", "--class-names", names, *words)
-            page = text_of(self.folder, "report.html")
-            rows = page.partition("Table 1")[2].partition("</table>")[0].split("<tr>")[2:]
-            tables.append([re.findall("<td>(.*?)</td>", row) for row in rows])
-        tested = [int((outputs["labels"] == c).sum()) for c in range(24)]
-        expected = [[str(c), str(3 * c + 1), str(tested[c]), f"name {c}"] for c in (7, 0)]
-        self.assertEqual(tables[0], expected)
-        for drawn in tables[1:]:  # the training sequences grow with the id: 0 to 11 are rarer
-            self.assertEqual(len({int(row[0]) for row in drawn} & set(range(12))), 5)
-        self.assertEqual(tables[1], tables[2])
-        self.assertNotEqual(tables[1], tables[3])
+        self.draw(self.folder, "--no-tsne", "--class-names", names, "--classes", "name 7,0")
+        page = text_of(self.folder, "report.html")
+        found = page.partition("The chosen classes")[2].partition("</table>")[0].split("<tr>")[2:]
+        cells = [re.findall("<td>(.*?)</td>", row) for row in found]
+        hits = outputs["logits"].argmax(1) == outputs["labels"]
+        expected = []
+        for c in (7, 0):
+            own = outputs["labels"] == c
+            accuracy = f"{100 * hits[own].float().mean():.1f}"
+            expected.append([f"{c} name {c}", str(3 * c + 1), str(int(own.sum())), accuracy])
+        self.assertEqual(cells, expected)
+        drawn = []
+        for seed in "112":
+            self.draw(self.folder, "--no-tsne", "--seed", seed)
+            legend = text_of(self.folder, "chosen-pca2d.svg").partition("PC 1")[0]
+            drawn.append({int(c) for c in re.findall(r">class (\d+)<", legend)})
+            self.assertEqual(len(drawn[-1] & set(range(12))), 5)  # sizes grow with the id
+        self.assertEqual(drawn[0], drawn[1])
+        self.assertNotEqual(drawn[0], drawn[2])
+        self.assertNotIn("The chosen classes", text_of(self.folder, "report.html"))
         self.refused("no class 77", self.folder, "--no-tsne", "--classes", "77")
         Path(names).write_text("one name")
         self.refused("has 1 lines; expected 24", self.folder, "--class-names", names)

@@ -1,25 +1,31 @@
-"""Draws the supplement's figures from what training left: a report.html and every figure as .svg.
+"""Draws what training left: a report.html and every panel of it as .svg.
 
     python -m extras.visualize                                  # runs/finetune
     python -m extras.visualize runs/finetune --compare runs/scratch  # another run beside it
     python -m extras.visualize runs/finetune --classes 2,5,7 --class-names names.txt --no-tsne
     python -m extras.visualize runs/finetune --table runs/*     # masking strategies and accuracy
+    python -m extras.visualize --labels accuracies.csv          # accuracy over the share of labels
 
 Reads finetune.pt and test_outputs.pt of the run, and pretrain.pt of the pre-training it started
-from. Figure numbers are the supplement's; Fig. 6 is the paper's. How lines and letters are drawn
-is in drawing.py.
+from. How lines and letters are drawn is in drawing.py, what is computed in numbers.py.
 """
 import argparse
+import csv
 import math
 import os
 import shlex
 import statistics
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 from data import DataError, Loader  # before torch: it silences its warning
-from extras.drawing import (BAR, DOT, LINE, MARKS, RING, TEXT, Figure, Series, clean, cube,
-                            figure, names_below, path, plot, rect, table, text, write_report)
+from extras.drawing import (DOT, LINE, MARKS, TEXT, Figure, Panel, Series, clean, cube, names_below,
+                            path, plot, rect, rows, svg, table, text, write_report)
+from extras.numbers import class_interval, confusion, interval, mean_interval, pca, tsne
 from skeletonmae import SkeletonMAE, draw_mask
+import train_finetune
 import train_pretrain as shared
 import torch
 from torch import Tensor
@@ -30,21 +36,24 @@ def parse(argv=None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", nargs="?", default="runs/finetune", help="run folder of train_finetune.py")
-    add("--compare", metavar="RUN", help="a second run on the same test set, beside it in Fig. 2")
+    add("--compare", metavar="RUN", help="a second run on the same test set, beside the first")
     add("--table", nargs="+", default=[], metavar="RUN", help="run folders for Table 2")
     add("--pretrained", metavar="FILE",
         help="pre-training to draw; default: what the run started from; none: leave it out")
     add("--classes", type=lambda text: text.split(","), default=[], metavar="A,B",
-        help="ids or names for Fig. 4 and Table 1; default: five of the rarer half, drawn")
+        help="ids or names to look at more closely; default: five of the rarer half, drawn")
     add("--class-names", metavar="FILE", help="text file with a class name a line, in label order")
-    add("--sequence", help="test sequence to reconstruct, name or number from 0; default: drawn")
+    add("--sequence", help="test sequence to reconstruct, name or number from 0; default: one with "
+                           "more motion than nine in ten")
     add("--seed", type=int, default=0, help="seed of everything that is drawn")
-    add("--no-tsne", action="store_true", help="Fig. 1 without t-SNE")
+    add("--no-tsne", action="store_true", help="leave t-SNE out")
+    add("--labels", metavar="CSV", help="draw label-share.svg alone, from lines of share,arm,"
+                                        "accuracy: percent of the labels, a word, percent")
     add("--out", help="folder for report.html and the .svg files; default: the run folder")
     return parser.parse_args(argv)
 
 
-# ------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 
 @contextmanager
 def reading(path: str, script: str):
@@ -61,18 +70,42 @@ def reading(path: str, script: str):
         raise DataError(f"{path} {state}; make it with: {command}") from None
 
 
-def read_outputs(folder: str) -> dict:
-    """What train_finetune.py knows of N test sequences and K classes: logits (N, K), features
-    (N, F), labels (N,), train_counts (K,), classes; and counts (K, K), the confusion matrix."""
+class Run(NamedTuple):
+    """What train_finetune.py left of N test sequences and K classes."""
+    folder: str
+    checkpoint: dict
+    outputs: dict    # logits (N, K), features (N, F), labels (N,), train_counts (K,), classes
+    counts: Tensor   # (K, K), the confusion matrix
+    title: str = ""  # short, of two runs
+
+
+def read_run(folder: str) -> Run:
     path = os.path.join(folder, "test_outputs.pt")
-    score = "{top1:.2f} % top-1, {top5:.2f} % top-5, {mean_class:.2f} % mean class accuracy"
     with reading(path, "train_finetune"):
         outputs = torch.load(path, map_location="cpu", weights_only=True)
         outputs["labels"] = outputs["labels"].long()
-        N, K = outputs["logits"].shape
-        counts = confusion(outputs["labels"], outputs["logits"].argmax(1), K)
-        summary = f"{score.format(**outputs['metrics'])} on {N:,} test sequences, {K} classes"
-        return outputs | {"counts": counts, "summary": summary}
+        outputs["metrics"] = {name: float(value) for name, value in outputs["metrics"].items()}
+        predicted = outputs["logits"].argmax(1)
+        counts = confusion(outputs["labels"], predicted, outputs["logits"].shape[1])
+    return Run(folder, read_checkpoint(os.path.join(folder, "finetune.pt")), outputs, counts)
+
+
+def read_two(folder: str, other: str) -> list:
+    """Two runs on the same test set, titled by what they started from or else by their folders."""
+    runs = [read_run(folder), read_run(other)]
+    first, second = (run.outputs for run in runs)
+    if not first["labels"].equal(second["labels"]) or first["classes"] != second["classes"]:
+        raise DataError(f"{other} was tested on other sequences than {folder}; "
+                        "expected two runs on the same data")
+    titles = ["pre-trained" if run.checkpoint["settings"]["ckpt"] else "from random weights"
+              for run in runs]
+    if titles[0] == titles[1]:
+        titles = [os.path.normpath(run.folder) for run in runs]
+    return [run._replace(title=title) for run, title in zip(runs, titles)]
+
+
+def data_name(run: Run) -> str:
+    return os.path.basename(run.checkpoint["settings"]["data"]) or "built-in stick figures"
 
 
 def read_checkpoint(path: str) -> dict:
@@ -94,112 +127,253 @@ def read_pretraining(path: str) -> dict | None:
     return None
 
 
-# ------------------------------------------------------------------------------------ numbers
-
-def pca(x: Tensor, components: int) -> tuple:
-    """Principal components of x (N, F): (coordinates (N, components), share of the variance that
-    each explains). Signs are fixed: the largest loading of each is positive."""
-    x = x - x.mean(0)
-    padded = torch.cat([x, x.new_zeros(components, x.shape[1])])  # N may be small
-    _, scale, axes = torch.linalg.svd(padded, full_matrices=False)
-    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-    share = scale.square() / scale.square().sum().clamp(min=1e-30)
-    return x @ axes[:components].T, share[:components]
+def read_class_names(path: str | None, K: int) -> list:
+    """A name for each of K classes, or an empty list without a file."""
+    if not path:
+        return []
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        names = [name.strip() for name in file.read().rstrip().split("\n")]
+    if len(names) != K:
+        raise DataError(f"{path} has {len(names)} lines; expected {K}, a class name each")
+    return names
 
 
-def affinities(x: Tensor, perplexity: float) -> Tensor:
-    """p_j|i of t-SNE, (N, N): Gaussian rows whose log precision is bisected until e^entropy is the
-    perplexity."""
-    square = torch.cdist(x, x).square_()
-    square = square / square.mean().clamp(min=1e-12)
-    square.fill_diagonal_(math.inf)  # nobody is a neighbour of itself
-    low = torch.full((len(x), 1), -10.0)
-    high = torch.full((len(x), 1), 30.0)
-    for _ in range(40):
-        middle = (low + high) / 2
-        p = torch.softmax(-middle.exp() * square, 1)
-        flat = torch.special.entr(p).sum(1, keepdim=True) > math.log(perplexity)
-        low = torch.where(flat, middle, low)
-        high = torch.where(flat, high, middle)
-    return p
-
-
-def tsne(x: Tensor, perplexity: float = 30.0, iterations: int = 750, early: int = 250) -> tuple:
-    """t-SNE of x (N, F) with the exact gradient (van der Maaten and Hinton 2008), started from PCA,
-    hence without a seed; in the `early` iterations p is exaggerated. Returns (coordinates (N, 2),
-    Kullback-Leibler divergence every 50 iterations)."""
-    N = len(x)
-    p = affinities(x, perplexity)
-    p = (p + p.T).div_(2 * N).clamp_(min=1e-12)
-    y = pca(x, 2)[0]
-    y = 1e-4 * y / y[:, 0].std().clamp(min=1e-12)
-    velocity = torch.zeros_like(y)
-    gain = torch.ones_like(y)
-    rate = max(N / 48, 50)
-    history = []
-    for step in range(iterations + 1):
-        columns = torch.cat([y.T, torch.ones(1, N)])  # one product: sum_j w_ij y_j and sum_j w_ij
-        pull = []
-        push = []
-        total = -N  # kernels of a point with itself do not count
-        divergence = 0.0
-        for p_rows, y_rows in zip(p.split(128), y.split(128)):
-            dx = y_rows[:, :1] - columns[0]
-            dy = y_rows[:, 1:] - columns[1]
-            kernel = dx.square_().add_(dy.square_()).add_(1).reciprocal_()  # 1 / (1 + |yi - yj|²)
-            if step % 50 == 0:
-                divergence += float((p_rows * (p_rows / kernel).log()).sum())
-            total += float(kernel.sum())
-            pull.append(torch.nn.functional.linear(p_rows * kernel, columns))
-            push.append(torch.nn.functional.linear(kernel.square_(), columns))
-        if step % 50 == 0:
-            history.append(divergence + math.log(total))
-        if step == iterations:
-            return y, history
-        force = torch.cat(pull) * (12 if step < early else 1) - torch.cat(push) / total
-        gradient = 4 * (force[:, 2:] * y - force[:, :2])
-        gain = torch.where(gradient * velocity < 0, gain + 0.2, gain * 0.8).clamp(min=0.01)
-        velocity = (0.5 if step < early else 0.8) * velocity - rate * gain * gradient
-        y = y + velocity
-        y = y - y.mean(0)
-
-
-def confusion(labels: Tensor, predicted: Tensor, K: int) -> Tensor:
-    """Counts (K, K): rows are the true classes, columns the predicted ones."""
-    return torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
-
-
-def choose_classes(wanted: list, ids: list, names: list, outputs: dict, seed: int) -> list:
+def choose_classes(wanted: list, ids: list, names: list, run: Run, seed: int) -> list:
     """The classes asked for, or five drawn from the rarer half of those that the test set holds."""
     for word in wanted:
         if word not in ids + names:
             raise DataError(f"no class {word}; ids run from {ids[0]} to {ids[-1]}")
     if wanted:
         return list(dict.fromkeys((ids + names).index(word) % len(ids) for word in wanted))
-    rarest_first = outputs["train_counts"].argsort(stable=True).tolist()
-    tested = [c for c in rarest_first if outputs["counts"][c].any()]
+    rarest_first = run.outputs["train_counts"].argsort(stable=True).tolist()
+    tested = [c for c in rarest_first if run.counts[c].any()]
     half = tested[:max(len(tested) // 2, 5)]
     order = torch.randperm(len(half), generator=torch.Generator().manual_seed(seed))
     return sorted(half[i] for i in order[:5].tolist())
 
 
-# ------------------------------------------------------------------------------------ figures
+# ------------------------------------------------------------------------------------------ the run
 
-POINTS = 3000  # at most so many in Fig. 1: t-SNE takes their square
+def command_line(checkpoint: dict) -> str:
+    """A command that makes such a run: what differs from the defaults, and what decides them."""
+    saved, kind = checkpoint["settings"], checkpoint["kind"]
+    settings_type = train_finetune.Settings if kind == "finetune" else shared.Settings
+    decisive = {"recipe", "pretrain", "epochs", "batch_size", "repeat"} & saved.keys()
+    typed = {name: saved[name] for name in decisive}
+    data = SimpleNamespace(train=[0], channels=checkpoint["channels"],
+                           skeleton=checkpoint["skeleton"])
+    usual = vars(shared.suit(shared.settle(settings_type, typed), data))
+    words = ["python", f"train_{kind}.py"]
+    for name in usual:
+        value = saved[name]
+        technical = name in ("resume", "overwrite", "device", "amp", "graphs", "workers")
+        if technical or value == usual[name] and name not in decisive:
+            continue
+        words.append(shared.flag(f"no_{name}" if value is False else name))
+        if isinstance(value, tuple):
+            words.append(",".join(map(str, value)))
+        elif not isinstance(value, bool):
+            words.append(shlex.quote(str(value)))
+    return " ".join(words)
 
 
-def scatter(name: str, caption: str, points: Tensor, classes: Tensor, names: dict,
-            share: Tensor | None = None) -> Figure:
+def told(run: Run) -> dict:
+    """What a person asks first of a run: question -> answer."""
+    checkpoint, outputs, settings = run.checkpoint, run.outputs, run.checkpoint["settings"]
+    model = train_finetune.new_model(checkpoint["model_settings"], settings["linear_probe"],
+                                     len(outputs["classes"]))
+    metrics = outputs["metrics"]
+    share = settings["label_fraction"]
+    labelled = f" ({100 * share:g} % of the labels)" if share < 1 else ""
+    score = "{:.2f} % ({:.1f} to {:.1f})"
+    hits, count = int(run.counts.diagonal().sum()), int(run.counts.sum())
+    answers = {
+        "data": ", ".join(filter(None, (data_name(run), " / ".join(checkpoint["pair"])))),
+        "classes": len(outputs["classes"]),
+        "sequences": f"{int(outputs['train_counts'].sum()):,} training{labelled}, {count:,} test",
+        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million",
+        "seed": settings["seed"],
+        "start": settings["ckpt"] or "random weights",
+        "top-1": score.format(metrics["top1"], *interval(hits, count)),
+        "mean class accuracy": score.format(metrics["mean_class"], *class_interval(run.counts))}
+    if "top5" in metrics:
+        answers["top-5"] = f"{metrics['top5']:.2f} %"
+    return answers | {"command": command_line(checkpoint)}
+
+
+def facts(runs: list, pretraining: dict | None) -> Figure:
+    """`told` as a table, a column a run."""
+    columns = [told(run) for run in runs]
+    cells = [[what, *(column[what] for column in columns)] for what in columns[0]]
+    if len(runs) == 2:
+        cells.insert(0, ["", *(run.title for run in runs)])
+        hits = [run.outputs["logits"].argmax(1) == run.outputs["labels"] for run in runs]
+        gain = 100 * (hits[0].double() - hits[1].double())  # on the same sequences: paired
+        mean, half = float(gain.mean()), 1.96 * float(gain.std()) / math.sqrt(len(gain))
+        points = f"{mean:+.2f} points ({mean - half:+.1f} to {mean + half:+.1f})"
+        cells.insert(-1, ["top-1, difference", points.replace("-", "−"), ""])
+    if pretraining:
+        cells.append(["pre-training", command_line(pretraining), *[""] * (len(runs) - 1)])
+    caption = ("Last epoch, one model, no test-time augmentation. In brackets: 95 % intervals over "
+               "the test sequences; other seeds are not in them.")
+    return table("The run" if len(runs) == 1 else "The runs", "", caption, cells, len(runs) - 1)
+
+
+def curves(runs: list, pretraining: dict | None) -> Figure:
+    """What changed from epoch to epoch. What was measured once stands in the other figures."""
+    kinds = [("finetune-loss", "fine-tuning loss", ["loss"], ""),
+             ("finetune-accuracy", "top-1 accuracy, %", ["top1"], ""),
+             ("finetune-rate", "learning rate", ["lr"], "y"),
+             ("pretrain-loss", "pre-training loss", ["loss"], ""),
+             ("pretrain-error", "joint error, units of the data",
+              ["joint_error", "mean_pose_error", "neighbour_error"], "")]
+    words = {"joint_error": "model", "mean_pose_error": "mean pose",
+             "neighbour_error": "neighbours"}
+    panels = []
+    for name, y_label, columns, log in kinds:
+        logs = [(run.title, run.checkpoint["log"]) for run in runs]
+        if name.startswith("pretrain"):
+            logs = [("", pretraining["log"])] if pretraining else []
+        series = []
+        for title, rows in logs:
+            for column in columns:
+                points = [(row["epoch"], row[column]) for row in rows if row.get(column)]
+                if len(points) > 1:
+                    style = f"line c{(0, 3, 6)[len(series)]}"
+                    series.append(Series(points, style, LINE, words.get(column, title)))
+        if series:
+            body, height = plot(series, "epoch", y_label, 310, 150, log)
+            panels.append(Panel(name, 310, height, body))
+    return Figure("Training", "", "", panels)
+
+
+# ------------------------------------------------------------------------------------------ classes
+
+def side_by_side(name: str, runs: list, draw) -> list:
+    """draw(run) -> (SVG, width, height): a panel a run, under its title if there are two."""
+    panels = []
+    for run in runs:
+        body, width, height = draw(run)
+        if run.title:
+            body = text(0, 14, run.title, "bold") + f'<g transform="translate(0 24)">{body}</g>'
+            height += 24
+        panels.append(Panel(name, width, height, body))
+    return panels
+
+
+def confusion_matrix(counts: Tensor, labels: list, ids: list, room: float) -> tuple:
+    """counts (K, K), row-normalised: true classes down, predicted ones across, in at most `room`
+    pixels. Returns (SVG, width, height)."""
+    K = len(counts)
+    cell = min(34, room / K)
+    names = labels if cell >= 10 else ids
+    left, top = 34 + 6 * min(max(map(len, names)), 24), 8
+    side = cell * K
+    below, height = names_below([left + (i + 0.5) * cell for i in range(K)], top + side, names)
+    body = rect(left, top, side, side, "grid") + below
+    numbers = ""  # above all cells
+    for i, total in enumerate(counts.sum(1).tolist()):
+        y = top + i * cell
+        if i % math.ceil(7 / cell) == 0:
+            size = "end small" if cell > 11 else "end tiny"
+            body += text(left - 5, y + cell / 2 + 3.5, names[i], size, 24)
+        if total == 0:
+            body += rect(left, y, side, cell, "none", f"{clean(labels[i])}: no test sequence")
+        for j in counts[i].nonzero().flatten().tolist():
+            x = left + j * cell
+            share = float(counts[i, j]) / total
+            tip = (f"{clean(labels[i], 30)}: {counts[i, j]} of {total} taken for "
+                   f"{clean(labels[j], 30)} ({100 * share:.0f} %)")
+            opacity = f' fill-opacity="{max(share, 0.06):.2f}"'
+            body += rect(x, y, cell, cell, "heat", tip, opacity)
+            if cell >= 20:
+                style = "small mid on" if share > 0.55 else "small mid"
+                middle = x + cell / 2, y + cell / 2 + 3.5
+                numbers += text(*middle, f"{100 * share:.0f}", style)
+    body += text(left + side / 2, top + side + height + 14, "predicted class", "mid")
+    body += text(13, top + side / 2, "true class", "mid", turn=-90) + numbers
+    return body, max(left + side + 10, 480), top + side + height + 22
+
+
+def confusions(runs: list, labels: list, ids: list) -> Figure:
+    room = 340 if len(runs) == 2 or len(ids) <= 14 else 720
+    panels = side_by_side("confusion", runs,
+                          lambda run: confusion_matrix(run.counts, labels, ids, room))
+    totals = runs[0].counts.sum(1).tolist()
+    caption = ("Percent of a true class's test sequences by predicted class, fuller colours are "
+               f"more; {sum(totals):,} sequences, counts on hover.")
+    if 0 in totals:
+        caption += f" Grey: {totals.count(0)} without test sequences."
+    return Figure("Confusion matrix", "supplement Fig. 4", caption, panels)
+
+
+def class_rows(name: str, order: list, labels: list, columns: list, *axis) -> list:
+    """`rows` of the classes in `order`, at most 30 a panel. columns: as of `rows`, by class."""
+    size = math.ceil(len(order) / math.ceil(len(order) / 30))
+    panels = []
+    for first in range(0, len(order), size):
+        own = order[first:first + size]
+        marks = [(colour, [values[c] for c in own]) for colour, values in columns]
+        body, height = rows([labels[c] for c in own], marks, *axis)
+        panels.append(Panel(name, 480, height, body))
+    return panels
+
+
+def class_accuracy(runs: list, labels: list) -> Figure:
+    """The accuracy of every class that has test sequences, with its interval, a dot a run."""
+    tested = [c for c, total in enumerate(runs[0].counts.sum(1).tolist()) if total]
+    columns = []
+    lines = []
+    told = []
+    for run, colour, word in zip(runs, (0, 3), ("blue", "orange")):
+        values = {}
+        for c in tested:
+            hits, total = int(run.counts[c, c]), int(run.counts[c].sum())
+            tip = f"{clean(labels[c])}: {100 * hits / total:.1f} %, {hits} of {total}"
+            values[c] = 100 * hits / total, interval(hits, total), tip
+        accuracies = [value[0] for value in values.values()]
+        average = statistics.mean(accuracies)
+        columns.append((colour, values))
+        lines.append((colour, average))
+        told.append((f"{run.title}, {word}: " if run.title else "") + f"average {average:.1f} %, "
+                    f"spread ±{statistics.pstdev(accuracies):.1f} points")
+    order = sorted(tested, key=lambda c: -columns[0][1][c][0])
+    lowest = min(value[1][0] for _, values in columns for value in values.values())
+    panels = class_rows("class-accuracy", order, labels, columns, "accuracy, %",
+                        10 * math.floor(lowest / 10), 100, lines)
+    caption = ("Lines through dots: 95 % intervals; dashed: average over classes. "
+               f"{'; '.join(told)} (standard deviation).")
+    if len(tested) < len(labels):
+        caption += f" Left out: {len(labels) - len(tested)} without test sequences."
+    return Figure("Accuracy of each class", "supplement Fig. 2", caption, panels)
+
+
+def class_sizes(train_counts: Tensor, chosen: list, labels: list) -> Figure:
+    """Training sequences of every class; a star marks those in `chosen`."""
+    order = train_counts.argsort(descending=True, stable=True).tolist()
+    values = [(count, None, f"{clean(label)}: {count}")
+              for count, label in zip(train_counts.tolist(), labels)]
+    marked = [f"{label} *" if c in chosen else label for c, label in enumerate(labels)]
+    panels = class_rows("class-sizes", order, marked, [(0, values)], "training sequences", 0,
+                        max(int(train_counts.max()), 1), [])
+    caption = f"{int(train_counts.sum()):,} in {len(order)} classes."
+    if chosen:
+        caption += " *: chosen, see below."
+    return Figure("Training sequences of each class", "supplement Fig. 3", caption, panels)
+
+
+# ----------------------------------------------------------------------------------------- features
+
+POINTS = 3000  # at most so many are drawn: t-SNE takes their square
+
+
+def scatter(points: Tensor, classes: Tensor, names: dict, axes: list) -> tuple:
     """points (N, 2), or (N, 3) in the cube from -1 to 1, and their classes (N,); names: class ->
-    its name; share: see `pca`."""
-    labels = ["t-SNE dimension 1 (no unit)", "t-SNE dimension 2 (no unit)"]
-    if share is not None:
-        labels = [f"PC {i} ({100 * part:.1f} % of variance)"
-                  for i, part in enumerate(share.tolist(), 1)]
+    (its id, its name). Returns (SVG, width, height)."""
     low, high = points.amin(0), points.amax(0)
     series = []
     ids = {}  # of more classes than a legend holds: cell of a 20 x 20 grid -> the id shown there
-    for i, (c, label) in enumerate(names.items()):
+    for i, (c, (id, label)) in enumerate(names.items()):
         own = points[classes == c]
         colour = i % 7
         mark = MARKS[(i + i // 7) % 6]  # 42 classes in a row differ in colour or mark
@@ -209,252 +383,212 @@ def scatter(name: str, caption: str, points: Tensor, classes: Tensor, names: dic
         if len(names) > 20 and len(own):
             middle = own.median(0).values
             cell = tuple(((middle - low) / (high - low) * 20).int().tolist())
-            id = label.removeprefix("class ").split(" ")[0]
             ids.setdefault(cell, Series([middle.tolist()], "small bold mid halo", TEXT, tip=id))
-    if ids:
-        caption += " Numbers: class ids, where there is room; others show on hover."
     on_axes = cube if points.shape[1] == 3 else plot
-    body, height = on_axes([*series, *ids.values()], *labels)
-    return figure(name, caption, 480, height, body)
+    body, height = on_axes([*series, *ids.values()], *axes)
+    return body, 480, height
 
 
-def fig1(outputs: dict, names: list, with_tsne: bool, seed: int):
+def axes_of(share: Tensor) -> list:
+    return [f"PC {i} ({100 * part:.1f} % of variance)" for i, part in enumerate(share.tolist(), 1)]
+
+
+def features(runs: list, names: dict, with_tsne: bool, seed: int):
     """PCA and, if asked for, t-SNE of the features before the classifier."""
-    features, labels = outputs["features"], outputs["labels"]
+    labels = runs[0].outputs["labels"]
     N = len(labels)
     kept = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[:POINTS].sort().values
-    shown = f"all {N:,} test sequences."
-    if N > POINTS:
-        shown = f"{len(kept):,} of {N:,} test sequences, drawn with seed {seed}."
-    tested = {c: names[c] for c in labels.unique().tolist()}
-    flat, share = pca(features, 2)
-    yield scatter("fig1-pca", f"Principal components of all test features. Shown: {shown}",
-                  flat[kept], labels[kept], tested, share)
+    shown = f"{len(kept):,} of {N:,} test sequences" if N > POINTS else f"{N:,} test sequences"
+    if len(names) > 20:
+        shown += "; numbers are class ids, where there is room, others show on hover"
+
+    def draw_pca(run: Run) -> tuple:
+        points, share = pca(run.outputs["features"], 2)
+        return scatter(points[kept], labels[kept], names, axes_of(share))
+
+    def draw_tsne(run: Run) -> tuple:
+        points, divergence = tsne(run.outputs["features"][kept], perplexity)
+        divergences.append(f"{divergence[-1]:.2f}")
+        return scatter(points, labels[kept], names, ["t-SNE 1 (no unit)", "t-SNE 2 (no unit)"])
+
+    yield Figure("Features, principal components", "supplement Fig. 1",
+                 f"Features before the classifier: {shown}.",
+                 side_by_side("features-pca", runs, draw_pca))
     if with_tsne and N >= 10:  # fewer have no neighbourhoods to keep
         print(f"t-SNE of {len(kept):,} sequences; --no-tsne leaves it out", flush=True)
         perplexity = min(30, (len(kept) - 1) / 3)
-        flat, divergence = tsne(features[kept], perplexity)
-        yield scatter("fig1-tsne", f"t-SNE of {shown} Perplexity {perplexity:.3g}, "
-                      f"divergence {divergence[-1]:.2f}.", flat, labels[kept], tested)
+        divergences = []
+        panels = side_by_side("features-tsne", runs, draw_tsne)
+        yield Figure("Features, t-SNE", "supplement Fig. 1", f"The same {shown}. Perplexity "
+                     f"{perplexity:.3g}, divergence {' and '.join(divergences)}.", panels)
 
 
-def fig2(counts: dict, names: list, short: list) -> Figure:
-    """counts: run -> its confusion matrix (K, K). The first run's accuracies are bars and give the
-    order, the second's are dots. A class without test sequences has no accuracy."""
-    accuracies = {run: 100 * c.diagonal() / c.sum(1) for run, c in counts.items()}  # (K,) or NaN
-    gaps = [a - a.nanmean() for a in accuracies.values()]
-    order = [c for c in gaps[0].argsort(descending=True, stable=True).tolist()
-             if not gaps[0][c].isnan()]
-    tips = [f"{clean(names[c])}: " + ", ".join(f"{a[c]:.1f} %" for a in accuracies.values())
-            for c in order]
-    first, end = -0.5, len(order) - 0.5
-    looks = (("f0", "c0", BAR, tips), ("c3 dot", "c3", DOT, ""))
-    series = []
-    for run, gap, (style, colour, mark, tip) in zip(accuracies, gaps, looks):
-        gap = gap[order].tolist()
-        spread = statistics.pstdev(gap)
-        average = accuracies[run].nanmean()
-        label = f"{run[-40:]}: average {average:.1f} %, spread ±{spread:.1f} points"
-        series.append(Series(list(enumerate(gap)), style, mark, label, tip))
-        for level in (spread, -spread):
-            series.append(Series([(first, level), (end, level)], f"{colour} dash", LINE))
-    series.append(Series([(first, 0), (end, 0)], "axis", LINE))
-    body, height = plot(series, "class, sorted", "accuracy − average, percentage points", 0, 960,
-                        250, names=[short[c] for c in order])
-    caption = ("Accuracy of each class minus the average over classes. "
-               "Spread: standard deviation over classes, dashed.")
-    if len(order) < len(names):
-        caption += f" Left out: {len(names) - len(order)} without test sequences."
-    return figure("fig2-class-accuracy", caption, 960, height, body)
-
-
-def fig3(train_counts: Tensor, chosen: list, names: list, short: list) -> Figure:
-    """Training sequences of each class, (K,), the chosen classes marked."""
-    order = train_counts.argsort(descending=True, stable=True).tolist()
-    series = []
-    for label, style, marked in (("classes of Fig. 4 and Table 1", "f3", True),
-                                 ("other classes", "f0 ghost", False)):
-        places = [i for i, c in enumerate(order) if (c in chosen) == marked]
-        points = [(i, int(train_counts[order[i]])) for i in places]
-        tips = [f"{clean(names[order[i]])}: {count}" for i, count in points]
-        if points:
-            series.append(Series(points, style, BAR, label, tips))
-    body, height = plot(series, "class, most frequent first", "training sequences", 0, 960, 250,
-                        (1, 1), [short[c] for c in order])
-    caption = f"Training sequences of {len(order)} classes, {int(train_counts.sum()):,} in all."
-    return figure("fig3-long-tail", caption, 960, height, body)
-
-
-def fig4_confusion(counts: Tensor, names: list, short: list) -> Figure:
-    """counts (K, K), row-normalised: true classes down, predicted ones across."""
-    K = len(counts)
-    totals = counts.sum(1).tolist()
-    cell = min(52, (440 if K <= 20 else 720) / K)
-    left, top = 40 + 5.2 * min(max(map(len, short)), 24), 14
-    side = cell * K
-    below, height = names_below([left + (i + 0.5) * cell for i in range(K)], top + side, short)
-    body = rect(left, top, side, side, "grid") + below
-    numbers = ""  # above all cells
-    for i, total in enumerate(totals):
-        y = top + i * cell
-        if i % math.ceil(7 / cell) == 0:
-            size = "end small" if cell > 10 else "end tiny"
-            body += text(left - 5, y + cell / 2 + 3.5, short[i], size, 24)
-        if total == 0:
-            body += rect(left, y, side, cell, "none", f"{clean(names[i])}: no test sequence")
-        for j in counts[i].nonzero().flatten().tolist():
-            x = left + j * cell
-            share = float(counts[i, j]) / total
-            tip = (f"{clean(names[i], 30)}: {counts[i, j]} of {total} taken for "
-                   f"{clean(names[j], 30)} ({100 * share:.0f} %)")
-            opacity = f' fill-opacity="{max(share, 0.06):.2f}"'
-            body += rect(x, y, cell, cell, "heat", tip, opacity)
-            if K <= 12:
-                style = "small mid on" if share > 0.55 else "small mid"
-                middle = x + cell / 2, y + cell / 2 + 3.5
-                numbers += text(*middle, f"{100 * share:.0f}", style)
-    for i, words in enumerate(("> 0 %", "25 %", "50 %", "75 %", "100 %")):  # the key
-        opacity = f' fill-opacity="{max(i / 4, 0.06)}"'
-        body += rect(left + side + 18, top + 60 - 15 * i, 12, 15, "heat", extra=opacity)
-        body += text(left + side + 36, top + 71 - 15 * i, words, "small")
-    body += text(left + side / 2, top + side + height + 14, "predicted class", "mid")
-    body += text(16, top + side / 2, "true class", "mid", turn=-90) + numbers
-    caption = ("Share in percent of a true class's test sequences by predicted class; "
-               f"{sum(totals):,} sequences, counts on hover.")
-    if 0 in totals:
-        caption += f" Grey: {totals.count(0)} without test sequences."
-    return figure("fig4-confusion", caption, left + side + 76, top + side + height + 24, body)
-
-
-def fig4_pca(outputs: dict, chosen: list, names: list) -> list:
+def chosen_classes(run: Run, chosen: list, names: dict) -> Figure:
     """2D and 3D PCA of the features before the classifier, fitted to the chosen classes."""
-    inside = torch.isin(outputs["labels"], torch.tensor(chosen))
+    inside = torch.isin(run.outputs["labels"], torch.tensor(chosen))
     if not inside.any():
         raise DataError("the test set holds no sequence of these classes; expected other --classes")
-    labels = outputs["labels"][inside]
-    shown = {c: names[c] for c in chosen}
-    points, share = pca(outputs["features"][inside], 3)
-    caption = ("Principal components of the features before the classifier, fitted to the "
-               f"{len(points)} test sequences of these classes")
+    labels = run.outputs["labels"][inside]
+    shown = {c: names[c] for c in chosen if c in names}
+    points, share = pca(run.outputs["features"][inside], 3)
+    axes = axes_of(share)
     low, high = points.amin(0), points.amax(0)
     in_cube = 2 * (points - low) / (high - low).clamp(min=1e-9) - 1
-    return [scatter("fig4-pca2d", caption + ".", points[:, :2], labels, shown, share[:2]),
-            scatter("fig4-pca3d", caption + "; each axis spans its range. Drag to turn.", in_cube,
-                    labels, shown, share)]
+    drawn = {"chosen-pca2d": scatter(points[:, :2], labels, shown, axes[:2]),
+             "chosen-pca3d": scatter(in_cube, labels, shown, axes)}
+    panels = [Panel(name, width, height, body) for name, (body, width, height) in drawn.items()]
+    of_run = f" of the run {run.title}" if run.title else ""
+    caption = (f"Principal components fitted to the {len(points)} test sequences of these classes"
+               f"{of_run}. In 3D each axis spans its range; drag to turn.")
+    return Figure(f"Features of {len(shown)} classes in 2D and 3D", "supplement Fig. 4", caption,
+                  panels)
 
 
-def training(name: str, log: list) -> Figure:
-    """Loss, accuracy or joint error, and learning rate over epochs, a panel each; log: a dict for
-    every epoch."""
-    panels = {"loss": {"loss": "training loss"},
-              "accuracy, %": {"top1": "top-1", "top5": "top-5", "mean_class": "mean class"},
-              "joint error, data units": {"joint_error": "reconstruction",
-                                          "mean_pose_error": "mean pose",
-                                          "neighbour_error": "neighbours"},
-              "learning rate": {"lr": "learning rate"}}
-    body = ""
-    height = 0
-    for y_label, columns in panels.items():
-        series = []
-        for i, (column, words) in enumerate(columns.items()):
-            points = [(row["epoch"], row[column]) for row in log if column in row]
-            if points:
-                series.append(Series(points, f"line c{i}", LINE, words))
-        if series:
-            level = series[0].points[0][1]
-            all_epochs = [(row["epoch"], level) for row in log]  # unseen: panels span all epochs
-            series.append(Series(all_epochs, ""))
-            panel, height = plot(series, "epoch", y_label, height, tall=118, least=(1, 0))
-            body += panel
-    caption = (f"From the log, {len(log)} epochs; accuracy and joint error are the test set's, "
-               "where measured.")
-    return figure(name, caption, 480, height, body)
+# ----------------------------------------------------------------------------------- reconstruction
+
+def moving(loader: Loader) -> int:
+    """Of the loader's sequences the one that moves more than nine in ten, joints against the middle
+    of the body, in the units of the model's input."""
+    motions = []
+    for batch in loader.epoch():
+        x = batch.x[..., :loader.channels]
+        seen = batch.seen[..., None]
+        middle = (x * seen).sum(3, keepdim=True) / seen.sum(3, keepdim=True).clamp(min=1)
+        motions.append(((x - middle) * seen).std(2).norm(dim=-1).mean(2).amax(1))  # (N,)
+    order = torch.cat(motions).argsort()
+    return int(order[int(0.9 * (len(order) - 1))])
 
 
-def reconstruct(checkpoint: dict, wanted: str | None, seed: int) -> tuple:
-    """Of a test sequence: its name, its joints x and what the pre-trained model makes of them
-    (M, T, V, C) in the units of the data, which are known (M, T, V) and which masked (T, V), and
-    whether y grows upwards."""
+def reconstruct(checkpoint: dict, wanted: str | None, seed: int) -> SimpleNamespace:
+    """Of a test sequence: its name, its joints x, what the pre-trained model makes of them and the
+    mean pose, (M, T, V, C) in the units of the data, which are known (M, T, V) and which masked
+    (T, V), and whether y grows upwards."""
     settings, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
     with reading(os.path.join(settings["out"], "pretrain.pt"), "train_pretrain"):
         data = shared.read_data(shared.Settings(**settings), lambda *_: None, checkpoint)
         model = SkeletonMAE(**checkpoint["model_settings"]).eval()
         model.load_state_dict(checkpoint["model"])
     generator = torch.Generator().manual_seed(seed)
+    frames = settings["frames"]
+
+    def loader(half, kept: list) -> Loader:
+        view = shared.view(shared.Settings(**settings))
+        return Loader(half.subset(kept), skeleton, C, 100, frames, view=view)
+
+    def draw(half, count: int) -> list:
+        return torch.randperm(len(half), generator=generator)[:count].tolist()
+
     names = data.test.names
-    if wanted is None:
-        wanted = str(int(torch.randint(len(names), (1,), generator=generator)))
     numbers = [str(i) for i in range(len(names))]
+    if wanted is None:
+        drawn = draw(data.test, 500)
+        wanted = numbers[drawn[moving(loader(data.test, drawn))]]
     if wanted not in names + numbers:
         raise DataError(f"no test sequence {wanted}; expected a number from 0 to "
                         f"{len(names) - 1} or a name such as {names[0]}")
     chosen = (names + numbers).index(wanted) % len(names)
-    frames = settings["frames"]
-    half = data.test.subset([chosen])
-    loader = Loader(half, skeleton, C, 1, frames, view=shared.view(shared.Settings(**settings)))
-    batch = next(iter(loader.epoch()))
+    batch = next(iter(loader(data.test, [chosen]).epoch()))
+    mean = shared.measure_target(loader(data.train, draw(data.train, 2000)))[2]  # (M, V, C)
     mask = model.draw(1, frames, generator)
     guess = model.reconstruct(batch.x, batch.present, mask)[0][0]
     x = batch.x[0, ..., :C]
-    known = batch.seen[0]
     head, leg = (float(data.test.frames[::7, 0, skeleton["parts"].get(part, [0]), 1].mean())
                  for part in ("head", "left_leg"))
-    upwards = head > leg or head == leg and C == 3  # equal: there are no such parts
-    masked = mask[0].expand(frames, -1)
-    return names[chosen], x * batch.unit, guess * batch.unit, known, masked, upwards
+    return SimpleNamespace(
+        name=names[chosen], x=x * batch.unit, guess=guess * batch.unit,
+        mean=mean[:, None] * batch.unit, known=batch.seen[0], masked=mask[0].expand(frames, -1),
+        upwards=head > leg or head == leg and C == 3)  # equal: there are no such parts
 
 
-def fig6(checkpoint: dict, wanted: str | None, seed: int) -> Figure:
-    """Paper Fig. 6: eight frames of a test sequence as it is, as the encoder sees it, and as it is
-    reconstructed. A person is looked at from a little to the side where there is depth."""
-    name, x, guess, known, masked, upwards = reconstruct(checkpoint, wanted, seed)
-    M, T, V, C = x.shape
+def stick(places: Tensor, bones: Tensor, dots: Tensor, style: str) -> str:
+    """One person in one frame: V places, the bones to draw (B, 2) and which joints to dot."""
+    lines = "".join(f"M{x:.3g} {y:.3g}L{x2:.3g} {y2:.3g}"
+                    for (x, y), (x2, y2) in places[bones].tolist())
+    marks = "".join(f"M{x:.3g} {y:.3g}h0" for x, y in places[dots].tolist())
+    return f'<path class="bone {style}" d="{lines}"/><path class="joint {style}" d="{marks}"/>'
+
+
+def pose(edges: Tensor, true: Tensor, guess: Tensor, known: Tensor, masked: Tensor) -> tuple:
+    """One frame as it is, as the encoder sees it, and as it is reconstructed. edges: (E, 2); true,
+    guess: (M, V, 2); known: (M, V); masked: (V,)."""
+    layers = ["", "", ""]
+    for m in known.any(1).nonzero().flatten().tolist():
+        visible = known[m] & ~masked
+        hidden = known[m] & masked
+        there = visible | masked
+        whole = edges[known[m][edges].all(1)]
+        kept = edges[visible[edges].all(1)]
+        filled = edges[there[edges].all(1) & masked[edges].any(1)]
+        rest = stick(true[m], kept, visible, f"p{m}")
+        layers[0] += stick(true[m], whole, known[m], f"p{m}")
+        layers[1] += rest
+        for style in ("ring", "hole"):
+            layers[1] += stick(true[m], edges[:0], hidden, style)
+        layers[2] += stick(true[m], whole, known[m], "true")
+        layers[2] += stick(guess[m], filled, masked, f"c{5 * m}") + rest
+    return tuple(layers)
+
+
+def reconstruction(checkpoint: dict, wanted: str | None, seed: int) -> Figure:
+    """Paper Fig. 6: a test sequence as it is, as the encoder sees it, and as it is reconstructed,
+    moving and in four frames. A person is looked at from a little to the side where there is
+    depth."""
+    found = reconstruct(checkpoint, wanted, seed)
+    known, masked = found.known, found.masked
+    M, T, V, C = found.x.shape
     if not known.any():
-        raise DataError(f"test sequence {name} has no joint to draw; expected another --sequence")
-    hidden = known & masked
-    error = float((guess - x).norm(dim=-1)[hidden].sum() / hidden.sum().clamp(min=1))
-    size = float(x[known].square().sum(-1).mean().sqrt().clamp(min=1e-9))
+        raise DataError(f"test sequence {found.name} has no joint to draw; expected another "
+                        "--sequence")
+    error, mean_error = (float((guess - found.x).norm(dim=-1)[known & masked].mean())
+                         for guess in (found.guess, found.mean))
 
-    frames = torch.linspace(0, T - 1, min(8, T)).round().long()
-    down = -1.0 if upwards else 1.0  # y grows downwards on a page
+    down = -1.0 if found.upwards else 1.0  # y grows downwards on a page
     view = torch.tensor([[0.9, 0], [0, down], [0.44, 0]] if C == 3 else [[1.0, 0], [0, down]])
-    true = (x @ view)[:, frames]                                            # (M, 8, V, 2)
-    guess = (torch.where(masked[..., None], guess, x) @ view)[:, frames]
-    known, masked = known[:, frames], masked[frames]                        # (M, 8, V), (8, V)
-    low = true.masked_fill(~known[..., None], math.inf).amin((0, 2))        # (8, 2)
-    high = true.masked_fill(~known[..., None], -math.inf).amax((0, 2))
-    low[:, 1], high[:, 1] = low[:, 1].amin(), high[:, 1].amax()  # centred sideways only
-    scale = float((torch.tensor([98, 130]) / (high - low).amax(0).clamp(min=1e-6)).amin())
-    middle = (low + high)[:, None] / 2
-    true, guess = ((v - middle) * scale for v in (true, guess))
+    true = found.x @ view                                                   # (M, T, V, 2)
+    guess = torch.where(masked[..., None], found.guess, found.x) @ view
+    weight = known[..., None].float()
+    middle = (true * weight).sum((0, 2)) / weight.sum((0, 2)).clamp(min=1)  # (T, 2)
+    middle[:, 1] = 0  # centred sideways only: a jump is seen
+    true, guess = true - middle[:, None], guess - middle[:, None]
+    low, high = true[known].amin(0), true[known].amax(0)
+    size = (high - low).clamp(min=1e-6)
+    edges = torch.tensor(checkpoint["skeleton"]["edges"])
 
-    def stick(places: Tensor, shown: Tensor, style: str) -> str:
-        """One person in one frame: V places, and which of them to draw."""
-        bones = [(i, j) for i, j in checkpoint["skeleton"]["edges"]
-                 if shown[i] and shown[j] and style != "ring"]
-        mark = RING if style == "ring" else DOT
-        return ("".join(path(places[[i, j]].tolist(), f"bone {style}") for i, j in bones)
-                + path(places[shown].tolist(), f"joint {style}", mark))
+    def drawn(frame: int, width: float, tall: float) -> tuple:
+        """The three poses of a frame around (0, 0), and their height."""
+        scale = float((torch.tensor([width, tall]) / size).amin())
+        places = [(v[:, frame] - (low + high) / 2) * scale for v in (true, guess)]
+        return pose(edges, *places, known[:, frame], masked[frame]), scale * float(size[1])
 
-    visible = known & ~masked
-    guessed = known | known.any(2, keepdim=True) & masked
-    rows = {"input": [(true, known, "")],
-            "masked: rings are hidden from the encoder":
-                [(true, visible, ""), (true, known & masked, "ring")],
-            "reconstructed: masked joints in blue, where they are in grey":
-                [(true, known, "ghost"), (guess, guessed, "c0"), (true, visible, "")]}
-    height = round(scale * float(high[0, 1] - low[0, 1])) + 22
+    titles = {"input": "", "masked": "rings: hidden", "reconstructed": "grey: where they are"}
+    frames = torch.linspace(0, T - 1, min(24, T)).round().long().tolist()
+    poses = [drawn(frame, 146, 300) for frame in frames]
+    height = poses[0][1]
+    seconds = len(frames) / 6
+    body = (f"<style>.frame{{visibility:hidden;animation:turn {seconds:.3g}s step-end infinite}}"
+            f"@keyframes turn{{0%{{visibility:visible}}{100 / len(frames):.4g}%"
+            "{visibility:hidden}}@media print,(prefers-reduced-motion:reduce){.frame"
+            "{animation:none}.still{visibility:visible}}</style>")
+    for row, (title, key) in enumerate(titles.items()):
+        x = 80 + 160 * row
+        body += text(x, 16, title, "bold mid") + text(x, height + 58, key, "small mid grey")
+        body += f'<g transform="translate({x} {34 + height / 2:.4g})">'
+        for i, (layers, _) in enumerate(poses):
+            still = " still" if i == len(frames) // 2 else ""
+            delay = f"animation-delay:{i / 6 - seconds:.3g}s"
+            body += f'<g class="frame{still}" style="{delay}">{layers[row]}</g>'
+        body += "</g>"
+    panels = [Panel("reconstruction", 480, height + 66, body)]
+
     body = ""
-    for row, (title, layers) in enumerate(rows.items()):
-        top = 20 + row * (height + 28)
-        body += text(4, top - 4, title, "bold", 90)
-        for f, frame in enumerate(frames.tolist()):
-            people = "".join(stick(places[m, f], shown[m, f], style)
-                             for m in range(M) for places, shown, style in layers)
-            body += (f'<svg x="{116 * f + 4}" y="{top}" width="112" height="{height}" '
-                     f'viewBox="-56 {-height / 2} 112 {height}">{people}</svg>')
-            if row == 2:
-                body += text(116 * f + 60, top + height + 12, f"frame {frame + 1}", "small mid")
+    for column, frame in enumerate(frames[i * (len(frames) - 1) // 3] for i in range(4)):
+        layers, height = drawn(frame, 106, 130)
+        body += text(80 + 115 * column, 14, f"frame {frame + 1}", "small mid grey")
+        for row, (title, layer) in enumerate(zip(titles, layers)):
+            y = 28 + (row + 0.5) * (height + 14)
+            body += f'<g transform="translate({80 + 115 * column} {y:.4g})">{layer}</g>'
+            body += text(14, y, title, "bold mid", turn=-90) if column == 0 else ""
+    panels.append(Panel("reconstruction-frames", 480, 3 * (height + 14) + 30, body))
 
     least, most = (int(bound) for bound in masked.sum(1).aminmax())
     count = f"{least} to {most}" if least < most else most  # segments may have own masks
@@ -462,14 +596,17 @@ def fig6(checkpoint: dict, wanted: str | None, seed: int) -> Figure:
     what = "drawn at random"
     if not masking["mask_ratio"] and not masking["mask_num_parts"]:
         what = ", ".join(masking["mask_parts"])
-    caption = (f"Test sequence {name:.60}, {len(frames)} of {T} frames; {count} of {V} joints "
-               f"masked ({what}). Mean error of its masked joints: {error:.3g} in the units of the "
-               f"data, {100 * error / size:.0f} % of the sequence's size (root mean square "
-               "distance of its joints from its origin).")
-    return figure("paper-fig6-reconstruction", caption, 936, 3 * height + 96, body)
+    caption = (f"Test sequence {found.name:.60}, {count} of {V} joints masked ({what}). Mean error "
+               f"of its masked joints {error:.3g}, by the mean pose {mean_error:.3g}, in the units "
+               "of the data")
+    measured = [row for row in checkpoint["log"] if "joint_error" in row][-1:]
+    for row in measured:
+        caption += f"; over the whole test set {row['joint_error']:.3g}"
+        caption += f" and {row['mean_pose_error']:.3g}"
+    return Figure("Reconstruction", "paper Fig. 6", caption + ".", panels)
 
 
-# ------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables
 
 def masking_of(source: dict | None) -> tuple:
     """How a pre-training masks: (its row of Table 2, masked joints, which body parts)."""
@@ -498,12 +635,10 @@ def table2(folders: list):
                 if os.path.isfile(os.path.join(folder, name))}
         if "pretrain.pt" in held or held == {"test_outputs.pt"}:  # pre-trained, or --eval-only
             continue
-        outputs = read_outputs(folder)
-        checkpoint = read_checkpoint(os.path.join(folder, "finetune.pt"))
-        settings = checkpoint["settings"]
+        run = read_run(folder)
+        outputs, checkpoint, settings = run.outputs, run.checkpoint, run.checkpoint["settings"]
         row, count, what = masking_of(read_pretraining(settings["ckpt"]))
-        data = os.path.basename(settings["data"]) or "built-in stick figures"
-        protocol = f"{data} {settings['split']}".rstrip()
+        protocol = f"{data_name(run)} {settings['split']}".rstrip()
         protocol += f", {100 * settings['label_fraction']:g} % of the labels"
         if settings["linear_probe"]:
             protocol += ", linear probe"
@@ -534,65 +669,92 @@ def table2(folders: list):
                 rows.append([title, *(cell(sets, pick) if sets else "–" for sets in found)])
         caption = (f"Top-1 accuracy in percent; {protocol}. High and low: the best and the worst "
                    "set of body parts with as many joints. ±: standard deviation over runs.")
-        yield table("Table 2: masking strategy against accuracy", caption, rows)
+        yield table("Masking strategy against accuracy", "supplement Table 2", caption, rows)
 
 
-# ------------------------------------------------------------------------------------ the command
+# ------------------------------------------------------------------------------ the share of labels
 
-def read_class_names(path: str | None, K: int) -> list:
-    """A name for each of K classes, or an empty list without a file."""
-    if not path:
-        return []
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        names = [name.strip() for name in file.read().rstrip().split("\n")]
-    if len(names) != K:
-        raise DataError(f"{path} has {len(names)} lines; expected {K}, a class name each")
-    return names
+def label_share(path: str) -> Panel:
+    """Accuracy over the share of the labels that trained, a line an arm, with 95 % intervals over
+    the lines (seeds) of a cell."""
+    arms = {}  # arm -> {share: [accuracy, ...]}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file):
+                share, accuracy = float(row["share"]), float(row["accuracy"])
+                if not 0 < share <= 100 or not 0 <= accuracy <= 100:
+                    raise ValueError(f"share {share:g}, accuracy {accuracy:g}")
+                arms.setdefault(row["arm"], {}).setdefault(share, []).append(accuracy)
+        if not arms:
+            raise ValueError("no lines")
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: {error}; expected lines of share,arm,accuracy under these three "
+                        "words, shares and accuracies in percent, shares above 0") from None
+    series = []
+    for i, (arm, shares) in enumerate(arms.items()):
+        apart = 1.03 ** (i - (len(arms) - 1) / 2)  # intervals stand beside each other
+        points = []
+        for share, runs in sorted(shares.items()):
+            mean, half = statistics.mean(runs), mean_interval(runs)
+            points.append((share * apart, mean))
+            ends = [(share * apart, mean - half), (share * apart, mean + half)]
+            tip = f"{clean(arm)}, {share:g} %: {mean:.1f} ± {half:.1f}, n = {len(runs)}"
+            series.append(Series(ends, f"bone soft c{3 * i % 7}", LINE, tip=tip))
+        n = sorted({len(runs) for runs in shares.values()})
+        counted = f"n = {n[0]}" + (f" to {n[-1]}" if len(n) > 1 else "")
+        series.append(Series(points, f"line c{3 * i % 7}", LINE, f"{arm} ({counted})"))
+    shares = sorted(set().union(*arms.values()))
+    body, height = plot(series, "share of the labels", "top-1 accuracy, %", 480, 260, "x",
+                        [(share, f"{share:g} %") for share in shares])
+    return Panel("label-share", 480, height, body)
 
+
+# -------------------------------------------------------------------------------------- the command
 
 def main(argv=None):
     asked = parse(argv)
-    outputs = read_outputs(asked.run)
-    checkpoint = read_checkpoint(os.path.join(asked.run, "finetune.pt"))
-    counts = outputs["counts"]  # (K, K)
-    train_counts = outputs["train_counts"]
-    ids = [str(id) for id in outputs["classes"]]
-    names = read_class_names(asked.class_names, len(ids))
-    labels = [f"{id} {name}" for id, name in zip(ids, names)] or [f"class {id}" for id in ids]
-    short = labels if len(ids) <= 20 else ids  # what fits beside an axis
-    compared = {asked.run: counts}
-    if asked.compare:
-        other = read_outputs(asked.compare)
-        same = other["labels"].equal(outputs["labels"]) and other["classes"] == outputs["classes"]
-        if not same:
-            raise DataError(f"{asked.compare} was tested on other sequences than {asked.run}; "
-                            "expected two runs on the same data")
-        compared[asked.compare] = other["counts"]
-    chosen = choose_classes(asked.classes, ids, names, outputs, asked.seed)
-    started = checkpoint["settings"]["ckpt"]
-    pretraining = None
-    if asked.pretrained != "none":
-        pretraining = read_pretraining(asked.pretrained or started)
+    if asked.labels:
+        path = os.path.join(asked.out or os.path.dirname(asked.labels), "label-share.svg")
+        title = "Accuracy over the share of the labels, with 95 % intervals"
+        Path(path).write_text(svg(label_share(asked.labels), title, True), encoding="utf-8")
+        return print(path)
+    runs = read_two(asked.run, asked.compare) if asked.compare else [read_run(asked.run)]
+    run = runs[0]
+    classes = [str(name) for name in run.outputs["classes"]]
+    numeric = all(name.isdecimal() for name in classes)
+    ids = classes if numeric else [str(c) for c in range(len(classes))]
+    names = read_class_names(asked.class_names, len(ids)) or ([] if numeric else classes)
+    labels = names or [f"class {id}" for id in ids]
+    if names and len(ids) > 20:  # where names do not fit, ids stand for them
+        labels = [f"{id} {name}" for id, name in zip(ids, names)]
+    named = {c: (ids[c], labels[c]) for c in run.outputs["labels"].unique().tolist()}
+    chosen = choose_classes(asked.classes, ids, names, run, asked.seed)
+    started = [one.checkpoint["settings"]["ckpt"] for one in runs]
+    path = asked.pretrained or next(filter(None, started), "")
+    pretraining = read_pretraining(path) if path != "none" else None
 
-    figures = [*fig1(outputs, labels, not asked.no_tsne, asked.seed),
-               fig2(compared, labels, short),
-               fig3(train_counts, chosen, labels, short),
-               fig4_confusion(counts, labels, short),
-               *fig4_pca(outputs, chosen, labels)]
-    rows = [["id", "training sequences", "test sequences", "name"]]
-    for c in chosen:
-        rows.append([ids[c], int(train_counts[c]), int(counts[c].sum()), names[c] if names else ""])
-    caption = "" if names else "Names: --class-names FILE."
-    figures.append(table("Table 1: the chosen classes", caption, rows))
+    figures = [facts(runs, pretraining), curves(runs, pretraining),
+               confusions(runs, labels, ids), class_accuracy(runs, labels)]
+    sizes = run.outputs["train_counts"]
+    if sizes.max() > 1.5 * sizes.min():
+        figures.append(class_sizes(sizes, chosen if asked.classes else [], labels))
+    figures += features(runs, named, not asked.no_tsne, asked.seed)
+    if asked.classes or len(ids) > 5:  # five or fewer are all in the figure before
+        figures.append(chosen_classes(run, chosen, named))
+    if asked.classes:
+        cells = [["class", "training sequences", "test sequences",
+                  *(f"{one.title} accuracy, %".lstrip() for one in runs)]]
+        for c in chosen:
+            total = int(run.counts[c].sum())
+            accuracies = [f"{100 * int(one.counts[c, c]) / max(total, 1):.1f}" for one in runs]
+            cells.append([labels[c], int(sizes[c]), total, *accuracies])
+        figures.append(table("The chosen classes", "supplement Table 1", "", cells))
     if asked.table:
         figures += table2(asked.table)
     if pretraining:
-        figures.append(fig6(pretraining, asked.sequence, asked.seed))
-        figures.append(training("training-pretrain", pretraining["log"]))
-    figures.append(training("training-finetune", checkpoint["log"]))
-    origin = f"pre-trained: {started}" if started else "no pre-training"
-    out = asked.out or asked.run
-    write_report(out, f"SkeletonMAE: {asked.run}", f"{outputs['summary']}; {origin}", figures)
+        figures.append(reconstruction(pretraining, asked.sequence, asked.seed))
+    score = f"{run.outputs['metrics']['top1']:.2f} % top-1"
+    write_report(asked.out or asked.run, f"SkeletonMAE on {data_name(run)}: {score}", figures)
 
 
 if __name__ == "__main__":
