@@ -72,7 +72,7 @@ def svg(panel: Panel, label: str, alone: bool = False) -> str:
         return (f'{head} width="{width:.4g}" height="{height:.4g}" '
                 f'xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>'
                 f'<rect class="paper" width="100%" height="100%"/>{body}</svg>')
-    return f'{head} style="max-width:{width:.4g}px;min-width:{0.74 * width:.4g}px">{body}</svg>'
+    return f'{head} style="max-width:{width:.4g}px;min-width:{0.7 * width:.4g}px">{body}</svg>'
 
 
 def table(title: str, where: str, caption: str, rows: list, heads: int = 1) -> Figure:
@@ -277,7 +277,7 @@ def rows(names: list, runs: list, x_label: str, low: float, high: float, lines: 
 
 PAGE = f"""body{{font:15px/1.5 {FONT};margin:0 auto;max-width:1000px;padding:16px;color:#222}}
 h1{{font-size:22px;margin:8px 0}}h2{{font-size:16px;margin:0 0 8px}}body{{background:#fff}}
-h2 small{{font-weight:normal;color:#666;margin-left:6px;white-space:nowrap}}
+h2 small{{font-weight:normal;color:#666;white-space:nowrap}}
 main{{display:flex;flex-wrap:wrap;justify-content:center;gap:36px 28px}}
 figure{{margin:0;width:min(100%,480px);break-inside:avoid}}figure.wide{{width:100%}}
 figure div{{display:flex;flex-wrap:wrap;justify-content:space-evenly;gap:14px;overflow-x:auto}}

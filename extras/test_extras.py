@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 import data  # before torch: it silences torch's one remark about numpy
-from extras import benchmark, drawing, numbers, reliability, visualize
+from extras import benchmark, drawing, measures, reconstruction, reliability, visualize
 from data import Loader
 from skeletonmae import Packing, SkeletonClassifier, SkeletonMAE
 from test_skeletonmae import FIVE, ScriptCase, close
@@ -106,7 +106,7 @@ class NumberTest(unittest.TestCase):
         generator = torch.Generator().manual_seed(1)
         spread = torch.tensor([5.0, 3.0, 2.0, 1.0, 0.5, 0.1])
         x = torch.randn(200, 6, generator=generator) * spread + 7
-        points, share = numbers.pca(x, 3)
+        points, share = measures.pca(x, 3)
         values, vectors = torch.linalg.eigh(torch.cov(x.T))
         for k in range(3):
             expected = (x - x.mean(0)) @ vectors[:, -1 - k]
@@ -118,7 +118,7 @@ class NumberTest(unittest.TestCase):
         """exp(entropy) of each row of the affinities, summed in a loop, is the perplexity."""
         x = torch.randn(120, 8, generator=torch.Generator().manual_seed(2)) * 4 + 3
         for wanted in (5.0, 30.0):
-            p = numbers.affinities(x, wanted)
+            p = measures.affinities(x, wanted)
             for row in p:
                 entropy = -sum(v * math.log(v) for v in row.tolist() if v > 0)
                 self.assertAlmostEqual(math.exp(entropy), wanted, delta=0.01 * wanted)
@@ -130,13 +130,13 @@ class NumberTest(unittest.TestCase):
         generator = torch.Generator().manual_seed(3)
         label = torch.arange(3).repeat_interleave(30)
         x = torch.randn(90, 10, generator=generator) + 12 * torch.eye(3, 10)[label]
-        y, divergence = numbers.tsne(x, perplexity=12, iterations=350, early=100)
+        y, divergence = measures.tsne(x, perplexity=12, iterations=350, early=100)
         self.assertLess(divergence[-1], 0.5 * divergence[0])
         for before, after in zip(divergence[3:], divergence[4:]):
             self.assertLess(after, before + 0.01)
         kernel = (1 / (1 + torch.cdist(y, y) ** 2)).fill_diagonal_(0)
         q = (kernel / kernel.sum()).clamp(min=1e-12)
-        p = numbers.affinities(x, 12)
+        p = measures.affinities(x, 12)
         p = ((p + p.T) / 180).clamp(min=1e-12)
         self.assertAlmostEqual(divergence[-1], float((p * (p / q).log()).sum()), places=3)
         distance = torch.cdist(y, y).fill_diagonal_(math.inf)
@@ -148,7 +148,7 @@ class NumberTest(unittest.TestCase):
         labels = torch.randint(5, (300,), generator=generator)
         predicted = torch.randint(5, (300,), generator=generator)
         labels[labels == 2] = 4
-        counts = numbers.confusion(labels, predicted, 5)
+        counts = measures.confusion(labels, predicted, 5)
         expected = [[0] * 5 for _ in range(5)]
         for true, guess in zip(labels.tolist(), predicted.tolist()):
             expected[true][guess] += 1
@@ -161,21 +161,21 @@ class NumberTest(unittest.TestCase):
                          [(str(c), f"{accuracy[c]:.1f}") for c in order])
         mean = statistics.mean(accuracy.values())
         spread = statistics.pstdev(accuracy.values())
-        self.assertIn(f"average {mean:.1f} %, spread ±{spread:.1f} points", drawn.caption)
+        self.assertIn(f"Average {mean:.1f} %, spread ±{spread:.1f} points", drawn.caption)
         self.assertIn("Left out: 1 ", drawn.caption)
 
     def test_intervals(self):
         """Published values of Wilson's interval and of Student's; the mean class accuracy's covers
         the truth in 95 of 100 draws."""
-        low, high = numbers.interval(81, 263)  # Newcombe 1998, table I
+        low, high = measures.interval(81, 263)  # Newcombe 1998, table I
         self.assertEqual((f"{low:.2f}", f"{high:.2f}"), ("25.53", "36.62"))
-        self.assertEqual(f"{numbers.interval(0, 20)[1]:.2f}", "16.11")
+        self.assertEqual(f"{measures.interval(0, 20)[1]:.2f}", "16.11")
         for df, t in ((1, 12.706), (4, 2.776), (5, 2.571), (9, 2.262), (29, 2.045)):
             values = [0.0, 2.0] + [1.0] * (df - 1)
-            half = numbers.mean_interval(values)
+            half = measures.mean_interval(values)
             error = statistics.stdev(values) / math.sqrt(df + 1)
             self.assertAlmostEqual(half / error, t, delta=0.006)
-        self.assertEqual(numbers.mean_interval([3.0]), 0)
+        self.assertEqual(measures.mean_interval([3.0]), 0)
         generator = torch.Generator().manual_seed(5)
         truth = torch.tensor([0.9, 0.6, 0.97])
         covered = 0
@@ -184,7 +184,7 @@ class NumberTest(unittest.TestCase):
             counts = torch.diag(hits)
             counts[:, 0] += torch.tensor([0, 1, 1]) * (60 - hits)
             counts[0, 1] = 60 - hits[0]
-            low, high = numbers.class_interval(counts)
+            low, high = measures.class_interval(counts)
             covered += low < 100 * truth.mean() < high
         self.assertGreater(covered, 364)
         self.assertLess(covered, 396)
@@ -242,7 +242,7 @@ class FigureTest(Case):
         told = f"{mean:+.2f} points ({mean - half:+.1f} to {mean + half:+.1f})".replace("-", "−")
         page = text_of(self.folder, "report.html")
         self.assertIn(told, page)
-        self.assertIn("from random weights, blue: average", page)
+        self.assertIn("From random weights, blue: average", page)
         self.assertIn("pre-trained, orange: average", page)
         dots = re.findall(r'class="big joint c\d"', text_of(self.folder, "class-accuracy.svg"))
         self.assertEqual(len(dots), 2 * 5)  # class 1 has no test sequence
@@ -291,7 +291,7 @@ class FigureTest(Case):
         """Moving and in four frames, a ring at each masked joint, and the mean distance from where
         they are, of the model and of the mean pose, in the units of the data (paper Fig. 6)."""
         checkpoint = load(self.pretrained)
-        found = visualize.reconstruct(checkpoint, "3", 0)
+        found = self.reconstruct(checkpoint)
         self.assertFalse(found.upwards)  # stick figures are in the pixels of an image
         data_set = data.load(synthetic_size=60)
         test = data_set.test
@@ -326,6 +326,9 @@ class FigureTest(Case):
         for wanted in ("1000", "9" * 5000, "nobody"):
             self.refused("no test sequence", self.trained, "--no-tsne", "--sequence", wanted)
 
+    def reconstruct(self, checkpoint: dict):
+        return reconstruction.reconstruct(checkpoint, *visualize.read_model(checkpoint), "3", 0)
+
     def test_the_mean_pose_and_the_moving_sequence(self):
         """The mean pose is that of the training set; the sequence that moves more than nine in ten
         is found among others that stand still."""
@@ -333,7 +336,7 @@ class FigureTest(Case):
         data_set = data.load(synthetic_size=60)
         loader = Loader(data_set.train, checkpoint["skeleton"], 2, 100, 8)
         expected = train_pretrain.measure_target(loader)[2]
-        found = visualize.reconstruct(checkpoint, "3", 0)
+        found = self.reconstruct(checkpoint)
         unit = (found.mean / expected[:, None]).flatten()
         close(unit, unit[:1].expand_as(unit), rtol=1e-3, atol=1e-3)
         test = data_set.test
@@ -343,7 +346,7 @@ class FigureTest(Case):
             share = {3: 1.0, 5: 0.5}.get(i, 0.01)
             test.frames[own] = middle + share * (test.frames[own] - middle)
         slow = Loader(test, checkpoint["skeleton"], 2, 100, 8)
-        self.assertEqual(visualize.moving(slow), 5)  # 3 moves most: one in ten
+        self.assertEqual(reconstruction.moving(slow), 5)  # 3 moves most: one in ten
 
     def test_label_share(self):
         """A point a cell at the mean of its lines, an interval by Student; what is no such file is

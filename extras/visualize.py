@@ -7,7 +7,7 @@
     python -m extras.visualize --labels accuracies.csv          # accuracy over the share of labels
 
 Reads finetune.pt and test_outputs.pt of the run, and pretrain.pt of the pre-training it started
-from. How lines and letters are drawn is in drawing.py, what is computed in numbers.py.
+from. How lines and letters are drawn is in drawing.py; measures.py computes.
 """
 import argparse
 import csv
@@ -20,10 +20,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from data import DataError, Loader  # before torch: it silences its warning
+from data import DataError  # before torch: it silences its warning
 from extras.drawing import (DOT, LINE, MARKS, TEXT, Figure, Panel, Series, clean, cube, names_below,
                             path, plot, rect, rows, svg, table, text, write_report)
-from extras.numbers import class_interval, confusion, interval, mean_interval, pca, tsne
+from extras.measures import class_interval, confusion, interval, mean_interval, pca, tsne
+from extras.reconstruction import reconstruction
 from skeletonmae import SkeletonMAE, draw_mask
 import train_finetune
 import train_pretrain as shared
@@ -127,6 +128,16 @@ def read_pretraining(path: str) -> dict | None:
     return None
 
 
+def read_model(checkpoint: dict) -> tuple:
+    """The model of a pre-training, and its data."""
+    settings = checkpoint["settings"]
+    with reading(os.path.join(settings["out"], "pretrain.pt"), "train_pretrain"):
+        model = SkeletonMAE(**checkpoint["model_settings"]).eval()
+        model.load_state_dict(checkpoint["model"])
+        data = shared.read_data(shared.Settings(**settings), lambda *_: None, checkpoint)
+    return model, data
+
+
 def read_class_names(path: str | None, K: int) -> list:
     """A name for each of K classes, or an empty list without a file."""
     if not path:
@@ -179,10 +190,10 @@ def command_line(checkpoint: dict) -> str:
 
 def told(run: Run) -> dict:
     """What a person asks first of a run: question -> answer."""
-    checkpoint, outputs, settings = run.checkpoint, run.outputs, run.checkpoint["settings"]
+    checkpoint, outputs = run.checkpoint, run.outputs
+    settings, metrics = checkpoint["settings"], outputs["metrics"]
     model = train_finetune.new_model(checkpoint["model_settings"], settings["linear_probe"],
                                      len(outputs["classes"]))
-    metrics = outputs["metrics"]
     share = settings["label_fraction"]
     labelled = f" ({100 * share:g} % of the labels)" if share < 1 else ""
     score = "{:.2f} % ({:.1f} to {:.1f})"
@@ -198,10 +209,10 @@ def told(run: Run) -> dict:
         "mean class accuracy": score.format(metrics["mean_class"], *class_interval(run.counts))}
     if "top5" in metrics:
         answers["top-5"] = f"{metrics['top5']:.2f} %"
-    return answers | {"command": command_line(checkpoint)}
+    return answers
 
 
-def facts(runs: list, pretraining: dict | None) -> Figure:
+def facts(runs: list) -> Figure:
     """`told` as a table, a column a run."""
     columns = [told(run) for run in runs]
     cells = [[what, *(column[what] for column in columns)] for what in columns[0]]
@@ -211,36 +222,40 @@ def facts(runs: list, pretraining: dict | None) -> Figure:
         gain = 100 * (hits[0].double() - hits[1].double())  # on the same sequences: paired
         mean, half = float(gain.mean()), 1.96 * float(gain.std()) / math.sqrt(len(gain))
         points = f"{mean:+.2f} points ({mean - half:+.1f} to {mean + half:+.1f})"
-        cells.insert(-1, ["top-1, difference", points.replace("-", "−"), ""])
-    if pretraining:
-        cells.append(["pre-training", command_line(pretraining), *[""] * (len(runs) - 1)])
+        cells.append(["top-1, difference", points.replace("-", "−"), ""])
     caption = ("Last epoch, one model, no test-time augmentation. In brackets: 95 % intervals over "
                "the test sequences; other seeds are not in them.")
     return table("The run" if len(runs) == 1 else "The runs", "", caption, cells, len(runs) - 1)
 
 
+def commands(runs: list, pretraining: dict | None) -> Figure:
+    cells = [[run.title or "fine-tuning", command_line(run.checkpoint)] for run in runs]
+    if pretraining:
+        cells.insert(0, ["pre-training", command_line(pretraining)])
+    return table("The commands", "", "", cells, 0)
+
+
 def curves(runs: list, pretraining: dict | None) -> Figure:
     """What changed from epoch to epoch. What was measured once stands in the other figures."""
-    kinds = [("finetune-loss", "fine-tuning loss", ["loss"], ""),
-             ("finetune-accuracy", "top-1 accuracy, %", ["top1"], ""),
-             ("finetune-rate", "learning rate", ["lr"], "y"),
-             ("pretrain-loss", "pre-training loss", ["loss"], ""),
-             ("pretrain-error", "joint error, units of the data",
-              ["joint_error", "mean_pose_error", "neighbour_error"], "")]
-    words = {"joint_error": "model", "mean_pose_error": "mean pose",
-             "neighbour_error": "neighbours"}
+    finetuned = [(run.title, run.checkpoint["log"]) for run in runs]
+    pretrained = [("", pretraining["log"])] if pretraining else []
     panels = []
-    for name, y_label, columns, log in kinds:
-        logs = [(run.title, run.checkpoint["log"]) for run in runs]
-        if name.startswith("pretrain"):
-            logs = [("", pretraining["log"])] if pretraining else []
+    for name, logs, y_label, columns, log in (
+            ("finetune-loss", finetuned, "fine-tuning loss", {"loss": ""}, ""),
+            ("finetune-accuracy", finetuned, "top-1 accuracy, %", {"top1": ""}, ""),
+            ("finetune-rate", finetuned, "learning rate", {"lr": ""}, "y"),
+            ("pretrain-loss", pretrained, "pre-training loss", {"loss": ""}, ""),
+            ("pretrain-error", pretrained, "joint error, units of the data",
+             {"joint_error": "model", "mean_pose_error": "mean pose",
+              "neighbour_error": "neighbours"}, "")):
         series = []
         for title, rows in logs:
-            for column in columns:
-                points = [(row["epoch"], row[column]) for row in rows if row.get(column)]
+            for column, word in columns.items():
+                points = [(row["epoch"], row[column]) for row in rows
+                          if column in row and (row[column] > 0 or not log)]
                 if len(points) > 1:
                     style = f"line c{(0, 3, 6)[len(series)]}"
-                    series.append(Series(points, style, LINE, words.get(column, title)))
+                    series.append(Series(points, style, LINE, word or title))
         if series:
             body, height = plot(series, "epoch", y_label, 310, 150, log)
             panels.append(Panel(name, 310, height, body))
@@ -296,7 +311,7 @@ def confusion_matrix(counts: Tensor, labels: list, ids: list, room: float) -> tu
 
 
 def confusions(runs: list, labels: list, ids: list) -> Figure:
-    room = 340 if len(runs) == 2 or len(ids) <= 14 else 720
+    room = 320 if len(runs) == 2 or len(ids) <= 14 else 720
     panels = side_by_side("confusion", runs,
                           lambda run: confusion_matrix(run.counts, labels, ids, room))
     totals = runs[0].counts.sum(1).tolist()
@@ -341,8 +356,9 @@ def class_accuracy(runs: list, labels: list) -> Figure:
     lowest = min(value[1][0] for _, values in columns for value in values.values())
     panels = class_rows("class-accuracy", order, labels, columns, "accuracy, %",
                         10 * math.floor(lowest / 10), 100, lines)
-    caption = ("Lines through dots: 95 % intervals; dashed: average over classes. "
-               f"{'; '.join(told)} (standard deviation).")
+    caption = "; ".join(told)
+    caption = (f"{caption[0].upper()}{caption[1:]} (standard deviation over classes). Dashed: "
+               "average. Lines through dots: 95 % intervals.")
     if len(tested) < len(labels):
         caption += f" Left out: {len(labels) - len(tested)} without test sequences."
     return Figure("Accuracy of each class", "supplement Fig. 2", caption, panels)
@@ -434,176 +450,14 @@ def chosen_classes(run: Run, chosen: list, names: dict) -> Figure:
     axes = axes_of(share)
     low, high = points.amin(0), points.amax(0)
     in_cube = 2 * (points - low) / (high - low).clamp(min=1e-9) - 1
-    drawn = {"chosen-pca2d": scatter(points[:, :2], labels, shown, axes[:2]),
-             "chosen-pca3d": scatter(in_cube, labels, shown, axes)}
-    panels = [Panel(name, width, height, body) for name, (body, width, height) in drawn.items()]
+    flat, _, height = scatter(points[:, :2], labels, shown, axes[:2])
+    in_space, _, cube_height = scatter(in_cube, labels, shown, axes)
     of_run = f" of the run {run.title}" if run.title else ""
     caption = (f"Principal components fitted to the {len(points)} test sequences of these classes"
                f"{of_run}. In 3D each axis spans its range; drag to turn.")
     return Figure(f"Features of {len(shown)} classes in 2D and 3D", "supplement Fig. 4", caption,
-                  panels)
-
-
-# ----------------------------------------------------------------------------------- reconstruction
-
-def moving(loader: Loader) -> int:
-    """Of the loader's sequences the one that moves more than nine in ten, joints against the middle
-    of the body, in the units of the model's input."""
-    motions = []
-    for batch in loader.epoch():
-        x = batch.x[..., :loader.channels]
-        seen = batch.seen[..., None]
-        middle = (x * seen).sum(3, keepdim=True) / seen.sum(3, keepdim=True).clamp(min=1)
-        motions.append(((x - middle) * seen).std(2).norm(dim=-1).mean(2).amax(1))  # (N,)
-    order = torch.cat(motions).argsort()
-    return int(order[int(0.9 * (len(order) - 1))])
-
-
-def reconstruct(checkpoint: dict, wanted: str | None, seed: int) -> SimpleNamespace:
-    """Of a test sequence: its name, its joints x, what the pre-trained model makes of them and the
-    mean pose, (M, T, V, C) in the units of the data, which are known (M, T, V) and which masked
-    (T, V), and whether y grows upwards."""
-    settings, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
-    with reading(os.path.join(settings["out"], "pretrain.pt"), "train_pretrain"):
-        data = shared.read_data(shared.Settings(**settings), lambda *_: None, checkpoint)
-        model = SkeletonMAE(**checkpoint["model_settings"]).eval()
-        model.load_state_dict(checkpoint["model"])
-    generator = torch.Generator().manual_seed(seed)
-    frames = settings["frames"]
-
-    def loader(half, kept: list) -> Loader:
-        view = shared.view(shared.Settings(**settings))
-        return Loader(half.subset(kept), skeleton, C, 100, frames, view=view)
-
-    def draw(half, count: int) -> list:
-        return torch.randperm(len(half), generator=generator)[:count].tolist()
-
-    names = data.test.names
-    numbers = [str(i) for i in range(len(names))]
-    if wanted is None:
-        drawn = draw(data.test, 500)
-        wanted = numbers[drawn[moving(loader(data.test, drawn))]]
-    if wanted not in names + numbers:
-        raise DataError(f"no test sequence {wanted}; expected a number from 0 to "
-                        f"{len(names) - 1} or a name such as {names[0]}")
-    chosen = (names + numbers).index(wanted) % len(names)
-    batch = next(iter(loader(data.test, [chosen]).epoch()))
-    mean = shared.measure_target(loader(data.train, draw(data.train, 2000)))[2]  # (M, V, C)
-    mask = model.draw(1, frames, generator)
-    guess = model.reconstruct(batch.x, batch.present, mask)[0][0]
-    x = batch.x[0, ..., :C]
-    head, leg = (float(data.test.frames[::7, 0, skeleton["parts"].get(part, [0]), 1].mean())
-                 for part in ("head", "left_leg"))
-    return SimpleNamespace(
-        name=names[chosen], x=x * batch.unit, guess=guess * batch.unit,
-        mean=mean[:, None] * batch.unit, known=batch.seen[0], masked=mask[0].expand(frames, -1),
-        upwards=head > leg or head == leg and C == 3)  # equal: there are no such parts
-
-
-def stick(places: Tensor, bones: Tensor, dots: Tensor, style: str) -> str:
-    """One person in one frame: V places, the bones to draw (B, 2) and which joints to dot."""
-    lines = "".join(f"M{x:.3g} {y:.3g}L{x2:.3g} {y2:.3g}"
-                    for (x, y), (x2, y2) in places[bones].tolist())
-    marks = "".join(f"M{x:.3g} {y:.3g}h0" for x, y in places[dots].tolist())
-    return f'<path class="bone {style}" d="{lines}"/><path class="joint {style}" d="{marks}"/>'
-
-
-def pose(edges: Tensor, true: Tensor, guess: Tensor, known: Tensor, masked: Tensor) -> tuple:
-    """One frame as it is, as the encoder sees it, and as it is reconstructed. edges: (E, 2); true,
-    guess: (M, V, 2); known: (M, V); masked: (V,)."""
-    layers = ["", "", ""]
-    for m in known.any(1).nonzero().flatten().tolist():
-        visible = known[m] & ~masked
-        hidden = known[m] & masked
-        there = visible | masked
-        whole = edges[known[m][edges].all(1)]
-        kept = edges[visible[edges].all(1)]
-        filled = edges[there[edges].all(1) & masked[edges].any(1)]
-        rest = stick(true[m], kept, visible, f"p{m}")
-        layers[0] += stick(true[m], whole, known[m], f"p{m}")
-        layers[1] += rest
-        for style in ("ring", "hole"):
-            layers[1] += stick(true[m], edges[:0], hidden, style)
-        layers[2] += stick(true[m], whole, known[m], "true")
-        layers[2] += stick(guess[m], filled, masked, f"c{5 * m}") + rest
-    return tuple(layers)
-
-
-def reconstruction(checkpoint: dict, wanted: str | None, seed: int) -> Figure:
-    """Paper Fig. 6: a test sequence as it is, as the encoder sees it, and as it is reconstructed,
-    moving and in four frames. A person is looked at from a little to the side where there is
-    depth."""
-    found = reconstruct(checkpoint, wanted, seed)
-    known, masked = found.known, found.masked
-    M, T, V, C = found.x.shape
-    if not known.any():
-        raise DataError(f"test sequence {found.name} has no joint to draw; expected another "
-                        "--sequence")
-    error, mean_error = (float((guess - found.x).norm(dim=-1)[known & masked].mean())
-                         for guess in (found.guess, found.mean))
-
-    down = -1.0 if found.upwards else 1.0  # y grows downwards on a page
-    view = torch.tensor([[0.9, 0], [0, down], [0.44, 0]] if C == 3 else [[1.0, 0], [0, down]])
-    true = found.x @ view                                                   # (M, T, V, 2)
-    guess = torch.where(masked[..., None], found.guess, found.x) @ view
-    weight = known[..., None].float()
-    middle = (true * weight).sum((0, 2)) / weight.sum((0, 2)).clamp(min=1)  # (T, 2)
-    middle[:, 1] = 0  # centred sideways only: a jump is seen
-    true, guess = true - middle[:, None], guess - middle[:, None]
-    low, high = true[known].amin(0), true[known].amax(0)
-    size = (high - low).clamp(min=1e-6)
-    edges = torch.tensor(checkpoint["skeleton"]["edges"])
-
-    def drawn(frame: int, width: float, tall: float) -> tuple:
-        """The three poses of a frame around (0, 0), and their height."""
-        scale = float((torch.tensor([width, tall]) / size).amin())
-        places = [(v[:, frame] - (low + high) / 2) * scale for v in (true, guess)]
-        return pose(edges, *places, known[:, frame], masked[frame]), scale * float(size[1])
-
-    titles = {"input": "", "masked": "rings: hidden", "reconstructed": "grey: where they are"}
-    frames = torch.linspace(0, T - 1, min(24, T)).round().long().tolist()
-    poses = [drawn(frame, 146, 300) for frame in frames]
-    height = poses[0][1]
-    seconds = len(frames) / 6
-    body = (f"<style>.frame{{visibility:hidden;animation:turn {seconds:.3g}s step-end infinite}}"
-            f"@keyframes turn{{0%{{visibility:visible}}{100 / len(frames):.4g}%"
-            "{visibility:hidden}}@media print,(prefers-reduced-motion:reduce){.frame"
-            "{animation:none}.still{visibility:visible}}</style>")
-    for row, (title, key) in enumerate(titles.items()):
-        x = 80 + 160 * row
-        body += text(x, 16, title, "bold mid") + text(x, height + 58, key, "small mid grey")
-        body += f'<g transform="translate({x} {34 + height / 2:.4g})">'
-        for i, (layers, _) in enumerate(poses):
-            still = " still" if i == len(frames) // 2 else ""
-            delay = f"animation-delay:{i / 6 - seconds:.3g}s"
-            body += f'<g class="frame{still}" style="{delay}">{layers[row]}</g>'
-        body += "</g>"
-    panels = [Panel("reconstruction", 480, height + 66, body)]
-
-    body = ""
-    for column, frame in enumerate(frames[i * (len(frames) - 1) // 3] for i in range(4)):
-        layers, height = drawn(frame, 106, 130)
-        body += text(80 + 115 * column, 14, f"frame {frame + 1}", "small mid grey")
-        for row, (title, layer) in enumerate(zip(titles, layers)):
-            y = 28 + (row + 0.5) * (height + 14)
-            body += f'<g transform="translate({80 + 115 * column} {y:.4g})">{layer}</g>'
-            body += text(14, y, title, "bold mid", turn=-90) if column == 0 else ""
-    panels.append(Panel("reconstruction-frames", 480, 3 * (height + 14) + 30, body))
-
-    least, most = (int(bound) for bound in masked.sum(1).aminmax())
-    count = f"{least} to {most}" if least < most else most  # segments may have own masks
-    masking = checkpoint["model_settings"]
-    what = "drawn at random"
-    if not masking["mask_ratio"] and not masking["mask_num_parts"]:
-        what = ", ".join(masking["mask_parts"])
-    caption = (f"Test sequence {found.name:.60}, {count} of {V} joints masked ({what}). Mean error "
-               f"of its masked joints {error:.3g}, by the mean pose {mean_error:.3g}, in the units "
-               "of the data")
-    measured = [row for row in checkpoint["log"] if "joint_error" in row][-1:]
-    for row in measured:
-        caption += f"; over the whole test set {row['joint_error']:.3g}"
-        caption += f" and {row['mean_pose_error']:.3g}"
-    return Figure("Reconstruction", "paper Fig. 6", caption + ".", panels)
+                  [Panel("chosen-pca2d", 480, height, flat),
+                   Panel("chosen-pca3d", 480, cube_height, in_space)])
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -733,7 +587,7 @@ def main(argv=None):
     path = asked.pretrained or next(filter(None, started), "")
     pretraining = read_pretraining(path) if path != "none" else None
 
-    figures = [facts(runs, pretraining), curves(runs, pretraining),
+    figures = [facts(runs), commands(runs, pretraining), curves(runs, pretraining),
                confusions(runs, labels, ids), class_accuracy(runs, labels)]
     sizes = run.outputs["train_counts"]
     if sizes.max() > 1.5 * sizes.min():
@@ -752,7 +606,8 @@ def main(argv=None):
     if asked.table:
         figures += table2(asked.table)
     if pretraining:
-        figures.append(reconstruction(pretraining, asked.sequence, asked.seed))
+        figures.append(reconstruction(pretraining, *read_model(pretraining), asked.sequence,
+                                      asked.seed))
     score = f"{run.outputs['metrics']['top1']:.2f} % top-1"
     write_report(asked.out or asked.run, f"SkeletonMAE on {data_name(run)}: {score}", figures)
 

@@ -2,7 +2,6 @@
 import math
 import statistics
 
-import data  # noqa: before torch, whose warning it silences
 import torch
 from torch import Tensor
 
