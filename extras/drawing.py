@@ -280,11 +280,13 @@ h1{{font-size:22px;margin:8px 0}}h2{{font-size:16px;margin:0 0 8px}}body{{backgr
 h2 small{{font-weight:normal;color:#666;white-space:nowrap}}
 main{{display:flex;flex-wrap:wrap;justify-content:center;gap:36px 28px}}
 figure{{margin:0;width:min(100%,480px);break-inside:avoid}}figure.wide{{width:100%}}
-figure div{{display:flex;flex-wrap:wrap;justify-content:space-evenly;gap:14px;overflow-x:auto}}
+figure div{{display:flex;flex-wrap:wrap;justify-content:space-evenly;align-items:start;
+gap:14px;overflow-x:auto}}
 svg{{flex:1 0 0;height:auto}}figcaption{{font-size:13px;color:#666;margin-top:6px}}
 ::-webkit-scrollbar{{height:9px}}::-webkit-scrollbar-thumb{{background:#8888;border-radius:5px}}
 .turn{{cursor:grab;touch-action:pan-y}}
-table{{border-collapse:collapse;font-size:14px}}td+td{{overflow-wrap:anywhere}}
+table{{border-collapse:collapse;font-size:14px;margin-right:auto}}
+td{{min-width:84px}}td+td{{overflow-wrap:anywhere}}
 td,th{{text-align:left;vertical-align:top;padding:3px 14px 3px 0;border-bottom:1px solid #8884}}
 @media print{{body{{padding:0}}}}
 @media screen and (prefers-color-scheme:dark){{body{{color:#e4e4e4;background:#16181c}}

@@ -1,7 +1,9 @@
 """What visualize.py computes: PCA, t-SNE, the confusion matrix and 95 % intervals."""
+import csv
 import math
 import statistics
 
+from data import DataError  # before torch: it silences its warning
 import torch
 from torch import Tensor
 
@@ -105,3 +107,23 @@ def mean_interval(values: list) -> float:
         return 0.0
     t = (12.706, 4.303, 3.182, 2.776)[df - 1] if df < 5 else 1.96 + 2.372 / df + 3.5 / df**2
     return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def read_shares(path: str) -> dict:
+    """Lines of share,arm,accuracy, in percent, one a run: arm -> {share: (mean accuracy, half of
+    its 95 % interval, number of runs)}, shares ascending."""
+    arms = {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file):
+                share, accuracy = float(row["share"]), float(row["accuracy"])
+                if not 0 < share <= 100 or not 0 <= accuracy <= 100:
+                    raise ValueError(f"share {share:g}, accuracy {accuracy:g}")
+                arms.setdefault(row["arm"], {}).setdefault(share, []).append(accuracy)
+        if not arms:
+            raise ValueError("no lines")
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: {error}; expected lines of share,arm,accuracy under these three "
+                        "words, shares and accuracies in percent, shares above 0") from None
+    return {arm: {share: (statistics.mean(runs), mean_interval(runs), len(runs))
+                  for share, runs in sorted(cells.items())} for arm, cells in arms.items()}

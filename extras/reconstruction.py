@@ -112,7 +112,9 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
     middle = (true * weight).sum((0, 2)) / weight.sum((0, 2)).clamp(min=1)  # (T, 2)
     middle[:, 1] = 0  # centred sideways only: a jump is seen
     true, guess = true - middle[:, None], guess - middle[:, None]
-    low, high = true[known].amin(0), true[known].amax(0)
+    people = known.any(2, keepdim=True) & masked  # (M, T, V), whose masked joints are put back
+    drawn_at = torch.cat([true[known], guess[people]])
+    low, high = drawn_at.amin(0), drawn_at.amax(0)
     size = (high - low).clamp(min=1e-6)
     edges = torch.tensor(checkpoint["skeleton"]["edges"])
 
@@ -146,13 +148,14 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
 
     body = ""
     for column, frame in enumerate(frames[i * (len(frames) - 1) // 3] for i in range(4)):
-        layers, height = drawn(frame, 106, 130)
-        body += text(80 + 115 * column, 14, f"frame {frame + 1}", "small mid grey")
+        layers, height = drawn(frame, 112, 130)
+        x = 60 + 120 * column
+        body += text(x, 14, f"frame {frame + 1}", "small mid grey")
         for row, (title, layer) in enumerate(zip(titles, layers)):
-            y = 28 + (row + 0.5) * (height + 14)
-            body += f'<g transform="translate({80 + 115 * column} {y:.4g})">{layer}</g>'
-            body += text(14, y, title, "bold mid", turn=-90) if column == 0 else ""
-    panels.append(Panel("reconstruction-frames", 480, 3 * (height + 14) + 30, body))
+            top = 20 + row * (height + 32)
+            body += text(4, top + 12, title, "bold") if column == 0 else ""
+            body += f'<g transform="translate({x} {top + 22 + height / 2:.4g})">{layer}</g>'
+    panels.append(Panel("reconstruction-frames", 480, 3 * (height + 32) + 18, body))
 
     least, most = (int(bound) for bound in masked.sum(1).aminmax())
     count = f"{least} to {most}" if least < most else most  # segments may have own masks

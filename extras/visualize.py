@@ -10,7 +10,6 @@ Reads finetune.pt and test_outputs.pt of the run, and pretrain.pt of the pre-tra
 from. How lines and letters are drawn is in drawing.py; measures.py computes.
 """
 import argparse
-import csv
 import math
 import os
 import shlex
@@ -23,7 +22,7 @@ from typing import NamedTuple
 from data import DataError  # before torch: it silences its warning
 from extras.drawing import (DOT, LINE, MARKS, TEXT, Figure, Panel, Series, clean, cube, names_below,
                             path, plot, rect, rows, svg, table, text, write_report)
-from extras.measures import class_interval, confusion, interval, mean_interval, pca, tsne
+from extras.measures import class_interval, confusion, interval, pca, read_shares, tsne
 from extras.reconstruction import reconstruction
 from skeletonmae import SkeletonMAE, draw_mask
 import train_finetune
@@ -529,37 +528,22 @@ def table2(folders: list):
 # ------------------------------------------------------------------------------ the share of labels
 
 def label_share(path: str) -> Panel:
-    """Accuracy over the share of the labels that trained, a line an arm, with 95 % intervals over
-    the lines (seeds) of a cell."""
-    arms = {}  # arm -> {share: [accuracy, ...]}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for row in csv.DictReader(file):
-                share, accuracy = float(row["share"]), float(row["accuracy"])
-                if not 0 < share <= 100 or not 0 <= accuracy <= 100:
-                    raise ValueError(f"share {share:g}, accuracy {accuracy:g}")
-                arms.setdefault(row["arm"], {}).setdefault(share, []).append(accuracy)
-        if not arms:
-            raise ValueError("no lines")
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: {error}; expected lines of share,arm,accuracy under these three "
-                        "words, shares and accuracies in percent, shares above 0") from None
+    """Accuracy over the share of the labels that trained, a line an arm, with 95 % intervals."""
+    arms = read_shares(path)
     series = []
-    for i, (arm, shares) in enumerate(arms.items()):
+    for i, (arm, cells) in enumerate(arms.items()):
+        colour = f"c{3 * i % 7}"
         apart = 1.03 ** (i - (len(arms) - 1) / 2)  # intervals stand beside each other
-        points = []
-        for share, runs in sorted(shares.items()):
-            mean, half = statistics.mean(runs), mean_interval(runs)
-            points.append((share * apart, mean))
+        for share, (mean, half, n) in cells.items():
             ends = [(share * apart, mean - half), (share * apart, mean + half)]
-            tip = f"{clean(arm)}, {share:g} %: {mean:.1f} ± {half:.1f}, n = {len(runs)}"
-            series.append(Series(ends, f"bone soft c{3 * i % 7}", LINE, tip=tip))
-        n = sorted({len(runs) for runs in shares.values()})
-        counted = f"n = {n[0]}" + (f" to {n[-1]}" if len(n) > 1 else "")
-        series.append(Series(points, f"line c{3 * i % 7}", LINE, f"{arm} ({counted})"))
-    shares = sorted(set().union(*arms.values()))
-    body, height = plot(series, "share of the labels", "top-1 accuracy, %", 480, 260, "x",
-                        [(share, f"{share:g} %") for share in shares])
+            tip = f"{clean(arm)}, {share:g} %: {mean:.1f} ± {half:.1f}, n = {n}"
+            series.append(Series(ends, f"bone soft {colour}", LINE, tip=tip))
+        means = [(share * apart, mean) for share, (mean, _, _) in cells.items()]
+        few, many = min(n for _, _, n in cells.values()), max(n for _, _, n in cells.values())
+        counted = f"n = {few} to {many}" if few < many else f"n = {few}"
+        series.append(Series(means, f"line {colour}", LINE, f"{arm} ({counted})"))
+    x_ticks = [(share, f"{share:g} %") for share in sorted(set().union(*arms.values()))]
+    body, height = plot(series, "share of the labels", "top-1 accuracy, %", 480, 260, "x", x_ticks)
     return Panel("label-share", 480, height, body)
 
 
