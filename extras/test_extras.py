@@ -213,17 +213,54 @@ class FigureTest(Case):
 
     def test_the_command_makes_the_run(self):
         """The command line that a report gives parses to the settings of the run."""
-        for script, path in ((train_finetune, f"{self.trained}/finetune.pt"),
-                             (train_pretrain, self.pretrained)):
-            checkpoint = load(path)
-            words = shlex.split(visualize.command_line(checkpoint))
-            typed = train_pretrain.parse(script.Settings, "", words[2:])
-            data_set = data.load(synthetic_size=60)
-            settings = train_pretrain.suit(train_pretrain.settle(script.Settings, typed), data_set)
+        data_set = data.load(synthetic_size=60)
+        finetuned, pretrained = load(self.trained, "finetune.pt"), load(self.pretrained)
+        other = {"recipe": "small", "motion": False, "repeat": 7, "data": "my set.pkl"}
+        masked = {"mask_parts": ("head", "torso"), "mask_ratio": 0.0, "pretrain": "stack"}
+        for script, checkpoint, typed in ((train_finetune, finetuned, None),
+                                          (train_pretrain, pretrained, None),
+                                          (train_finetune, finetuned, other | {"flip": 0.0}),
+                                          (train_pretrain, pretrained, other | masked)):
+            settings = checkpoint["settings"]
+            if typed:
+                settled = train_pretrain.settle(script.Settings, typed)
+                settings = vars(train_pretrain.suit(settled, data_set))
+            words = shlex.split(visualize.command_line(checkpoint | {"settings": settings}))
+            found = train_pretrain.parse(script.Settings, "", words[2:])
+            again = train_pretrain.suit(train_pretrain.settle(script.Settings, found), data_set)
             own = {"device", "amp", "graphs"}
-            self.assertEqual({k: v for k, v in vars(settings).items() if k not in own},
-                             {k: v for k, v in checkpoint["settings"].items() if k not in own})
-            self.assertNotIn("--frames 64", " ".join(words))
+            self.assertEqual({k: v for k, v in vars(again).items() if k not in own},
+                             {k: v for k, v in settings.items() if k not in own})
+            self.assertNotIn("--width 64", " ".join(words))  # a default
+
+    def test_a_log_axis(self):
+        """Equal ratios are equal distances, ticks are powers of ten."""
+        series = [drawing.Series([(1, 1e-1), (2, 1e-2), (3, 1e-4)], "line c0", drawing.LINE)]
+        body, _ = drawing.plot(series, "epoch", "rate", log="y")
+        line = re.search(r'class="line c0" d="M([^"m]+)"', body)[1]
+        y = [float(point.split()[1]) for point in line.split("L")]
+        self.assertAlmostEqual((y[2] - y[1]) / (y[1] - y[0]), 2, delta=0.01)
+        ticks = re.findall(r'class="small end">([^<]+)<', body)
+        self.assertEqual(ticks, ["0.0001", "0.001", "0.01", "0.1"])
+        self.draw(self.trained, "--no-tsne", "--out", self.folder)
+        rates = {row["lr"] for row in load(self.trained, "finetune.pt")["log"]}
+        words = set(re.findall(r'class="small end">([^<]+)<',
+                               text_of(self.folder, "finetune-rate.svg")))
+        low, high = min(rates), max(rates)
+        expected = {word for _, word in drawing.ticks(low / 1.04, high * 1.04, log=True)}
+        self.assertTrue(expected and expected <= words, (expected, words))
+
+    def test_rows_of_many_classes(self):
+        """Beside each class stands its own accuracy, in each panel."""
+        self.make_run(self.folder, 64, 640)
+        self.draw(self.folder, "--no-tsne")
+        seen = []
+        for name in ("class-accuracy", "class-accuracy-2", "class-accuracy-3"):
+            drawn = text_of(self.folder, f"{name}.svg")
+            labels = re.findall(r">(class \d+)</text>", drawn)
+            self.assertEqual(labels, re.findall(r"<title>(class \d+):", drawn))
+            seen += labels
+        self.assertEqual(sorted(seen), sorted(f"class {c}" for c in range(64) if c != 1))
 
     def test_two_runs_side_by_side(self):
         """With --compare both runs stand in every figure of classes and features, and their
@@ -234,7 +271,8 @@ class FigureTest(Case):
         torch.save(other, f"{self.folder}/other/test_outputs.pt")
         self.draw(self.folder, "--compare", f"{self.folder}/other")
         files = {path.stem for path in Path(self.folder).glob("*.svg")}
-        self.assertLess({"confusion-2", "features-pca-2", "features-tsne-2"}, files)
+        expected = {"confusion-2", "features-pca-2", "features-tsne-2", "reconstruction"}
+        self.assertLess(expected, files)
         hits = [(one["logits"].argmax(1) == one["labels"]).double() for one in (outputs, other)]
         gain = [100 * (a - b) for a, b in zip(*(h.tolist() for h in hits))]
         half = 1.96 * statistics.stdev(gain) / math.sqrt(len(gain))
@@ -275,6 +313,7 @@ class FigureTest(Case):
             files = glob.glob(f"{self.folder}/*.svg")
             self.assertEqual(len(files), {5: 9, 60: 13, 120: 17}[K], files)
             for path in files:
+                self.assertIn("(prefers-color-scheme:dark)", text_of(path))
                 for element in ElementTree.parse(path).iter():
                     if element.tag.endswith(("}text", "}title")):
                         self.assertNotIn("W" * 60, element.text, path)
@@ -314,6 +353,10 @@ class FigureTest(Case):
             rings = [e.get("d").count("M") for e in elements if e.get("class") == "joint ring"]
             self.assertEqual(sum(rings), len(hidden) // 8 * poses)
         moving = text_of(self.folder, "reconstruction.svg")
+        poses = re.findall(r'class="(?:bone|joint) [^"]+" d="([^"]+)"', moving)
+        across = [float(x) for pose in poses for x in re.findall(r"[ML]([-.\d]+) ", pose)]
+        self.assertAlmostEqual(max(across), 73, delta=0.6)  # what is put back is in the picture
+        self.assertAlmostEqual(min(across), -73, delta=0.6)
         self.assertEqual(moving.count('class="frame'), 3 * 8)
         self.assertEqual(moving.count('class="frame still"'), 3)  # what unmoved pages show
         self.assertIn("(prefers-reduced-motion:reduce){.frame{animation:none}.still{visibility:"
@@ -607,6 +650,22 @@ class CoreTest(unittest.TestCase):
         self.assertIn("skeletonmae.py", [path.name for path in files])
         for path in files:
             self.assertNotRegex(path.read_text(), r"(?m)^\s*(import|from) extras", path.name)
+
+
+class DocsTest(unittest.TestCase):
+    def test_figures(self):
+        """Well-formed, readable in the dark, nothing loaded from elsewhere, small."""
+        files = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.svg")}
+        self.assertLessEqual({"model.svg", "reconstruction.svg"}, files.keys())
+        for name, content in files.items():
+            ElementTree.fromstring(content)
+            self.assertIn("(prefers-color-scheme:dark)", content, name)
+            content = content.replace("http://www.w3.org/2000/svg", "")
+            self.assertNotRegex(content, r"https?:|href|\bsrc=|@import|url\([^#]|<script", name)
+        self.assertLess(len(files["reconstruction.svg"].encode()), 60_000)
+        self.assertIn("prefers-reduced-motion", files["reconstruction.svg"])
+        self.assertLess(len(files["model.svg"].encode()), 12_000)
+        self.assertLess(sum(path.stat().st_size for path in ROOT.glob("docs/*")), 400_000)
 
 
 class Result(unittest.TextTestResult):
