@@ -116,7 +116,7 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
     drawn_at = torch.cat([true[known], guess[people]])
     low, high = drawn_at.amin(0), drawn_at.amax(0)
     size = (high - low).clamp(min=1e-6)
-    edges = torch.tensor(checkpoint["skeleton"]["edges"])
+    edges = torch.tensor(checkpoint["skeleton"]["edges"]).view(-1, 2).long()
 
     def drawn(frame: int, width: float, tall: float) -> tuple:
         """The three poses of a frame around (0, 0), and their height."""

@@ -354,7 +354,7 @@ def class_accuracy(runs: list, labels: list) -> Figure:
     order = sorted(tested, key=lambda c: -columns[0][1][c][0])
     lowest = min(value[1][0] for _, values in columns for value in values.values())
     panels = class_rows("class-accuracy", order, labels, columns, "accuracy, %",
-                        10 * math.floor(lowest / 10), 100, lines)
+                        max(10 * math.floor(lowest / 10), 0), 100, lines)
     caption = "; ".join(told)
     caption = (f"{caption[0].upper()}{caption[1:]} (standard deviation over classes). Dashed: "
                "average. Lines through dots: 95 % intervals.")
