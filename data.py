@@ -23,7 +23,7 @@ import warnings
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 
 from skeletonmae import SKELETONS, make_skeleton
 import torch
@@ -153,12 +153,12 @@ class Augmentation:
         def uniform(*shape, reach):
             return reach * (2 * torch.rand(num, *shape, generator=generator, device=device) - 1)
 
+        mirrored = torch.rand(num, generator=generator, device=device) < self.flip
         change = torch.eye(channels, device=device).repeat(num, 1, 1)
         if self.rotation and channels == 3:
             reach = math.radians(self.rotation)
             tilt = rotation(uniform(reach=reach / 2), axis=0)
             change = product(tilt, rotation(uniform(reach=reach), axis=1))
-        mirrored = torch.rand(num, generator=generator, device=device) < self.flip
         change[:, 0] *= torch.where(mirrored, -1.0, 1.0)[:, None]
         change = change * (1 + uniform(channels, 1, reach=self.scaling))
         return change, uniform(channels, reach=self.shift), mirrored
@@ -265,6 +265,7 @@ class Batch:
     seen: Tensor      # (N, M, T, V) bool: which joints were seen
     unit: Tensor      # (N,), or (N, C) for the axes of a box: x times unit is in the file's units
     index: Tensor     # (N,) which sequences these are, on the CPU
+    clean: Tensor     # x, or where the Loader is asked x without augmentation but for the mirror
 
 @dataclass
 class Loader:
@@ -283,6 +284,7 @@ class Loader:
     workers: int = 0                             # loader processes; 0: in this one
     rank: int = 0                                # of torchrun: this process takes every world-th
     world: int = 1                               # sequence of each batch
+    clean: bool = False                          # also give Batch.clean, in training
 
     @property
     def steps(self):
@@ -329,11 +331,15 @@ class Loader:
         x, seen = (flat.index_select(0, rows).unflatten(0, steps.shape).transpose(1, 2)
                    for flat in (data.frames, data.seen))
         present = data.present[index]
-        augmentation = self.augmentation if self.training else None
-        x, seen, unit = normalise_frames(
-            x, seen, present.to(device, non_blocking=True), self.skeleton, self.channels,
-            **self.view, augmentation=augmentation, generator=generator)
-        return Batch(x, data.label[here], present, seen, unit, index)
+        normalised = partial(normalise_frames, x, seen, present.to(device, non_blocking=True),
+                             self.skeleton, self.channels, **self.view, generator=generator)
+        state = generator.get_state()
+        x, seen, unit = normalised(augmentation=self.augmentation if self.training else None)
+        clean = x
+        if self.clean and self.training:
+            generator.set_state(state)  # the same mirror images
+            clean = normalised(augmentation=Augmentation(flip=self.augmentation.flip))[0]
+        return Batch(x, data.label[here], present, seen, unit, index, clean)
 
 # ------------------------------------------------------------ readers: presence and missing joints
 

@@ -21,6 +21,7 @@ Shape legend
 Inside, joints come first, (V, P, T, D): the aggregation A X of S Eq. 1 is then one matrix product
 without a copy. A mask is True where a joint is masked (hidden from the encoder).
 """
+import math
 import warnings
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # before torch, which warns
@@ -278,6 +279,11 @@ class TemporalPooling(nn.Module):
 
 # ----------------------------------------------------------------------------------------- persons
 
+def pool_person(h):
+    """Mean over joints, then mean and maximum over frames: (V, P, T, D) -> (P, 2 D)."""
+    h = h.mean(0)
+    return torch.cat([h.mean(1), h.amax(1)], -1)
+
 class Packing:
     """Which persons are present, and where they stand once the absent ones are packed away.
     present: bool (N, M), on the CPU, at least one person a sequence."""
@@ -311,10 +317,8 @@ class Packing:
         return h.index_select(1, self.partner) * self.has_partner[:, None, None]
 
     def pool(self, h):
-        """Mean over joints, then mean and maximum over frames, then mean over the persons present:
-        (V, P, T, D) -> (N, 2 D)."""
-        h = h.mean(0)
-        h = torch.cat([h.mean(1), h.amax(1)], -1)  # (P, 2 D)
+        """pool_person, then mean over the persons present: (V, P, T, D) -> (N, 2 D)."""
+        h = pool_person(h)
         total = h.new_zeros(len(self.count), h.shape[1]).index_add(0, self.sequence, h)
         return total / self.count[:, None].to(h.dtype)
 
@@ -425,6 +429,25 @@ def reweighted_cosine_error(prediction, target, selected, beta=2.0):
     cosine = F.cosine_similarity(prediction, target, dim=-1)
     return selected_mean((1 - cosine).clamp(min=0) ** beta, selected)
 
+class SequenceDecoder(nn.Module):
+    """Ours, not the paper's: every joint of every frame from a person's pooled features alone, so
+    that what the classifier reads must tell the whole movement. Joint and frame are learnable
+    queries, added to the features; an MLP and one graph layer follow. stack: the STRLStack.
+    Shape: (V, P, T / stride, D) -> the same."""
+    def __init__(self, adjacency, width, stack):
+        super().__init__()
+        frames, inner = math.ceil(len(stack.position) / stack.stride), 2 * width
+        self.pooled = nn.Linear(2 * width, inner)
+        self.joint = nn.Parameter(0.5 * torch.randn(len(adjacency), 1, 1, inner))
+        self.frame = nn.Parameter(0.5 * torch.randn(frames, inner))
+        self.mlp = nn.Sequential(nn.ReLU(), nn.Linear(inner, inner), nn.ReLU(),
+                                 nn.Linear(inner, inner), nn.ReLU(), nn.Linear(inner, width))
+        self.graph = GraphConvolution(adjacency, width, width)
+
+    def forward(self, encoded):
+        query = self.joint + at_frames(self.frame, encoded.shape[2])
+        return self.graph(self.mlp(self.pooled(pool_person(encoded))[:, None] + query))
+
 class SkeletonMAE(nn.Module):
     """The graph masked autoencoder (paper 3.1) with the layers of S Eq. 1.
 
@@ -439,17 +462,13 @@ class SkeletonMAE(nn.Module):
     point nearly the same way, and the error of the mean pose would be close to zero. Joints that
     were not seen never count in the loss.
 
-    Ours, not the paper's: loss "squared", the squared error of the position; mask_segments: the
-    frames fall into as many segments, each with a mask of its own; strl: arguments of STRLStack,
-    whose layers are then pre-trained in the encoder's place."""
+    Ours, not the paper's: strl, arguments of STRLStack, whose layers are then pre-trained in the
+    encoder's place, by a SequenceDecoder and the squared error of all seen joints."""
     def __init__(self, skeleton, channels, width=64, hidden=128, layers=3, dropout=0.2, beta=2.0,
                  mask_parts=("right_arm", "right_leg"), mask_num_parts=0, mask_ratio=0.0,
-                 motion=False, bone=False, score=False, loss="cosine", mask_segments=1, strl=None):
+                 motion=False, bone=False, score=False, strl=None):
         super().__init__()
-        if loss not in ("cosine", "squared"):
-            raise ValueError(f"unknown loss {loss}; expected cosine or squared")
         self.skeleton, self.channels, self.beta = skeleton, channels, beta
-        self.loss_kind, self.segments = loss, mask_segments
         self.masking = {"parts": mask_parts, "num_parts": mask_num_parts, "ratio": mask_ratio}
         draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # refuses early
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
@@ -460,20 +479,17 @@ class SkeletonMAE(nn.Module):
         if self.stacked:
             self.encoder = STRLStack(adjacency, width, hidden, layers=layers, dropout=dropout,
                                      **strl)
+            self.decoder = SequenceDecoder(adjacency, width, self.encoder)
+            self.head = nn.Linear(width, self.encoder.stride * channels)
         else:
             self.encoder = GraphEncoder(adjacency, width, hidden, layers, dropout)
-        self.stride = self.encoder.stride if self.stacked else 1
-        self.decoder = GraphConvolution(adjacency, width if self.stacked else hidden, width)
-        self.head = nn.Linear(width, self.stride * (channels + (loss == "cosine")))
+            self.decoder = GraphConvolution(adjacency, hidden, width)
+            self.head = nn.Linear(width, channels + 1)
+        self.features_width = width if self.stacked else hidden
 
-    def draw(self, num, frames, generator=None):
-        """Masks of `num` sequences, True is masked: (num, 1, V), or (num, frames, V) where segments
-        have their own."""
-        mask = draw_mask(num * self.segments, self.skeleton, **self.masking, generator=generator)
-        mask = mask.view(num, self.segments, -1)
-        if self.segments > 1:
-            mask = mask[:, torch.arange(frames) * self.segments // frames]
-        return mask
+    def draw(self, num, generator=None):
+        """Masks of `num` sequences, bool (num, 1, V): True is masked."""
+        return draw_mask(num, self.skeleton, **self.masking, generator=generator)[:, None]
 
     def encode(self, packed, packing: Packing, masked=None):
         """Packed joints (V, P, T, C), masks (V, P, 1 or T) -> (V, P, T / stride, H or D)."""
@@ -482,26 +498,29 @@ class SkeletonMAE(nn.Module):
 
     def decode(self, encoded, frames):
         """Features of the encoder -> homogeneous coordinates (V, P, T, C + 1), as the target has
-        them; with the squared loss the last is 1, not predicted. One graph layer (paper 3.1.3)."""
+        them; of STRL layers, whose frames stand for `stride` each, the last is 1, not predicted.
+        One graph layer (paper 3.1.3)."""
         prediction = self.head(self.decoder(encoded)).float()
-        prediction = prediction.unflatten(-1, (self.stride, -1)).flatten(2, 3)[:, :, :frames]
-        return prediction if self.loss_kind == "cosine" else F.pad(prediction, (0, 1), value=1.0)
+        if not self.stacked:
+            return prediction
+        prediction = prediction.unflatten(-1, (-1, self.channels)).flatten(2, 3)[:, :, :frames]
+        return F.pad(prediction, (0, 1), value=1.0)
 
     def loss(self, prediction, packed, selected):
         """Mean error of the selected joints. prediction: (V, P, T, C + 1), packed: (V, P, T, C
-        [+ score]), selected: bool (V, P, T), masked and seen."""
+        [+ score]), selected: bool (V, P, T)."""
         mean, spread = self.mean[:, None, None], self.spread[:, None, None, None]
         target = F.pad((packed[..., :self.channels] - mean) / spread, (0, 1), value=1.0)
-        if self.loss_kind == "squared":
+        if self.stacked:
             return selected_mean((prediction - target).square().sum(-1), selected)
         return reweighted_cosine_error(prediction, target, selected, self.beta)
 
-    def forward(self, x, present=None, mask=None, seen=None):
+    def forward(self, x, present=None, mask=None, seen=None, target=None):
         """x: (N, M, T, V, C), or C + 1 with the joint score last where that is an input; present:
         bool (N, M) on the CPU or a Packing, by default the persons who are not all zero; mask: bool
         (N, V), or (N, 1 or T, V) where frames differ, True is masked, drawn where not given; seen:
         bool (N, M, T, V), the joints that count in the loss, by default those of the persons who
-        are not all zero in a frame.
+        are not all zero in a frame; target: what to put back, of the shape of x, by default x.
 
         Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1), as
         the target has them, float32, zero for absent persons; the mask (N, 1 or T, V)."""
@@ -509,7 +528,7 @@ class SkeletonMAE(nn.Module):
         N, _, T, V, _ = x.shape
         if seen is None:
             seen = (x[..., :self.channels] != 0).any(-1).any(3, keepdim=True).expand(x.shape[:4])
-        mask = self.draw(N, T) if mask is None else mask
+        mask = self.draw(N) if mask is None else mask
         if mask.dtype != torch.bool or mask.shape not in ((N, V), (N, 1, V), (N, T, V)):
             raise ValueError(f"expected a bool mask ({N}, {V}) or ({N}, 1 or {T}, {V}), got "
                              f"{mask.dtype} {tuple(mask.shape)}")
@@ -517,8 +536,10 @@ class SkeletonMAE(nn.Module):
         packed = packing.pack(x)                           # (V, P, T, C)
         masked = mask[packing.sequence].permute(2, 0, 1)   # (V, P, 1 or T)
         prediction = self.decode(self.encode(packed, packing, masked), T)
-        selected = masked & packing.pack(seen[..., None])[..., 0]
-        loss = self.loss(prediction, packed, selected)
+        selected = packing.pack(seen[..., None])[..., 0]
+        if not self.stacked:
+            selected = selected & masked
+        loss = self.loss(prediction, packed if target is None else packing.pack(target), selected)
         return loss, packing.unpack(prediction), mask
 
     def features(self, x, present=None):
@@ -579,11 +600,16 @@ class STRL(nn.Module):
         stride = self.pool.stride
         return out, (tokens[:, ::stride], h[:, :, ::stride])
 
+def at_frames(table, T):
+    """A learnable table of frames (frames, D) at T frames, interpolated linearly, ends on ends."""
+    if len(table) == T:
+        return table
+    return F.interpolate(table.T[None], T, mode="linear", align_corners=True)[0].T
+
 class STRLStack(nn.Module):
     """A learnable temporal position, then M_l STRL layers with a temporal stride after each but
-    the last. persons: M, 1 or 2; frames: T of the position table (another T at run time
-    interpolates it linearly, ends on ends); layer: further keywords of STRL. `stride` becomes that
-    of all layers together.
+    the last. persons: M, 1 or 2; frames: T of the position table, see at_frames; layer: further
+    keywords of STRL. `stride` becomes that of all layers together.
     Shape: (V, P, T, D) -> (V, P, T / stride, D)."""
     def __init__(self, adjacency, width, hidden, persons, frames, strl_layers=3, stride=2, **layer):
         super().__init__()
@@ -599,10 +625,7 @@ class STRLStack(nn.Module):
                                     for stride in strides)
 
     def forward(self, h, packing: Packing):
-        T, position = h.shape[2], self.position
-        if len(position) != T:
-            position = F.interpolate(position.T[None], T, mode="linear", align_corners=True)[0].T
-        h, previous = h + position, None
+        h, previous = h + at_frames(self.position, h.shape[2]), None
         for layer in self.layers:
             h, previous = layer(h, previous, packing)
         return h
@@ -666,7 +689,7 @@ class LinearProbe(nn.Module):
     def __init__(self, pretrained: SkeletonMAE, classes):
         super().__init__()
         self.pretrained = pretrained.requires_grad_(False)
-        self.norm = nn.BatchNorm1d(2 * pretrained.decoder.linear.in_features, affine=False)
+        self.norm = nn.BatchNorm1d(2 * pretrained.features_width, affine=False)
         self.head = nn.Linear(self.norm.num_features, classes)
         self.train()
 

@@ -438,27 +438,33 @@ class PretrainingTest(Case):
                     errors.append((1 - target @ y / target.norm() / y.norm()) ** 3)
             close(loss, sum(errors) / len(errors))
 
-    def test_squared_loss_of_the_stack(self):
-        """Ours: the squared distance; every output frame predicts as many as the strides skip."""
+    def test_stack(self):
+        """Ours: the squared distance of all seen joints from the target; each is decoded from the
+        pooled features of its person, an output frame for as many as the strides skip."""
         strl = dict(persons=2, frames=6, strl_layers=3, blocks=1, heads=2)
-        model = shaken(tiny_mae(mask_ratio=0.4, loss="squared", mask_segments=2, strl=strl))
+        model = shaken(tiny_mae(mask_ratio=0.4, strl=strl))
         mean, spread = whiten_at_random(model)
-        x = people(3, 2, 6, 5, 2, [(1, 1)])
-        loss, prediction, mask = model(x)
+        x, target = people(3, 2, 6, 5, 2, [(1, 1)]), people(3, 2, 6, 5, 2, [(1, 1)])
+        loss, prediction, mask = model(x, target=target)
         errors = []
         for n, m, t, v in grid(3, 2, 6, 5):
-            if mask[n, t, v] and (n, m) != (1, 1):
-                error = (x[n, m, t, v] - mean[v]) / spread[v] - prediction[n, m, t, v, :2]
+            if (n, m) != (1, 1):
+                error = (target[n, m, t, v] - mean[v]) / spread[v] - prediction[n, m, t, v, :2]
                 errors.append(error.square().sum())
         close(loss, sum(errors) / len(errors))
-        equal(mask, mask[:, [0, 0, 0, 3, 3, 3]])  # each segment has a mask of its own
-        self.assertFalse(mask[:, 0].equal(mask[:, 3]))
         packing = Packing(x.flatten(2).any(2), "cpu")
         packed_mask = mask[packing.sequence].permute(2, 0, 1)
-        out = model.head(model.decoder(model.encode(packing.pack(x), packing, packed_mask)))
+        encoded = model.encode(packing.pack(x), packing, packed_mask)  # (V, P, 2, D)
+        decoder, inner = model.decoder, encoded.new_empty(*encoded.shape)
+        for v, p, t in grid(*encoded.shape[:3]):
+            of_frames = encoded[:, p].mean(0)
+            pooled = torch.cat([of_frames.mean(0), of_frames.amax(0)])
+            query = decoder.joint[v, 0, 0] + decoder.frame[t]
+            inner[v, p, t] = decoder.mlp(decoder.pooled(pooled) + query)
+        out = model.head(decoder.graph(inner))
         for t in range(6):
             of_frame = out[:, :, t // 4, 2 * (t % 4):][..., :2]
-            equal(packing.pack(prediction)[:, :, t, :2], of_frame)
+            close(packing.pack(prediction)[:, :, t, :2], of_frame)
         coordinates, _ = model.reconstruct(x, mask=mask)
         position = torch.stack([mean[v] + spread[v] * prediction[..., v, :2] for v in range(5)], 3)
         position[1, 1] = 0  # absent
@@ -994,6 +1000,23 @@ class BatchTest(Case):
             close(x[there][:, 0].mean(0), torch.zeros(3), atol=1e-4)
             close(x[there].square().sum(-1).mean(), torch.ones(()))
 
+    def test_clean(self):
+        """The same frames without a change but for the mirror images; x where none is asked for."""
+        change = Augmentation(rotation=60, scaling=0.2, shift=0.2, flip=0.5, noise=0.1, crop=0.5)
+        mirror = Augmentation(flip=0.5, crop=0.5)
+        for box in (False, True):
+            changed, mirrored, plain = (
+                next(Loader(sequences(), FIVE, 3, 20, 6, True, augmentation=augmentation,
+                            view={"box": box}, clean=clean).epoch())
+                for augmentation, clean in ((change, True), (mirror, False), (change, False)))
+            close(changed.clean, mirrored.x)
+            equal(changed.x, plain.x)
+            equal(plain.clean, plain.x)
+            self.assertGreater((changed.x - changed.clean).abs().mean(), 0.1)
+        halves = mirrored.x.equal(next(Loader(sequences(), FIVE, 3, 20, 6, True, view={"box": True},
+                                              augmentation=replace(mirror, flip=0.0)).epoch()).x)
+        self.assertFalse(halves)  # some were mirrored
+
     def test_normalise_against_loops(self):
         """Origin: the centre joints of whom frames show; unit: the RMS distance of seen joints."""
         for C in (2, 3):
@@ -1494,7 +1517,7 @@ class MeasureTest(Case):
         self.assertEqual(settings_of(train_pretrain, "", unpaired).flip, 0)
 
     def test_pretrain_stack(self):
-        """Ours: whole STRL layers, squared error, half of the joints, a mask a quarter."""
+        """Ours: whole STRL layers, half of the joints masked."""
         for C, line, ratio, strl in (
                 (2, "", 0.5, dict(frames=64, blocks=2, stride=2)),
                 (3, "--recipe small", 0.5, dict(frames=16, blocks=1, stride=2)),
@@ -1506,9 +1529,8 @@ class MeasureTest(Case):
             self.assertEqual(vars(stack), vars(paper) | changed)
             plain, found = (train_pretrain.pretraining_arguments(settings, dataset)
                             for settings in (paper, stack))
-            more = dict(loss="squared", mask_segments=4, mask_ratio=ratio)
             strl |= dict(persons=2, strl_layers=3)
-            self.assertEqual(found, plain | more | dict(strl=strl))
+            self.assertEqual(found, plain | dict(mask_ratio=ratio, strl=strl))
             SkeletonMAE(**found)
 
     def test_learning_rate_of_all_epochs(self):

@@ -206,7 +206,7 @@ def make_model(settings: Settings, data: Dataset, source):
     arguments = shared.encoder_arguments(settings, data)
     if settings.linear_probe:
         before = source["model_settings"] if source else {}
-        arguments |= {name: before[name] for name in ("loss", "strl") if name in before}
+        arguments |= {"strl": before["strl"]} if "strl" in before else {}
     else:
         arguments |= {"classes": len(data.classes), "persons": data.persons,
                       **shared.pick(settings, *STRL_SHAPE, "strl_layers", "attention_dropout",

@@ -81,8 +81,8 @@ class CommonSettings:
 class Settings(CommonSettings):
     """Pre-training."""
     out: str = option("runs/pretrain", "folder for checkpoint and log")
-    pretrain: str = option("encoder", "encoder (the paper's) or stack (ours): STRL layers, squared "
-                           "error, a mask a quarter of the frames", choices=("encoder", "stack"),
+    pretrain: str = option("encoder", "encoder (the paper's) or stack (ours): the STRL layers, the "
+                           "whole sequence from its pooled features", choices=("encoder", "stack"),
                            group="optimiser")
     epochs: int = option(50, "supplement A: 50", low=1)
     batch_size: int = option(1024, "sequences a step, supplement A: 1024", small=32, low=2)
@@ -103,6 +103,7 @@ def main(argv=None):
     settings = suit(settings, data)
     data = to_device(data, device, settings)
     train = loader(settings, data, data.train, settings.batch_size, True, rank, world)
+    train.clean = settings.pretrain == "stack"
     forward_size = min(settings.batch_size, settings.micro_batch)
     held_out = loader(settings, data, data.test, forward_size)
 
@@ -117,9 +118,9 @@ def main(argv=None):
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     introduce(settings, data, model, train, device, amp, say)
 
-    def step(packing: Packing, x, mask, seen, weight):
+    def step(packing: Packing, x, mask, seen, target, weight):
         with autocast(device, amp):
-            loss = parallel(x, packing, mask, seen)[0]
+            loss = parallel(x, packing, mask, seen, target)[0]
         loss.backward(weight)
         return loss.detach() * weight
 
@@ -131,14 +132,15 @@ def main(argv=None):
         for batch in train.epoch(epoch):
             loss = 0
             pieces = math.ceil(len(batch.x) / settings.micro_batch)
-            split = (value.tensor_split(pieces) for value in (batch.x, batch.seen, batch.present))
-            for piece, (x, seen, present) in enumerate(zip(*split), 1):
-                mask = model.draw(len(x), settings.frames).to(device, non_blocking=True)
+            split = (value.tensor_split(pieces)
+                     for value in (batch.x, batch.seen, batch.clean, batch.present))
+            for piece, (x, seen, target, present) in enumerate(zip(*split), 1):
+                mask = model.draw(len(x)).to(device, non_blocking=True)
                 weight = torch.tensor(len(x) / len(batch.x)).to(device, non_blocking=True)
                 syncs = world == 1 or piece == pieces  # processes exchange gradients once a batch
                 with contextlib.nullcontext() if syncs else parallel.no_sync():
                     loss = loss + step(Packing(present, device), x.to(device), mask,
-                                       seen.to(device), weight)
+                                       seen.to(device), target.to(device), weight)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)  # a CUDA graph adds to the gradients in place
             progress.step(loss, len(batch.x) * world)
@@ -161,8 +163,8 @@ def pretraining_arguments(settings, data: Dataset):
     arguments = encoder_arguments(settings, data)
     arguments |= pick(settings, "beta", "mask_parts", "mask_num_parts", "mask_ratio")
     if settings.pretrain == "stack":
-        arguments |= {"loss": "squared", "mask_segments": 4, "strl": {"persons": data.persons,
-                      "strl_layers": 3, **pick(settings, "frames", "blocks", "stride")}}
+        arguments |= {"strl": {"persons": data.persons, "strl_layers": 3,
+                               **pick(settings, "frames", "blocks", "stride")}}
     return arguments
 
 # --------------------------------------------------------------------------------------- measuring
@@ -209,7 +211,7 @@ def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose):
         full = batch.x.to(device)
         unit = batch.unit.to(device).view(len(full), 1, 1, 1, -1)
         x = full[..., :C]
-        mask = model.draw(len(x), x.shape[2], torch.Generator().manual_seed(step)).to(device)
+        mask = model.draw(len(x), torch.Generator().manual_seed(step)).to(device)
         counted = batch.seen.to(device) & mask[:, None]  # (N, M, T, V)
         guesses = (model.reconstruct(full, batch.present, mask)[0],
                    mean_pose.to(device)[None, :, None].expand_as(x),

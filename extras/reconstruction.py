@@ -50,7 +50,7 @@ def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str
     chosen = (names + numbers).index(wanted) % len(names)
     batch = next(iter(loader(data.test, [chosen]).epoch()))
     mean = shared.measure_target(loader(data.train, draw(data.train, 2000)))[2]  # (M, V, C)
-    mask = model.draw(1, frames, generator)
+    mask = model.draw(1, generator)
     guess = model.reconstruct(batch.x, batch.present, mask)[0][0]
     x = batch.x[0, ..., :C]
     head, leg = (float(data.test.frames[::7, 0, skeleton["parts"].get(part, [0]), 1].mean())
@@ -157,15 +157,13 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
             body += f'<g transform="translate({x} {top + 22 + height / 2:.4g})">{layer}</g>'
     panels.append(Panel("reconstruction-frames", 480, 3 * (height + 32) + 18, body))
 
-    least, most = (int(bound) for bound in masked.sum(1).aminmax())
-    count = f"{least} to {most}" if least < most else most  # segments may have own masks
     masking = checkpoint["model_settings"]
     what = "drawn at random"
     if not masking["mask_ratio"] and not masking["mask_num_parts"]:
         what = ", ".join(masking["mask_parts"])
-    caption = (f"Test sequence {found.name:.60}, {count} of {V} joints masked ({what}). Mean error "
-               f"of its masked joints {error:.3g}, by the mean pose {mean_error:.3g}, in the units "
-               "of the data")
+    caption = (f"Test sequence {found.name:.60}, {int(masked[0].sum())} of {V} joints masked "
+               f"({what}). Mean error of its masked joints {error:.3g}, by the mean pose "
+               f"{mean_error:.3g}, in the units of the data")
     measured = [row for row in checkpoint["log"] if "joint_error" in row][-1:]
     for row in measured:
         caption += f"; over the whole test set {row['joint_error']:.3g}"

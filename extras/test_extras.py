@@ -612,7 +612,7 @@ class GpuTest(ScriptCase):
         mae = SkeletonMAE(FIVE, 3, mask_ratio=0.4, **shape)
         classifier = SkeletonClassifier(FIVE, 3, 3, persons=2, attention_dropout=0.0, **shape)
         models = torch.nn.ModuleList([mae, classifier])
-        mask = mae.draw(25, 8)
+        mask = mae.draw(25)
         results = []
         for device in ("cpu", "cuda"):
             models.to(device).zero_grad()
