@@ -463,7 +463,7 @@ class SkeletonMAE(nn.Module):
     were not seen never count in the loss.
 
     Ours, not the paper's: strl, arguments of STRLStack, whose layers are then pre-trained in the
-    encoder's place, by a SequenceDecoder and the squared error of all seen joints."""
+    encoder's place, by a SequenceDecoder and the squared error of all seen joints' paths."""
     def __init__(self, skeleton, channels, width=64, hidden=128, layers=3, dropout=0.2, beta=2.0,
                  mask_parts=("right_arm", "right_leg"), mask_num_parts=0, mask_ratio=0.0,
                  motion=False, bone=False, score=False, strl=None):
@@ -508,11 +508,17 @@ class SkeletonMAE(nn.Module):
 
     def loss(self, prediction, packed, selected):
         """Mean error of the selected joints. prediction: (V, P, T, C + 1), packed: (V, P, T, C
-        [+ score]), selected: bool (V, P, T)."""
+        [+ score]), selected: bool (V, P, T). Of STRL layers the squared error of each joint's path
+        about its mean over frames, plus a tenth of that of the mean: movement tells an action."""
         mean, spread = self.mean[:, None, None], self.spread[:, None, None, None]
-        target = F.pad((packed[..., :self.channels] - mean) / spread, (0, 1), value=1.0)
+        target = (packed[..., :self.channels] - mean) / spread
         if self.stacked:
-            return selected_mean((prediction - target).square().sum(-1), selected)
+            error = spread * (prediction[..., :-1] - target) * selected[..., None]
+            frames = selected.sum(2, keepdim=True).clamp(min=1)
+            still = error.sum(2, keepdim=True) / frames[..., None]  # (V, P, 1, C)
+            square = (error - still).square() + 0.1 * still.square()
+            return selected_mean(square.sum(-1), selected)
+        target = F.pad(target, (0, 1), value=1.0)
         return reweighted_cosine_error(prediction, target, selected, self.beta)
 
     def forward(self, x, present=None, mask=None, seen=None, target=None):

@@ -81,6 +81,7 @@ def table(title: str, where: str, caption: str, rows: list, heads: int = 1) -> F
     for i, row in enumerate(rows):
         tag = "th" if i < heads else "td"
         cells = "".join(f"<{tag}>{clean(cell, 600)}</{tag}>" for cell in row)
+        cells = re.sub(r"(--[\w-]+)", r"<span>\1</span>", cells)  # a flag stays on one line
         content += f"<tr>{cells}</tr>"
     return Figure(title, where, caption, [], f"<table>{content}</table>")
 
@@ -286,7 +287,7 @@ svg{{flex:1 0 0;height:auto}}figcaption{{font-size:13px;color:#666;margin-top:6p
 ::-webkit-scrollbar{{height:9px}}::-webkit-scrollbar-thumb{{background:#8888;border-radius:5px}}
 .turn{{cursor:grab;touch-action:pan-y}}
 table{{border-collapse:collapse;font-size:14px;margin-right:auto}}
-td{{min-width:84px}}td+td{{overflow-wrap:anywhere}}
+td{{min-width:84px}}td+td{{overflow-wrap:anywhere}}td span{{white-space:nowrap}}
 td,th{{text-align:left;vertical-align:top;padding:3px 14px 3px 0;border-bottom:1px solid #8884}}
 @media print{{body{{padding:0}}}}
 @media screen and (prefers-color-scheme:dark){{body{{color:#e4e4e4;background:#16181c}}
