@@ -691,7 +691,7 @@ class SkeletonClassifier(nn.Module):
 class LinearProbe(nn.Module):
     """A linear classifier on frozen features: Packing.pool over joints, frames and persons, then
     batch norm without learnable weights, so that their scale does not matter. Freezes `pretrained`
-    itself."""
+    itself, but for the statistics of its batch norms: those of pre-training are of masked joints."""
     def __init__(self, pretrained: SkeletonMAE, classes):
         super().__init__()
         self.pretrained = pretrained.requires_grad_(False)
@@ -701,7 +701,8 @@ class LinearProbe(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.pretrained.eval()  # frozen: running statistics, no dropout
+        for module in self.pretrained.modules():
+            module.training = mode and isinstance(module, BatchNorm)  # no dropout
         return self
 
     def features(self, x, present=None):

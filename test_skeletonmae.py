@@ -641,10 +641,11 @@ class FinetuningTest(Case):
             equal(model.state_dict(), before)
 
     def test_linear_probe(self):
-        """Pooled features, batch norm without weights, one linear layer; the rest is frozen."""
-        mae = tiny_mae()
+        """Pooled features, batch norm without weights, one linear layer; the rest is frozen, but
+        for the statistics of batch norms, and has no dropout."""
+        mae = tiny_mae(dropout=0.5)
         probe = shaken(LinearProbe(mae.train(), classes=3))
-        before = copy.deepcopy(mae.state_dict())
+        before = {name: p.clone() for name, p in mae.named_parameters()}
         x = people(4, 2, 3, 5, 2, absent=[(1, 1)])
         pooled = []
         for n, persons in enumerate((2, 1, 2, 2)):
@@ -662,7 +663,14 @@ class FinetuningTest(Case):
         probe.train()(x).sum().backward()
         trained = [name for name, p in probe.named_parameters() if p.grad is not None]
         self.assertEqual(trained, ["head.weight", "head.bias"])
-        equal(mae.state_dict(), before)
+        equal(dict(mae.named_parameters()), before)
+        packing = Packing(x.flatten(2).any(2), "cpu")
+        h = expected = mae.embedding(packing.pack(x))
+        for layer in mae.encoder.layers:
+            expected = plain_graph_layer(layer, expected, STAR["edges"], training=True)
+        close(mae.encoder(h), expected)
+        probe.eval()
+        self.assertFalse(any(module.training for module in probe.modules()))
 
 class FileTest(Case):
     def test_imports(self):
@@ -1772,7 +1780,10 @@ class ScriptTest(ScriptCase):
                 self.assertEqual(after[name].equal(first["model"][name]), stays, name)
             self.finetune("--ckpt --linear-probe --epochs 2 --out probe")
             after = load("probe/finetune.pt")["model"]
-            equal({name: after["pretrained." + name] for name in before}, dict(before))
+            learned = [name for name, value in before.items()  # from batches: of unmasked joints
+                       if not value.equal(after["pretrained." + name])]
+            self.assertTrue(learned and all("norm" in name for name in learned))
+            self.assertFalse([name for name in learned if name.endswith(("weight", "bias"))])
             self.finetune("--ckpt probe/finetune.pt --eval-only --out probe")
 
     def test_resume_is_exact(self):
