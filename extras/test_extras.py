@@ -266,10 +266,13 @@ class FigureTest(Case):
         """With --compare both runs stand in every figure of classes and features, and their
         difference has its paired interval."""
         outputs = self.make_run(self.folder, K=6)
-        other = outputs | {"logits": outputs["logits"].flip(1)}
+        other = outputs | {"logits": outputs["logits"].flip(1),
+                           "metrics": outputs["metrics"] | {"top1": 12.5}}
         self.make_run(f"{self.folder}/other", K=6, pretrained=self.pretrained)
         torch.save(other, f"{self.folder}/other/test_outputs.pt")
-        self.draw(self.folder, "--compare", f"{self.folder}/other")
+        said = self.draw(self.folder, "--compare", f"{self.folder}/other")
+        top1 = outputs["metrics"]["top1"]
+        self.assertIn(f"from random weights: {top1:.2f} % top-1, pre-trained: 12.50 %", said)
         files = {path.stem for path in Path(self.folder).glob("*.svg")}
         expected = {"confusion-2", "features-pca-2", "features-tsne-2", "reconstruction"}
         self.assertLess(expected, files)

@@ -592,8 +592,11 @@ def main(argv=None):
     if pretraining:
         figures.append(reconstruction(pretraining, *read_model(pretraining), asked.sequence,
                                       asked.seed))
-    score = f"{run.outputs['metrics']['top1']:.2f} % top-1"
-    write_report(asked.out or asked.run, f"SkeletonMAE on {data_name(run)}: {score}", figures)
+    scores = [f"{one.outputs['metrics']['top1']:.2f} % top-1" for one in runs]
+    title = f"SkeletonMAE on {data_name(run)}: {scores[0]}"
+    write_report(asked.out or asked.run, title, figures)
+    if asked.compare:
+        print(", ".join(f"{one.title}: {score}" for one, score in zip(runs, scores)))
 
 
 if __name__ == "__main__":
