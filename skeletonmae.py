@@ -328,10 +328,10 @@ class JointEmbedding(nn.Module):
     """Paper 3.1.1: a joint's coordinates, mapped linearly to D features, plus a learnable embedding
     of which joint it is. Input streams: coordinates, motion (x[t + 1] - x[t], zero in the last
     frame), bones (x - x of the parent joint), score; each is batch-normalised per joint and
-    channel. A masked joint's features are replaced by the mask token, and a bone or a motion with a
-    masked end is zeroed: it would leak that end's position. Both happen after the norm, whose
+    channel. A masked joint's features are replaced by the mask token, and a bone from a masked
+    parent is zeroed: it would leak the parent's position. Both happen after the norm, whose
     statistics include masked joints.
-    Shape: (V, P, T, C) and a mask (V, P, 1 or T) or None -> (V, P, T, D)."""
+    Shape: (V, P, T, C) and a mask (V, P) or None -> (V, P, T, D)."""
     def __init__(self, skeleton, channels, width, motion=False, bone=False, score=False):
         super().__init__()
         V = len(skeleton["joints"])
@@ -358,13 +358,12 @@ class JointEmbedding(nn.Module):
                 stream = position if name == "position" else score
             stream = norm(stream.permute(1, 2, 0, 3).flatten(2))  # (P, T, V C): per joint, channel
             stream = stream.view(P, T, V, -1).permute(2, 0, 1, 3)
-            if mask is not None and name in ("motion", "bone"):
-                end = mask[self.parents] if name == "bone" else F.pad(mask[:, :, 1:], (0, 1))
-                stream = stream.masked_fill((mask | end)[..., None], 0)
+            if mask is not None and name == "bone":
+                stream = stream.masked_fill(mask[self.parents][..., None, None], 0)
             streams.append(stream)
         h = self.linear(torch.cat(streams, -1))
         if mask is not None:
-            h = torch.where(mask[..., None], self.mask_token.to(h.dtype), h)
+            h = torch.where(mask[..., None, None], self.mask_token.to(h.dtype), h)
         return h + self.joint[:, None, None]
 
 def packing_of(x, embedding: JointEmbedding, present: Tensor | Packing | None,
@@ -488,11 +487,11 @@ class SkeletonMAE(nn.Module):
         self.features_width = width if self.stacked else hidden
 
     def draw(self, num, generator=None):
-        """Masks of `num` sequences, bool (num, 1, V): True is masked."""
-        return draw_mask(num, self.skeleton, **self.masking, generator=generator)[:, None]
+        """Masks of `num` sequences, bool (num, V): True is masked."""
+        return draw_mask(num, self.skeleton, **self.masking, generator=generator)
 
     def encode(self, packed, packing: Packing, masked=None):
-        """Packed joints (V, P, T, C), masks (V, P, 1 or T) -> (V, P, T / stride, H or D)."""
+        """Packed joints (V, P, T, C), masks (V, P) -> (V, P, T / stride, H or D)."""
         h = self.embedding(packed, masked)
         return self.encoder(h, packing) if self.stacked else self.encoder(h)
 
@@ -524,27 +523,27 @@ class SkeletonMAE(nn.Module):
     def forward(self, x, present=None, mask=None, seen=None, target=None):
         """x: (N, M, T, V, C), or C + 1 with the joint score last where that is an input; present:
         bool (N, M) on the CPU or a Packing, by default the persons who are not all zero; mask: bool
-        (N, V), or (N, 1 or T, V) where frames differ, True is masked, drawn where not given; seen:
-        bool (N, M, T, V), the joints that count in the loss, by default those of the persons who
-        are not all zero in a frame; target: what to put back, of the shape of x, by default x.
+        (N, V), True is masked, in all frames, drawn where not given; seen: bool (N, M, T, V), the
+        joints that count in the loss, by default those of the persons who are not all zero in a
+        frame; target: what to put back, of the shape of x, by default x.
 
         Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1), as
-        the target has them, float32, zero for absent persons; the mask (N, 1 or T, V)."""
+        the target has them, float32, zero for absent persons; the mask (N, V)."""
         packing = packing_of(x, self.embedding, present)
         N, _, T, V, _ = x.shape
         if seen is None:
             seen = (x[..., :self.channels] != 0).any(-1).any(3, keepdim=True).expand(x.shape[:4])
         mask = self.draw(N) if mask is None else mask
-        if mask.dtype != torch.bool or mask.shape not in ((N, V), (N, 1, V), (N, T, V)):
-            raise ValueError(f"expected a bool mask ({N}, {V}) or ({N}, 1 or {T}, {V}), got "
-                             f"{mask.dtype} {tuple(mask.shape)}")
-        mask = mask.view(N, -1, V).to(x.device, non_blocking=True)
-        packed = packing.pack(x)                           # (V, P, T, C)
-        masked = mask[packing.sequence].permute(2, 0, 1)   # (V, P, 1 or T)
+        if mask.dtype != torch.bool or mask.shape != (N, V):
+            raise ValueError(f"expected a bool mask ({N}, {V}), got {mask.dtype} "
+                             f"{tuple(mask.shape)}")
+        mask = mask.to(x.device, non_blocking=True)
+        packed = packing.pack(x)            # (V, P, T, C)
+        masked = mask[packing.sequence].T   # (V, P)
         prediction = self.decode(self.encode(packed, packing, masked), T)
         selected = packing.pack(seen[..., None])[..., 0]
         if not self.stacked:
-            selected = selected & masked
+            selected = selected & masked[..., None]
         loss = self.loss(prediction, packed if target is None else packing.pack(target), selected)
         return loss, packing.unpack(prediction), mask
 
@@ -557,13 +556,12 @@ class SkeletonMAE(nn.Module):
     def reconstruct(self, x, present=None, mask=None):
         """Puts the masked joints back (call eval() first): a prediction (p, w) of joint j stands
         for the position mean_j + spread_j p / max(w, 0.01). Returns (coordinates (N, M, T, V, C) in
-        the units of x, visible joints as given and absent persons zero; the mask (N, 1 or T, V)).
-        """
+        the units of x, visible joints as given and absent persons zero; the mask (N, V))."""
         C, packing = self.channels, packing_of(x, self.embedding, present)
         _, prediction, mask = self(x, packing, mask)
         whitened = prediction[..., :C] / prediction[..., C:].clamp(min=1e-2)
         position = self.mean + self.spread[:, None] * whitened
-        joints = torch.where(mask[:, None, ..., None], position, x[..., :C])
+        joints = torch.where(mask[:, None, None, :, None], position, x[..., :C])
         return packing.unpack(packing.pack(joints)), mask  # packing leaves absent persons zero
 
 # ------------------------------------------------------------------------------------- fine-tuning

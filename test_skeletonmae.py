@@ -183,9 +183,8 @@ def plain_classifier(model, x, present, strides):
     return torch.stack(logits)
 
 def plain_embedding(e, x, mask):
-    """JointEmbedding of STAR in eval mode: x (V, P, T, C), mask (V, P, 1 or T)."""
+    """JointEmbedding of STAR in eval mode: x (V, P, T, C), mask (V, P)."""
     V, P, T, _ = x.shape
-    mask = mask.expand(V, P, T)
     out = torch.empty(V, P, T, 8)
     for v, p, t in grid(V, P, T):
         here = x[v, p, t, :2]
@@ -193,7 +192,7 @@ def plain_embedding(e, x, mask):
         parent = STAR_PARENTS[v]
         inputs = dict(position=here, motion=after - here, bone=here - x[parent, p, t, :2],
                       score=x[v, p, t, 2:])
-        hidden = dict(motion=t + 1 < T and mask[v, p, t + 1], bone=mask[parent, p, t])
+        hidden = dict(bone=mask[parent, p])
         streams = []
         for name, norm in e.norms.items():
             C = len(inputs[name])
@@ -201,7 +200,7 @@ def plain_embedding(e, x, mask):
             mean, variance, weight, bias = (values[v * C:(v + 1) * C] for values in every)
             stream = (inputs[name] - mean) / (variance + 1e-5).sqrt() * weight + bias
             streams.append(0 * stream if hidden.get(name) else stream)
-        h = e.mask_token if mask[v, p, t] else e.linear(torch.cat(streams))
+        h = e.mask_token if mask[v, p] else e.linear(torch.cat(streams))
         out[v, p, t] = h + e.joint[v]
     return out
 
@@ -376,23 +375,23 @@ class LayerTest(Case):
             asked = dict(position=True, motion=motion, bone=bone, score=score)
             self.assertEqual(list(embedding.norms), [name for name in asked if asked[name]])
             x = torch.randn(5, 3, 4, 2 + score)
-            close(embedding(x), plain_embedding(embedding, x, torch.zeros(5, 3, 1).bool()))
-            for mask in (torch.rand(5, 3, 1) < 0.4, torch.rand(5, 3, 4) < 0.4):
-                close(embedding(x, mask), plain_embedding(embedding, x, mask))
+            close(embedding(x), plain_embedding(embedding, x, torch.zeros(5, 3).bool()))
+            mask = torch.rand(5, 3) < 0.4
+            close(embedding(x, mask), plain_embedding(embedding, x, mask))
 
     def test_masked_joints_have_no_influence(self):
         """Not through motion, nor through a visible child's bone."""
         embedding = shaken(JointEmbedding(STAR, 2, 8, motion=True, bone=True, score=True))
         x = torch.randn(5, 3, 4, 3)
-        for mask in (torch.rand(5, 3, 1) < 0.4, torch.rand(5, 3, 4) < 0.4):
-            other = torch.where(mask[..., None], torch.randn_like(x), x)
-            equal(embedding(x, mask), embedding(other, mask))
-            self.assertFalse(torch.equal(embedding(x), embedding(other)))
-            trained = []
-            for how in (None, mask):  # the zeros that hide a bone are no data to the norm
-                trained.append(copy.deepcopy(embedding).train())
-                trained[-1](x, how)
-            equal(*map(statistics, trained))
+        mask = torch.rand(5, 3) < 0.4
+        other = torch.where(mask[..., None, None], torch.randn_like(x), x)
+        equal(embedding(x, mask), embedding(other, mask))
+        self.assertFalse(torch.equal(embedding(x), embedding(other)))
+        trained = []
+        for how in (None, mask):  # the zeros that hide a bone are no data to the norm
+            trained.append(copy.deepcopy(embedding).train())
+            trained[-1](x, how)
+        equal(*map(statistics, trained))
 
 class PretrainingTest(Case):
     def test_reweighted_cosine_error(self):
@@ -428,11 +427,11 @@ class PretrainingTest(Case):
         mean, spread = whiten_at_random(model)
         for seen in (None, torch.rand(4, 2, 3, 5) < 0.5):
             loss, prediction, mask = model(x, seen=seen)
-            self.assertEqual((prediction.shape, mask.shape), ((4, 2, 3, 5, 3), (4, 1, 5)))
+            self.assertEqual((prediction.shape, mask.shape), ((4, 2, 3, 5, 3), (4, 5)))
             errors = []
             for n, m, t, v in grid(4, 2, 3, 5):
                 counts = x[n, m, t, v, :2].any() if seen is None else seen[n, m, t, v]
-                if mask[n, 0, v] and counts and (n, m) not in absent:
+                if mask[n, v] and counts and (n, m) not in absent:
                     target = F.pad((x[n, m, t, v, :2] - mean[v]) / spread[v], (0, 1), value=1.0)
                     y = prediction[n, m, t, v]
                     errors.append((1 - target @ y / target.norm() / y.norm()) ** 3)
@@ -458,7 +457,7 @@ class PretrainingTest(Case):
             errors += [(e - error.mean(0)).square().sum() + still for e in error]
         close(loss, sum(errors) / len(errors))
         packing = Packing(x.flatten(2).any(2), "cpu")
-        packed_mask = mask[packing.sequence].permute(2, 0, 1)
+        packed_mask = mask[packing.sequence].T
         encoded = model.encode(packing.pack(x), packing, packed_mask)  # (V, P, 2, D)
         decoder, inner = model.decoder, encoded.new_empty(*encoded.shape)
         for v, p, t in grid(*encoded.shape[:3]):
@@ -473,7 +472,7 @@ class PretrainingTest(Case):
         coordinates, _ = model.reconstruct(x, mask=mask)
         position = torch.stack([mean[v] + spread[v] * prediction[..., v, :2] for v in range(5)], 3)
         position[1, 1] = 0  # absent
-        close(coordinates, torch.where(mask[:, None, ..., None], position, x))
+        close(coordinates, torch.where(mask[:, None, None, :, None], position, x))
 
     def test_reconstruct(self):
         """A masked joint is mean + spread y / max(w, 0.01) (ours), others stay, absent ones 0."""
@@ -496,7 +495,7 @@ class PretrainingTest(Case):
         for who in (present, Packing(present, "cpu")):
             coordinates, drawn = model.reconstruct(x, who, mask)
             close(coordinates, expected)
-            equal(drawn[:, 0], mask)
+            equal(drawn, mask)
 
 class FinetuningTest(Case):
     def test_packing(self):
@@ -531,7 +530,7 @@ class FinetuningTest(Case):
         x = torch.randn(3, 2, 4, 5, 2)
         with self.assertRaisesRegex(ValueError, r"present as bool \(N, M\), got"):
             tiny_mae()(x, torch.ones(2, 2) > 0)
-        with self.assertRaisesRegex(ValueError, r"bool mask \(3, 5\) or \(3, 1 or 4, 5\)"):
+        with self.assertRaisesRegex(ValueError, r"bool mask \(3, 5\)"):
             tiny_mae()(x, mask=torch.ones(5, 3) > 0)
 
     def test_equations(self):
@@ -1587,12 +1586,12 @@ class MeasureTest(Case):
             hops = train_pretrain.joint_distances(skeleton)
             equal(hops, expected)
             x = torch.randn(6, 2, 3, V, 2)
-            mask = draw_mask(18, skeleton, ratio=0.4).view(6, 3, V)
+            mask = draw_mask(6, skeleton, ratio=0.4)
             guess = train_pretrain.neighbour_mean(x, mask, hops)
-            for n, t, v in grid(6, 3, V):
-                nearest = min(hops[v, ~mask[n, t]])
-                joints = [w for w in range(V) if not mask[n, t, w] and hops[v, w] == nearest]
-                close(guess[n, :, t, v], x[n, :, t, joints].mean(1))
+            for n, v in grid(6, V):
+                nearest = min(hops[v, ~mask[n]])
+                joints = [w for w in range(V) if not mask[n, w] and hops[v, w] == nearest]
+                close(guess[n, :, :, v], x[n, ..., joints, :].mean(2))
 
     def test_measures_against_loops(self):
         """Target and mean pose over seen joints; errors of masked joints, in file units."""

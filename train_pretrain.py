@@ -194,11 +194,11 @@ def joint_distances(skeleton):
     return distance
 
 def neighbour_mean(x, mask, distance):
-    """For every joint the mean of its nearest visible joints. x: (N, M, T, V, C), mask: (N, 1 or T,
-    V), True is masked -> (N, M, T, V, C)."""
-    distance = distance.to(x.device).masked_fill(mask[:, :, None, :], math.inf)
-    nearest = (distance == distance.amin(3, keepdim=True)).to(x.dtype)  # (N, 1 or T, V to, V from)
-    return (nearest / nearest.sum(3, keepdim=True))[:, None] @ x
+    """For every joint the mean of its nearest visible joints. x: (N, M, T, V, C), mask: (N, V),
+    True is masked -> (N, M, T, V, C)."""
+    distance = distance.to(x.device).masked_fill(mask[:, None], math.inf)
+    nearest = (distance == distance.amin(2, keepdim=True)).to(x.dtype)  # (N, V to, V from)
+    return (nearest / nearest.sum(2, keepdim=True))[:, None, None] @ x
 
 @torch.no_grad()
 def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose):
@@ -212,7 +212,7 @@ def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose):
         unit = batch.unit.to(device).view(len(full), 1, 1, 1, -1)
         x = full[..., :C]
         mask = model.draw(len(x), torch.Generator().manual_seed(step)).to(device)
-        counted = batch.seen.to(device) & mask[:, None]  # (N, M, T, V)
+        counted = batch.seen.to(device) & mask[:, None, None]  # (N, M, T, V)
         guesses = (model.reconstruct(full, batch.present, mask)[0],
                    mean_pose.to(device)[None, :, None].expand_as(x),
                    neighbour_mean(x, mask, distance))
