@@ -153,6 +153,7 @@ class Augmentation:
         def uniform(*shape, reach):
             return reach * (2 * torch.rand(num, *shape, generator=generator, device=device) - 1)
 
+        # first, whatever else is drawn: Loader.batch draws it again
         mirrored = torch.rand(num, generator=generator, device=device) < self.flip
         change = torch.eye(channels, device=device).repeat(num, 1, 1)
         if self.rotation and channels == 3:
@@ -265,7 +266,7 @@ class Batch:
     seen: Tensor      # (N, M, T, V) bool: which joints were seen
     unit: Tensor      # (N,), or (N, C) for the axes of a box: x times unit is in the file's units
     index: Tensor     # (N,) which sequences these are, on the CPU
-    clean: Tensor     # x, or where the Loader is asked x without augmentation but for the mirror
+    clean: Tensor     # x without augmentation, mirrored and cropped alike; x where not asked for
 
 @dataclass
 class Loader:
@@ -332,13 +333,14 @@ class Loader:
                    for flat in (data.frames, data.seen))
         present = data.present[index]
         normalised = partial(normalise_frames, x, seen, present.to(device, non_blocking=True),
-                             self.skeleton, self.channels, **self.view, generator=generator)
-        state = generator.get_state()
-        x, seen, unit = normalised(augmentation=self.augmentation if self.training else None)
+                             self.skeleton, self.channels, **self.view)
+        twin = generator.clone_state()  # draws the same mirror images
+        x, seen, unit = normalised(augmentation=self.augmentation if self.training else None,
+                                   generator=generator)
         clean = x
         if self.clean and self.training:
-            generator.set_state(state)  # the same mirror images
-            clean = normalised(augmentation=Augmentation(flip=self.augmentation.flip))[0]
+            mirror = Augmentation(flip=self.augmentation.flip)
+            clean = normalised(augmentation=mirror, generator=twin)[0]
         return Batch(x, data.label[here], present, seen, unit, index, clean)
 
 # ------------------------------------------------------------ readers: presence and missing joints

@@ -21,7 +21,6 @@ Shape legend
 Inside, joints come first, (V, P, T, D): the aggregation A X of S Eq. 1 is then one matrix product
 without a copy. A mask is True where a joint is masked (hidden from the encoder).
 """
-import math
 import warnings
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # before torch, which warns
@@ -435,7 +434,7 @@ class SequenceDecoder(nn.Module):
     Shape: (V, P, T / stride, D) -> the same."""
     def __init__(self, adjacency, width, stack):
         super().__init__()
-        frames, inner = math.ceil(len(stack.position) / stack.stride), 2 * width
+        frames, inner = len(stack.position[::stack.stride]), 2 * width
         self.pooled = nn.Linear(2 * width, inner)
         self.joint = nn.Parameter(0.5 * torch.randn(len(adjacency), 1, 1, inner))
         self.frame = nn.Parameter(0.5 * torch.randn(frames, inner))
@@ -497,8 +496,8 @@ class SkeletonMAE(nn.Module):
 
     def decode(self, encoded, frames):
         """Features of the encoder -> homogeneous coordinates (V, P, T, C + 1), as the target has
-        them; of STRL layers, whose frames stand for `stride` each, the last is 1, not predicted.
-        One graph layer (paper 3.1.3)."""
+        them, by one graph layer (paper 3.1.3). With STRL layers a SequenceDecoder does, an encoded
+        frame holds `stride` frames, and coordinate C + 1 is 1."""
         prediction = self.head(self.decoder(encoded)).float()
         if not self.stacked:
             return prediction
@@ -507,17 +506,17 @@ class SkeletonMAE(nn.Module):
 
     def loss(self, prediction, packed, selected):
         """Mean error of the selected joints. prediction: (V, P, T, C + 1), packed: (V, P, T, C
-        [+ score]), selected: bool (V, P, T). Of STRL layers the squared error of each joint's path
-        about its mean over frames, plus a tenth of that of the mean: movement tells an action."""
+        [+ score]), selected: bool (V, P, T). Of STRL layers, in units of x, the squared error of each
+        joint's path about its mean over frames, plus a tenth of that of the mean."""
         mean, spread = self.mean[:, None, None], self.spread[:, None, None, None]
-        target = (packed[..., :self.channels] - mean) / spread
+        position = packed[..., :self.channels]
         if self.stacked:
-            error = spread * (prediction[..., :-1] - target) * selected[..., None]
+            error = (mean + spread * prediction[..., :-1] - position) * selected[..., None]
             frames = selected.sum(2, keepdim=True).clamp(min=1)
             still = error.sum(2, keepdim=True) / frames[..., None]  # (V, P, 1, C)
             square = (error - still).square() + 0.1 * still.square()
             return selected_mean(square.sum(-1), selected)
-        target = F.pad(target, (0, 1), value=1.0)
+        target = F.pad((position - mean) / spread, (0, 1), value=1.0)
         return reweighted_cosine_error(prediction, target, selected, self.beta)
 
     def forward(self, x, present=None, mask=None, seen=None, target=None):
@@ -689,7 +688,7 @@ class SkeletonClassifier(nn.Module):
 class LinearProbe(nn.Module):
     """A linear classifier on frozen features: Packing.pool over joints, frames and persons, then
     batch norm without learnable weights, so that their scale does not matter. Freezes `pretrained`
-    itself, but for the statistics of its batch norms: those of pre-training are of masked joints."""
+    itself, but not the statistics of its batch norms, which pre-training took of masked joints."""
     def __init__(self, pretrained: SkeletonMAE, classes):
         super().__init__()
         self.pretrained = pretrained.requires_grad_(False)

@@ -1738,12 +1738,20 @@ class ScriptTest(ScriptCase):
                 close(trained[name], p.detach(), rtol=5e-3, atol=5e-3)
 
     def test_pretraining_by_hand(self):
-        """Two steps of Adam on micro-batches of 7, 6, 6 and 6: batch norm sees each alone."""
-        line = f"{self.data} --epochs 2 --lr 0.01 --dropout 0 --micro-batch 8 --frames 8 --box"
-        self.pretrain(line)
+        """Two steps of Adam on micro-batches of 7, 6, 6 and 6: batch norm sees each alone. The
+        stack puts back what was not augmented."""
+        for flags in ("", STACK):
+            with self.subTest(flags):
+                self.check_pretraining(flags)
+
+    def check_pretraining(self, flags):
+        line = f"{self.data} --epochs 2 --lr 0.01 --dropout 0 --micro-batch 8 --frames 8 {flags}"
+        self.pretrain(line + " --box")
         trained = load("runs/pretrain/pretrain.pt")
         dataset = data.load("tiny.pt", layout="five.json")
-        train = training_batches(settings_of(train_pretrain, line, dataset), dataset)
+        settings = settings_of(train_pretrain, line + " --box", dataset)
+        train = training_batches(settings, dataset)
+        train.clean = bool(flags)
         torch.manual_seed(0)
         model = SkeletonMAE(**trained["model_settings"])
         for name in ("mean", "spread"):
@@ -1752,10 +1760,12 @@ class ScriptTest(ScriptCase):
             getattr(model, name).copy_(measured)
         adam = Adam()
         for epoch in range(2):
+            train_pretrain.seed_epoch(settings, epoch, 0)
             batch, = train.epoch(epoch)
-            sizes = [7, 6, 6, 6]
-            parts = zip(*(v.split(sizes) for v in (batch.x, batch.present, batch.seen)))
-            loss = sum(len(x) / 25 * model(x, present, None, seen)[0] for x, present, seen in parts)
+            parts = (value.split([7, 6, 6, 6])
+                     for value in (batch.x, batch.present, batch.seen, batch.clean))
+            loss = sum(len(x) / 25 * model(x, present, None, seen, clean)[0]
+                       for x, present, seen, clean in zip(*parts))
             grads = torch.autograd.grad(loss, list(model.parameters()))
             for p, g in zip(model.parameters(), grads):
                 p.data -= 0.01 * adam.change(p, g)
@@ -1789,6 +1799,7 @@ class ScriptTest(ScriptCase):
         """2 + 2 epochs equal 4, bit for bit; another setting is refused by name."""
         for script, name, flags in ((self.pretrain, "pretrain", ""),
                                     (self.pretrain, "pretrain", STACK),
+                                    (self.finetune, "finetune", "--linear-probe"),
                                     (self.finetune, "finetune", ""),
                                     (self.finetune, "finetune", "--optimizer adamw")):
             line = f"{self.data} --batch-size 8 --lr 0.01 {flags}"
@@ -1829,6 +1840,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         line = f"{self.data} --dropout 0 --batch-size 7 --lr 0.01 --epochs 3"
         for script, name, flags in (  # 4 sequences of 7 here, 3 there: other numbers of passes
                 (self.pretrain, "pretrain", f"{line} --micro-batch 2"),
+                (self.pretrain, "pretrain", f"{line} --micro-batch 2 {STACK}"),
                 (self.finetune, "finetune", f"{CLASSIFIER} {line} --attention-dropout 0")):
             script(f"{flags} --out alone")
             words = ("-m torch.distributed.run --standalone --nproc_per_node 2 both.py "

@@ -206,7 +206,8 @@ def make_model(settings: Settings, data: Dataset, source):
     arguments = shared.encoder_arguments(settings, data)
     if settings.linear_probe:
         before = source["model_settings"] if source else {}
-        arguments |= {"strl": before["strl"]} if "strl" in before else {}
+        if "strl" in before:
+            arguments["strl"] = before["strl"]
     else:
         arguments |= {"classes": len(data.classes), "persons": data.persons,
                       **shared.pick(settings, *STRL_SHAPE, "strl_layers", "attention_dropout",

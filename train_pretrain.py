@@ -88,7 +88,7 @@ class Settings(CommonSettings):
     batch_size: int = option(1024, "sequences a step, supplement A: 1024", small=32, low=2)
     micro_batch: int = option(256, "sequences a forward pass, which batch norm sees", low=2)
     lr: float = option(1.5e-4, "Adam's learning rate, supplement A: 1.5e-4", small=1e-3)
-    beta: float = option(2.0, "power of the re-weighted cosine error (paper Eq. 2)", low=1)
+    beta: float = option(2.0, "power of the encoder's cosine error (paper Eq. 2)", low=1)
     mask_parts: tuple = option(("right_arm", "right_leg"), "body parts to mask, if no ratio")
     mask_num_parts: int = option(0, "or: mask this many parts, drawn per sequence")
     mask_ratio: float = option(0.0, "or: mask this share of the joints", stack=0.5, high=1)

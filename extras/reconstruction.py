@@ -97,7 +97,7 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
     depth."""
     found = reconstruct(checkpoint, model, data, wanted, seed)
     known, masked = found.known, found.masked
-    M, T, V, C = found.x.shape
+    _, T, V, C = found.x.shape
     if not known.any():
         raise DataError(f"test sequence {found.name} has no joint to draw; expected another "
                         "--sequence")
