@@ -53,7 +53,7 @@ def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str
     mask = model.draw(1, generator)
     guess = model.reconstruct(batch.x, batch.present, mask)[0][0]
     x = batch.x[0, ..., :C]
-    head, leg = (float(data.test.frames[::7, 0, skeleton["parts"].get(part, [0]), 1].mean())
+    head, leg = (float(mean[0, skeleton["parts"].get(part, [0]), 1].mean())
                  for part in ("head", "left_leg"))
     return SimpleNamespace(
         name=names[chosen], x=x * batch.unit, guess=guess * batch.unit,
