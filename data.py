@@ -334,13 +334,14 @@ class Loader:
         present = data.present[index]
         normalised = partial(normalise_frames, x, seen, present.to(device, non_blocking=True),
                              self.skeleton, self.channels, **self.view)
-        twin = generator.clone_state()  # draws the same mirror images
-        x, seen, unit = normalised(augmentation=self.augmentation if self.training else None,
-                                   generator=generator)
-        clean = x
+        clean = None
         if self.clean and self.training:
             mirror = Augmentation(flip=self.augmentation.flip)
+            twin = generator.clone_state()  # draws the same mirror images
             clean = normalised(augmentation=mirror, generator=twin)[0]
+        x, seen, unit = normalised(augmentation=self.augmentation if self.training else None,
+                                   generator=generator)
+        clean = x if clean is None else clean
         return Batch(x, data.label[here], present, seen, unit, index, clean)
 
 # ------------------------------------------------------------ readers: presence and missing joints

@@ -506,8 +506,8 @@ class SkeletonMAE(nn.Module):
 
     def loss(self, prediction, packed, selected):
         """Mean error of the selected joints. prediction: (V, P, T, C + 1), packed: (V, P, T, C
-        [+ score]), selected: bool (V, P, T). Of STRL layers, in units of x, the squared error of each
-        joint's path about its mean over frames, plus a tenth of that of the mean."""
+        [+ score]), selected: bool (V, P, T). Of STRL layers, in units of x, the squared error of
+        each joint's path about its mean over frames, plus a tenth of that of the mean."""
         mean, spread = self.mean[:, None, None], self.spread[:, None, None, None]
         position = packed[..., :self.channels]
         if self.stacked:

@@ -118,7 +118,9 @@ def main(argv=None):
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     introduce(settings, data, model, train, device, amp, say)
 
-    def step(packing: Packing, x, mask, seen, target, weight):
+    inputs = ("x", "seen", "clean") if train.clean else ("x", "seen")  # fields of a Batch
+
+    def step(packing: Packing, mask, weight, x, seen, target=None):
         with autocast(device, amp):
             loss = parallel(x, packing, mask, seen, target)[0]
         loss.backward(weight)
@@ -132,15 +134,14 @@ def main(argv=None):
         for batch in train.epoch(epoch):
             loss = 0
             pieces = math.ceil(len(batch.x) / settings.micro_batch)
-            split = (value.tensor_split(pieces)
-                     for value in (batch.x, batch.seen, batch.clean, batch.present))
-            for piece, (x, seen, target, present) in enumerate(zip(*split), 1):
-                mask = model.draw(len(x)).to(device, non_blocking=True)
-                weight = torch.tensor(len(x) / len(batch.x)).to(device, non_blocking=True)
+            split = (getattr(batch, name).tensor_split(pieces) for name in (*inputs, "present"))
+            for piece, (*values, present) in enumerate(zip(*split), 1):
+                mask = model.draw(len(present)).to(device, non_blocking=True)
+                weight = torch.tensor(len(present) / len(batch.x)).to(device, non_blocking=True)
                 syncs = world == 1 or piece == pieces  # processes exchange gradients once a batch
                 with contextlib.nullcontext() if syncs else parallel.no_sync():
-                    loss = loss + step(Packing(present, device), x.to(device), mask,
-                                       seen.to(device), target.to(device), weight)
+                    loss = loss + step(Packing(present, device), mask, weight,
+                                       *(value.to(device) for value in values))
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)  # a CUDA graph adds to the gradients in place
             progress.step(loss, len(batch.x) * world)
