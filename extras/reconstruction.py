@@ -27,7 +27,7 @@ def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str
                 seed: int) -> SimpleNamespace:
     """Of a test sequence: its name, its joints x, what the pre-trained model makes of them and the
     mean pose, (M, T, V, C) in the units of the data, which are known (M, T, V) and which masked
-    (T, V), and whether y grows upwards."""
+    (V,), and whether y grows upwards."""
     settings, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
     generator = torch.Generator().manual_seed(seed)
     frames = settings["frames"]
@@ -57,7 +57,7 @@ def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str
                  for part in ("head", "left_leg"))
     return SimpleNamespace(
         name=names[chosen], x=x * batch.unit, guess=guess * batch.unit,
-        mean=mean[:, None] * batch.unit, known=batch.seen[0], masked=mask[0].expand(frames, -1),
+        mean=mean[:, None] * batch.unit, known=batch.seen[0], masked=mask[0],
         upwards=head > leg or head == leg and C == 3)  # equal: there are no such parts
 
 
@@ -122,7 +122,7 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
         """The three poses of a frame around (0, 0), and their height."""
         scale = float((torch.tensor([width, tall]) / size).amin())
         places = [(v[:, frame] - (low + high) / 2) * scale for v in (true, guess)]
-        return pose(edges, *places, known[:, frame], masked[frame]), scale * float(size[1])
+        return pose(edges, *places, known[:, frame], masked), scale * float(size[1])
 
     titles = {"input": "", "masked": "rings: hidden", "reconstructed": "blue; grey: true pose"}
     frames = torch.linspace(0, T - 1, min(24, T)).round().long().tolist()
@@ -161,7 +161,7 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
     what = "drawn at random"
     if not masking["mask_ratio"] and not masking["mask_num_parts"]:
         what = ", ".join(masking["mask_parts"])
-    caption = (f"Test sequence {found.name:.60}, {int(masked[0].sum())} of {V} joints masked "
+    caption = (f"Test sequence {found.name:.60}, {int(masked.sum())} of {V} joints masked "
                f"({what}). Mean error of its masked joints {error:.3g}, by the mean pose "
                f"{mean_error:.3g}, in the units of the data")
     measured = [row for row in checkpoint["log"] if "joint_error" in row][-1:]
