@@ -165,7 +165,7 @@ class Augmentation:
         return change, uniform(channels, reach=self.shift), mirrored
 
 def normalise_frames(x, seen, present, skeleton, channels, box=False, center="sequence", up="y",
-                     augmentation=None, generator=None):
+                     turn=None, augmentation=None, generator=None):
     """Centres, scales and turns sampled frames x (N, M, T, V, C [+ score]) and changes them at
     random: one affine map a sequence. seen: bool (N, M, T, V), of persons out of sight nothing;
     present: bool (N, M), on the device of x; absent persons stay all zero.
@@ -175,8 +175,8 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     path. The unit is the root mean square distance of the seen joints from it: the size of the body
     and of its path. up "z": z-up data are turned to y-up first. 3D sequences are turned about the
     vertical so that the first person's left and right shoulders and hips lie along x on average,
-    the left at larger x: the camera's place drops out. box: instead of turning, each axis is
-    stretched to -1 to 1 at the end, as in CTR-GCN's feeder.
+    the left at larger x: the camera's place drops out. box: instead of turning (unless `turn`),
+    each axis is stretched to -1 to 1 at the end, as in CTR-GCN's feeder.
     Returns (x, seen, unit (N,), or (N, C) for the axes of a box, in units of the file)."""
     C, N = channels, len(x)
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -203,7 +203,8 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     linear = torch.eye(C, device=x.device).repeat(N, 1, 1)
     torso = skeleton["parts"].get("torso", ())
     sides = [(left, right) for left, right in skeleton["pairs"] if left in torso]
-    if C == 3 and sides and not box:
+    turn = not box if turn is None else turn
+    if C == 3 and sides and turn:
         left, right = (in_sight(joints).sum(3) for joints in zip(*sides))  # (N, C + 1, M)
         first_absent = ~in_frame[:, 0].any(1)
         leader = first_absent.long() * (x.shape[1] - 1)  # person 1 where person 0 never appears
@@ -264,9 +265,9 @@ class Batch:
     label: Tensor     # (N,)
     present: Tensor   # (N, M) bool, on the CPU
     seen: Tensor      # (N, M, T, V) bool: which joints were seen
-    unit: Tensor      # (N,), or (N, C) for the axes of a box: x times unit is in the file's units
     index: Tensor     # (N,) which sequences these are, on the CPU
-    clean: Tensor     # x without augmentation, mirrored and cropped alike; x where not asked for
+    target: Tensor    # what pre-training puts back: x, or its pose (Loader.pose)
+    unit: Tensor      # (N,), or (N, C) for the axes of a box: target times unit is in file units
 
 @dataclass
 class Loader:
@@ -285,7 +286,7 @@ class Loader:
     workers: int = 0                             # loader processes; 0: in this one
     rank: int = 0                                # of torchrun: this process takes every world-th
     world: int = 1                               # sequence of each batch
-    clean: bool = False                          # also give Batch.clean, in training
+    pose: bool = False                           # Batch.target is the pose alone: see batch
 
     @property
     def steps(self):
@@ -321,7 +322,9 @@ class Loader:
         return ((self.seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_003 % 2**62
 
     def batch(self, index_and_seed):
-        """Gathers the sampled frames on the device that holds them, and normalises them."""
+        """Gathers the sampled frames on the device that holds them, and normalises them. The pose
+        of a sequence is centred in each frame, turned and not augmented, but mirrored where x is:
+        it does not depend on camera, place and path."""
         index, seed = index_and_seed
         data, device = self.data, self.data.frames.device
         generator = torch.Generator(device).manual_seed(seed)
@@ -334,15 +337,15 @@ class Loader:
         present = data.present[index]
         normalised = partial(normalise_frames, x, seen, present.to(device, non_blocking=True),
                              self.skeleton, self.channels, **self.view)
-        clean = None
-        if self.clean and self.training:
-            mirror = Augmentation(flip=self.augmentation.flip)
-            twin = generator.clone_state()  # draws the same mirror images
-            clean = normalised(augmentation=mirror, generator=twin)[0]
-        x, seen, unit = normalised(augmentation=self.augmentation if self.training else None,
-                                   generator=generator)
-        clean = x if clean is None else clean
-        return Batch(x, data.label[here], present, seen, unit, index, clean)
+        change = self.augmentation if self.training else Augmentation()
+        twin = generator.clone_state() if self.pose else None  # draws the same mirror images
+        x, seen, unit = normalised(augmentation=change, generator=generator)
+        target = x
+        if self.pose:
+            mirror = Augmentation(flip=change.flip)
+            frontal = {"turn": True, "center": "frame"}
+            target, _, unit = normalised(augmentation=mirror, generator=twin, **frontal)
+        return Batch(x, data.label[here], present, seen, index, target, unit)
 
 # ------------------------------------------------------------ readers: presence and missing joints
 

@@ -427,6 +427,23 @@ def reweighted_cosine_error(prediction, target, selected, beta=2.0):
     cosine = F.cosine_similarity(prediction, target, dim=-1)
     return selected_mean((1 - cosine).clamp(min=0) ** beta, selected)
 
+LAGS = (1, 2, 4, 8)  # frames
+
+def displacement(x, seen):
+    """How far each joint moves, whenever it does (ours): the logarithm of the root mean square
+    change of each coordinate within 1, 2, 4 and 8 frames, at most T - 1, over the frames with the
+    joint seen at both ends. x: (V, P, T, C), seen: bool (V, P, T). Returns (V, P, 4 C), and bool
+    of the same shape, False where there are no such frames."""
+    values, counted = [], []
+    for lag in LAGS:
+        first = max(x.shape[2] - lag, 1)  # frames before the last `lag`
+        ends = seen[:, :, :first] & seen[:, :, -first:]
+        count = ends.sum(2, keepdim=True)
+        square = (x[:, :, -first:] - x[:, :, :first]).square() * ends[..., None]
+        values.append((square.sum(2) / count.clamp(min=1) + 1e-4).sqrt().log())
+        counted.append((count > 0).expand_as(values[-1]))
+    return torch.cat(values, -1), torch.cat(counted, -1)
+
 class SequenceDecoder(nn.Module):
     """Ours, not the paper's: every joint of every frame from a person's pooled features alone, so
     that what the classifier reads must tell the whole movement. Joint and frame are learnable
@@ -479,6 +496,7 @@ class SkeletonMAE(nn.Module):
                                      **strl)
             self.decoder = SequenceDecoder(adjacency, width, self.encoder)
             self.head = nn.Linear(width, self.encoder.stride * channels)
+            self.displacement = nn.Linear(2 * width, self.mean.numel() * len(LAGS))
         else:
             self.encoder = GraphEncoder(adjacency, width, hidden, layers, dropout)
             self.decoder = GraphConvolution(adjacency, hidden, width)
@@ -504,20 +522,25 @@ class SkeletonMAE(nn.Module):
         prediction = prediction.unflatten(-1, (-1, self.channels)).flatten(2, 3)[:, :, :frames]
         return F.pad(prediction, (0, 1), value=1.0)
 
-    def loss(self, prediction, packed, selected):
-        """Mean error of the selected joints. prediction: (V, P, T, C + 1), packed: (V, P, T, C
-        [+ score]), selected: bool (V, P, T). Of STRL layers, in units of x, the squared error of
-        each joint's path about its mean over frames, plus a tenth of that of the mean."""
+    def loss(self, prediction, encoded, packed, selected):
+        """Mean error of the selected joints. prediction: (V, P, T, C + 1); encoded: what it was
+        decoded from; packed: the target, (V, P, T, C [+ score]); selected: bool (V, P, T). Of STRL
+        layers, in units of the target, the squared error of each joint's path about its mean over
+        frames, plus a tenth of that of the mean and of that of the `displacement`."""
         mean, spread = self.mean[:, None, None], self.spread[:, None, None, None]
         position = packed[..., :self.channels]
-        if self.stacked:
-            error = (mean + spread * prediction[..., :-1] - position) * selected[..., None]
-            frames = selected.sum(2, keepdim=True).clamp(min=1)
-            still = error.sum(2, keepdim=True) / frames[..., None]  # (V, P, 1, C)
-            square = (error - still).square() + 0.1 * still.square()
-            return selected_mean(square.sum(-1), selected)
-        target = F.pad((position - mean) / spread, (0, 1), value=1.0)
-        return reweighted_cosine_error(prediction, target, selected, self.beta)
+        if not self.stacked:
+            target = F.pad((position - mean) / spread, (0, 1), value=1.0)
+            return reweighted_cosine_error(prediction, target, selected, self.beta)
+        error = (mean + spread * prediction[..., :-1] - position) * selected[..., None]
+        frames = selected.sum(2, keepdim=True).clamp(min=1)
+        still = error.sum(2, keepdim=True) / frames[..., None]  # (V, P, 1, C)
+        square = (error - still).square() + 0.1 * still.square()
+        target, counted = displacement(position, selected)
+        guess = self.displacement(pool_person(encoded)).float()
+        guess = guess.unflatten(-1, (len(mean), -1)).transpose(0, 1)  # (V, P, 4 C)
+        return (selected_mean(square.sum(-1), selected)
+                + 0.1 * selected_mean((guess - target).square(), counted))
 
     def forward(self, x, present=None, mask=None, seen=None, target=None):
         """x: (N, M, T, V, C), or C + 1 with the joint score last where that is an input; present:
@@ -539,11 +562,13 @@ class SkeletonMAE(nn.Module):
         mask = mask.to(x.device, non_blocking=True)
         packed = packing.pack(x)            # (V, P, T, C)
         masked = mask[packing.sequence].T   # (V, P)
-        prediction = self.decode(self.encode(packed, packing, masked), T)
+        encoded = self.encode(packed, packing, masked)
+        prediction = self.decode(encoded, T)
         selected = packing.pack(seen[..., None])[..., 0]
         if not self.stacked:
             selected = selected & masked[..., None]
-        loss = self.loss(prediction, packed if target is None else packing.pack(target), selected)
+        packed = packed if target is None else packing.pack(target)
+        loss = self.loss(prediction, encoded, packed, selected)
         return loss, packing.unpack(prediction), mask
 
     def features(self, x, present=None):
@@ -552,15 +577,17 @@ class SkeletonMAE(nn.Module):
         return packing.unpack(self.encode(packing.pack(x), packing))
 
     @torch.no_grad()
-    def reconstruct(self, x, present=None, mask=None):
+    def reconstruct(self, x, present=None, mask=None, target=None):
         """Puts the masked joints back (call eval() first): a prediction (p, w) of joint j stands
-        for the position mean_j + spread_j p / max(w, 0.01). Returns (coordinates (N, M, T, V, C) in
-        the units of x, visible joints as given and absent persons zero; the mask (N, V))."""
+        for the position mean_j + spread_j p / max(w, 0.01). target: see forward. Returns
+        (coordinates (N, M, T, V, C) in the units of the target, whose visible joints stay, absent
+        persons zero; the mask (N, V))."""
         C, packing = self.channels, packing_of(x, self.embedding, present)
         _, prediction, mask = self(x, packing, mask)
         whitened = prediction[..., :C] / prediction[..., C:].clamp(min=1e-2)
         position = self.mean + self.spread[:, None] * whitened
-        joints = torch.where(mask[:, None, None, :, None], position, x[..., :C])
+        visible = (x if target is None else target)[..., :C]
+        joints = torch.where(mask[:, None, None, :, None], position, visible)
         return packing.unpack(packing.pack(joints)), mask  # packing leaves absent persons zero
 
 # ------------------------------------------------------------------------------------- fine-tuning

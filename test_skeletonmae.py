@@ -455,10 +455,20 @@ class PretrainingTest(Case):
             error = position - target[n, m, frames, v]
             still = 0.1 * error.mean(0).square().sum()
             errors += [(e - error.mean(0)).square().sum() + still for e in error]
-        close(loss, sum(errors) / len(errors))
         packing = Packing(x.flatten(2).any(2), "cpu")
         packed_mask = mask[packing.sequence].T
         encoded = model.encode(packing.pack(x), packing, packed_mask)  # (V, P, 2, D)
+        moves = []
+        for p, (n, m) in enumerate([(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]):
+            of_frames = encoded[:, p].mean(0)
+            guesses = model.displacement(torch.cat([of_frames.mean(0), of_frames.amax(0)]))
+            for v, (i, lag), c in product(range(5), enumerate((1, 2, 4, 5)), range(2)):
+                changes = [target[n, m, t + lag, v, c] - target[n, m, t, v, c]
+                           for t in range(6 - lag) if seen[n, m, t, v] and seen[n, m, t + lag, v]]
+                if changes:
+                    size = (torch.stack(changes).square().mean() + 1e-4).sqrt().log()
+                    moves.append((guesses[8 * v + 2 * i + c] - size).square())
+        close(loss, sum(errors) / len(errors) + 0.1 * sum(moves) / len(moves))
         decoder, inner = model.decoder, encoded.new_empty(*encoded.shape)
         for v, p, t in grid(*encoded.shape[:3]):
             of_frames = encoded[:, p].mean(0)
@@ -1012,20 +1022,26 @@ class BatchTest(Case):
             close(x[there][:, 0].mean(0), torch.zeros(3), atol=1e-4)
             close(x[there].square().sum(-1).mean(), torch.ones(()))
 
-    def test_clean(self):
-        """The same frames without a change but for the mirror images; x where none is asked for."""
+    def test_pose(self):
+        """The same frames centred one by one, turned, not changed but for mirror images."""
         change = Augmentation(rotation=60, scaling=0.2, shift=0.2, flip=0.5, noise=0.1, crop=0.5)
         mirror = Augmentation(flip=0.5, crop=0.5)
-        for box in (False, True):
+        for training, box in product((True, False), (False, True)):
+            front = {"box": box, "center": "frame", "turn": True}
             changed, mirrored, plain = (
-                next(Loader(sequences(), FIVE, 3, 20, 6, True, augmentation=augmentation,
-                            view={"box": box}, clean=clean).epoch())
-                for augmentation, clean in ((change, True), (mirror, False), (change, False)))
-            close(changed.clean, mirrored.x)
+                next(Loader(sequences(), FIVE, 3, 20, 6, training, augmentation=augmentation,
+                            view=view, pose=pose).epoch())
+                for augmentation, view, pose in ((change, {"box": box}, True),
+                                                 (mirror, front, False),
+                                                 (change, {"box": box}, False)))
+            close(changed.target, mirrored.x)
+            close(changed.unit, mirrored.unit)
             equal(changed.x, plain.x)
-            equal(plain.clean, plain.x)
-            self.assertGreater((changed.x - changed.clean).abs().mean(), 0.1)
-        halves = mirrored.x.equal(next(Loader(sequences(), FIVE, 3, 20, 6, True, view={"box": True},
+            equal(plain.target, plain.x)
+            self.assertGreater((changed.x - changed.target).abs().mean(), 0.1)
+        mirrored = next(Loader(sequences(), FIVE, 3, 20, 6, True, view=front,
+                               augmentation=mirror).epoch())
+        halves = mirrored.x.equal(next(Loader(sequences(), FIVE, 3, 20, 6, True, view=front,
                                               augmentation=replace(mirror, flip=0.0)).epoch()).x)
         self.assertFalse(halves)  # some were mirrored
 
@@ -1751,7 +1767,6 @@ class ScriptTest(ScriptCase):
         dataset = data.load("tiny.pt", layout="five.json")
         settings = settings_of(train_pretrain, line + " --box", dataset)
         train = training_batches(settings, dataset)
-        train.clean = bool(flags)
         torch.manual_seed(0)
         model = SkeletonMAE(**trained["model_settings"])
         for name in ("mean", "spread"):
@@ -1763,9 +1778,9 @@ class ScriptTest(ScriptCase):
             train_pretrain.seed_epoch(settings, epoch, 0)
             batch, = train.epoch(epoch)
             parts = (value.split([7, 6, 6, 6])
-                     for value in (batch.x, batch.present, batch.seen, batch.clean))
-            loss = sum(len(x) / 25 * model(x, present, None, seen, clean)[0]
-                       for x, present, seen, clean in zip(*parts))
+                     for value in (batch.x, batch.present, batch.seen, batch.target))
+            loss = sum(len(x) / 25 * model(x, present, None, seen, target)[0]
+                       for x, present, seen, target in zip(*parts))
             grads = torch.autograd.grad(loss, list(model.parameters()))
             for p, g in zip(model.parameters(), grads):
                 p.data -= 0.01 * adam.change(p, g)

@@ -103,7 +103,6 @@ def main(argv=None):
     settings = suit(settings, data)
     data = to_device(data, device, settings)
     train = loader(settings, data, data.train, settings.batch_size, True, rank, world)
-    train.clean = settings.pretrain == "stack"
     forward_size = min(settings.batch_size, settings.micro_batch)
     held_out = loader(settings, data, data.test, forward_size)
 
@@ -118,7 +117,7 @@ def main(argv=None):
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     introduce(settings, data, model, train, device, amp, say)
 
-    inputs = ("x", "seen", "clean") if train.clean else ("x", "seen")  # fields of a Batch
+    inputs = ("x", "seen", "target") if train.pose else ("x", "seen")  # fields of a Batch
 
     def step(packing: Packing, mask, weight, x, seen, target=None):
         with autocast(device, amp):
@@ -175,7 +174,7 @@ def measure_target(batches: Loader):
     root mean square distance from it, 0.01 at least; and each person's mean pose (M, V, C)."""
     square = pose = count = 0
     for batch in batches.epoch():
-        joints, seen = batch.x[..., :batches.channels].double(), batch.seen[..., None]
+        joints, seen = batch.target[..., :batches.channels].double(), batch.seen[..., None]
         square = square + (joints * seen).square().sum((0, 1, 2, 4))
         pose = pose + (joints * seen).sum((0, 2))
         count = count + seen.sum((0, 2))  # (M, V, 1)
@@ -203,21 +202,21 @@ def neighbour_mean(x, mask, distance):
 
 @torch.no_grad()
 def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose):
-    """Mean distance of the masked joints from where they are, in the units of the file: of the
+    """Mean distance of the masked joints from the target, in the units of the file: of the
     reconstruction, of the training set's mean pose, and of each joint's nearest visible joints."""
     model.eval()
     C, device, distance = model.channels, model.mean.device, joint_distances(model.skeleton)
     sums = 0
     for step, batch in enumerate(batches.epoch()):
-        full = batch.x.to(device)
-        unit = batch.unit.to(device).view(len(full), 1, 1, 1, -1)
-        x = full[..., :C]
+        x, target = batch.x.to(device), batch.target.to(device)
+        unit = batch.unit.to(device).view(len(x), 1, 1, 1, -1)
         mask = model.draw(len(x), torch.Generator().manual_seed(step)).to(device)
         counted = batch.seen.to(device) & mask[:, None, None]  # (N, M, T, V)
-        guesses = (model.reconstruct(full, batch.present, mask)[0],
-                   mean_pose.to(device)[None, :, None].expand_as(x),
-                   neighbour_mean(x, mask, distance))
-        errors = [(((guess - x) * unit).norm(dim=-1) * counted).sum() for guess in guesses]
+        true = target[..., :C]
+        guesses = (model.reconstruct(x, batch.present, mask, target)[0],
+                   mean_pose.to(device)[None, :, None].expand_as(true),
+                   neighbour_mean(true, mask, distance))
+        errors = [(((guess - true) * unit).norm(dim=-1) * counted).sum() for guess in guesses]
         sums = sums + torch.stack([*errors, counted.sum()]).cpu().double()
     means = (sums[:3] / sums[3].clamp(min=1)).tolist()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), means))
@@ -461,7 +460,8 @@ def to_device(data: Dataset, device, settings):
 def loader(settings, data: Dataset, half, batch_size, training=False, rank=0, world=1):
     return Loader(half, data.skeleton, data.channels, batch_size, settings.frames, training,
                   settings.seed, augmentation(settings), view(settings), settings.repeat,
-                  settings.workers * training, rank, world)  # measuring starts no processes
+                  settings.workers * training, rank, world,  # measuring starts no processes
+                  pose=getattr(settings, "pretrain", "") == "stack")
 
 def encoder_arguments(settings, data: Dataset):
     """What SkeletonMAE and SkeletonClassifier both take."""

@@ -34,7 +34,7 @@ def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str
 
     def loader(half, kept: list) -> Loader:
         view = shared.view(shared.Settings(**settings))
-        return Loader(half.subset(kept), skeleton, C, 100, frames, view=view)
+        return Loader(half.subset(kept), skeleton, C, 100, frames, view=view, pose=model.stacked)
 
     def draw(half, count: int) -> list:
         return torch.randperm(len(half), generator=generator)[:count].tolist()
@@ -51,8 +51,8 @@ def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str
     batch = next(iter(loader(data.test, [chosen]).epoch()))
     mean = shared.measure_target(loader(data.train, draw(data.train, 2000)))[2]  # (M, V, C)
     mask = model.draw(1, generator)
-    guess = model.reconstruct(batch.x, batch.present, mask)[0][0]
-    x = batch.x[0, ..., :C]
+    guess = model.reconstruct(batch.x, batch.present, mask, batch.target)[0][0]
+    x = batch.target[0, ..., :C]
     head, leg = (float(mean[0, skeleton["parts"].get(part, [0]), 1].mean())
                  for part in ("head", "left_leg"))
     return SimpleNamespace(
