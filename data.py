@@ -364,17 +364,14 @@ def find_marks(data: Sequences, channels, scored):
     position, places, origin = data.frames[..., :channels], [[0.0] * channels], []
     if scored:
         hidden = ~data.seen & (position != 0).any(-1)
-        rows = [torch.empty(0, channels + 1, dtype=torch.float64)]
+        counts = Counter()
         for first, length in zip(data.start.tolist(), data.length.tolist()):
             frame, person, joint = hidden[first:first + length].nonzero().T
-            if len(frame):
-                places_here = position[first + frame, person, joint].double()
-                rows.append(torch.cat([places_here, joint[:, None]], 1).unique(dim=0))
-        rows = torch.cat(rows)[:, :channels].contiguous()
-        factors = torch.tensor([1, 0x1F123BB5, 0x2545F491])[:channels]
-        hashed = (rows.view(torch.int64) * factors).sum(1)  # sorting rows would take much memory
-        _, inverse, count = hashed.unique(return_inverse=True, return_counts=True)
-        places += rows[count[inverse] >= max(10, len(rows) / 10_000)].unique(dim=0).tolist()
+            here = map(tuple, position[first + frame, person, joint].tolist())
+            once = set(zip(joint.tolist(), here))
+            counts.update(place for _, place in once)
+        least = max(10, counts.total() / 10_000)
+        places += sorted(list(place) for place, count in counts.items() if count >= least)
     else:
         first = data.start[data.seen[data.start, 0].any(1)]
         joints = position[first, 0].float().flatten(0, 1)  # centred ones lie on both sides of 0
@@ -393,8 +390,7 @@ def make_whole(x, seen, marks):
     C, T = len(marks["places"][0]), x.shape[2]
     position, in_frame = x[..., :C], seen.any(3)
     count = in_frame.sum(2)
-    least = torch.minimum(in_frame.any(1).sum(1, keepdim=True) / 10, count.amax(1, keepdim=True))
-    present = (count > 0) & (count >= least)
+    present = (count > 0) & (count >= in_frame.any(1).sum(1, keepdim=True) / 10)
     in_frame = in_frame & present[..., None]
     seen = seen & in_frame[..., None]
     places = torch.tensor(marks["places"], dtype=x.dtype, device=x.device)
@@ -415,35 +411,33 @@ def make_whole(x, seen, marks):
 def tidy(data: Sequences, marks, scored, repairs):
     """Checks the numbers, cuts the padding at the end of each sequence, makes whole in place those
     that need it, and says who is present."""
-    low, high = data.frames.aminmax()
-    if not (-1e9 < low and high < 1e9):
-        wrong = (~(data.frames.abs() < 1e9)).flatten(1).any(1).nonzero()[0]
-        raise DataError(f"sequence {data.names[int((data.start <= wrong).sum()) - 1]} holds NaN, "
-                        "infinite or absurd numbers; expected finite ones below 1e9")
     data.present = torch.zeros(len(data), data.frames.shape[1], dtype=torch.bool)
     if not scored:
         data.seen[..., marks["origin"]] = data.seen.any(-1, keepdim=True)
     for i, (first, length) in enumerate(zip(data.start.tolist(), data.length.tolist())):
+        if not data.frames[first:first + length].abs().amax() < 1e9:  # nor is NaN
+            raise DataError(f"sequence {data.names[i]} holds NaN, infinite or absurd numbers; "
+                            "expected finite ones below 1e9")
         in_frame = data.seen[first:first + length].any(2)  # (T, M)
         present = in_frame.any(0)
         frames = in_frame.any(1).nonzero()
         length = int(frames[-1]) + 1 if len(frames) else 1
-        here = slice(first, first + length)
-        whole = (data.seen[here] | ~present[:, None]).all()  # every joint of who is present
-        if not whole:
-            x, seen, kept_persons, kept, filled = make_whole(
-                *(flat[here].transpose(0, 1)[None] for flat in (data.frames, data.seen)), marks)
+        x = data.frames[first:first + length].transpose(0, 1)[None]
+        seen = data.seen[first:first + length].transpose(0, 1)[None]
+        if not seen[0, present].all():
+            x, seen, kept_persons, kept, filled = make_whole(x, seen, marks)
+            ghosts = present & ~kept_persons[0]
+            present = kept_persons[0]
+            repairs["frames without anyone dropped"] += int((~kept).sum())
+            repairs["persons seen in less than a tenth of the frames dropped"] += int(ghosts.sum())
+            repairs["missing joints filled in"] += int(filled.sum())
             length = int(kept.sum())
             data.frames[first:first + length] = x[0, :, kept[0]].transpose(0, 1)
             data.seen[first:first + length] = seen[0, :, kept[0]].transpose(0, 1)
-            ghosts = int((present & ~kept_persons[0]).sum())
-            repairs.update({"frames without anyone dropped": int((~kept).sum()),
-                            "persons seen in less than a tenth of the frames dropped": ghosts,
-                            "missing joints filled in": int(filled.sum())})
-            present = kept_persons[0]
         repairs["sequences without anyone"] += int(not present.any())
         present[0] |= not present.any()  # an empty first person
-        data.length[i], data.present[i] = length, present
+        data.length[i] = length
+        data.present[i] = present
 
 def flatten(sequences, labels, names, persons, score=False):
     """A list of (x (T, M, V, C), scores (T, M, V) or None), T and M may differ, in the one flat
@@ -474,15 +468,12 @@ def array(buffer, code, shape, fortran=False, offset=0):
     dtype = DTYPES.get(code.lstrip("<>|="))
     if dtype is None:
         raise DataError(f"dtype {code!r}; expected one of {', '.join(DTYPES)}, strings in a list")
-    size = math.prod(shape) * dtype.itemsize
-    if len(buffer) - offset < size:
-        raise DataError(f"an array {shape} of {code} is truncated; copy the file again")
-    if not size:
+    count = math.prod(shape)
+    if not count:
         return torch.empty(shape, dtype=dtype)
-    flat = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=offset)
+    flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
     if code[0] == ">":
-        flat = flat.view(-1, dtype.itemsize).flip(1).flatten()
-    flat = flat.view(dtype)
+        flat = flat.view(torch.uint8).view(count, -1).flip(1).flatten().view(dtype)
     if fortran:
         return flat.view(shape[::-1]).permute(*reversed(range(len(shape))))
     return flat.view(shape)
@@ -493,20 +484,20 @@ def read_npz(path):
     arrays = {}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        entries = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        for name in entries.keys() & {"x_train", "y_train", "x_test", "y_test"}:
-            info = entries[name]
+        for info in archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            if name not in ("x_train", "y_train", "x_test", "y_test"):
+                continue
             if info.compress_type == zipfile.ZIP_STORED:  # after 30 bytes, a name and extra fields
                 lengths = struct.unpack_from("<2H", mapped, info.header_offset + 26)
                 first = info.header_offset + 30 + sum(lengths)
                 body = mapped[first:first + info.file_size]
             else:
                 body = memoryview(bytearray(archive.read(info)))
-            start, code = (12, "<I") if body[6] > 1 else (10, "<H")  # by the version of the format
-            start += struct.unpack_from(code, body, 8)[0]
-            header = bytes(body[:start]).decode("latin1")
-            npy = ast.literal_eval(header[header.index("{"):])
-            arrays[name] = array(body, npy["descr"], npy["shape"], npy["fortran_order"], start)
+            line = bytes(body[:65536]).partition(b"\n")[0]  # ends in a Python dict
+            npy = ast.literal_eval(line[line.index(b"{"):].decode())
+            arrays[name] = array(body, npy["descr"], npy["shape"], npy["fortran_order"],
+                                 offset=len(line) + 1)
     return arrays
 
 def read_labels(y, count):
@@ -523,9 +514,8 @@ def read_labels(y, count):
                         "many integers from 0, or one-hot rows")
     return y.long()
 
-def usual_channels(layout):
-    """C of the data of a layout as they usually come."""
-    return 3 if layout in ("ntu25", "kinect20", "sbu15", "h36m17", "smpl22", "mediapipe33") else 2
+# Layouts whose data usually come in 3D; the others come in 2D
+IN_3D = "ntu25", "kinect20", "sbu15", "h36m17", "smpl22", "mediapipe33"
 
 def divide_columns(columns, asked):
     """(M, V, C) of an npz row of M V C columns: that of the asked skeleton or of the known layouts,
@@ -533,7 +523,7 @@ def divide_columns(columns, asked):
     for C, M in ((3, 1), (3, 2), (2, 1), (2, 2)):
         for name, skeleton in ({"": asked} if asked else SKELETONS).items():
             V = len(skeleton["joints"])
-            if M * V * C == columns and (asked or C == usual_channels(name)):
+            if M * V * C == columns and (asked or (C == 3) == (name in IN_3D)):
                 return M, V, C
     raise DataError(f"{columns} columns are not persons x joints x coordinates of "
                     f"{'that' if asked else 'a known'} layout; name another with --layout")
@@ -541,10 +531,12 @@ def divide_columns(columns, asked):
 def from_npz(path, skeleton, persons):
     """CTR-GCN's npz: x_* (N, T, M V C) zero-padded at the end, y_* one-hot or integer."""
     arrays, halves = read_npz(path), {}
+    if "x_train" not in arrays:
+        raise DataError("no x_train; expected x_train and, to fine-tune, x_test")
     for half in ("train", "test"):
-        x = arrays.get(f"x_{half}")
-        if x is None:
+        if f"x_{half}" not in arrays:
             continue
+        x = arrays[f"x_{half}"]
         if x.dim() != 3 or not x.is_floating_point() or 0 in x.shape:
             raise DataError(f"x_{half} {tuple(x.shape)} {x.dtype}; expected floats (N, T, M*V*C)")
         N, T, columns = x.shape
@@ -555,8 +547,6 @@ def from_npz(path, skeleton, persons):
         label = read_labels(arrays.get(f"y_{half}"), N)
         halves[half] = Sequences(frames, seen, torch.arange(N) * T, torch.full((N,), T), label,
                                  [f"{half}[{i}]" for i in range(N)])
-    if "train" not in halves:
-        raise DataError("no x_train; expected x_train and, to fine-tune, x_test")
     return Content(halves, frames.shape[3])
 
 class _DType:
@@ -565,7 +555,7 @@ class _DType:
         self.code = code
 
     def __setstate__(self, state):
-        self.code = state[1].replace("|", "=") + self.code.lstrip("<>|=")
+        self.code = state[1] + self.code  # "<", ">" or "|"
 
 class _Array:
     """Stands in for numpy.ndarray: holds the tensor."""
@@ -573,38 +563,33 @@ class _Array:
         _, shape, dtype, fortran, data = state
         self.tensor = array(data, dtype.code, shape, fortran)
 
+def _frombuffer(data, dtype, shape, order):
+    made = _Array()
+    made.tensor = array(data, dtype.code, shape, order == "F")
+    return made
+
+def _scalar(dtype, data):
+    if dtype.code[:2] == "<U":  # a string
+        return data.decode("utf-32-le").rstrip("\0")
+    return array(data, dtype.code, ()).item()
+
+ALLOWED = {  # all that a pickle can call; numpy 2 writes numpy._core for numpy.core
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _DType,
+    "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _frombuffer,
+    "_codecs.encode": lambda text, _: text.encode("latin1"),
+}
+
 class _Unpickler(pickle.Unpickler):
-    """A pickle can call what `allowed` names, and nothing else. The functions are made anew for
-    each file, so that one file cannot change them for the next."""
-    def __init__(self, file):
-        super().__init__(file)
-
-        def frombuffer(data, dtype, shape, order):
-            made = _Array()
-            made.__setstate__((1, shape, dtype, order == "F", data))
-            return made
-
-        def scalar(dtype, data):
-            if dtype.code[:2] == "<U":  # a string
-                return data.decode("utf-32-le").rstrip("\0")
-            return array(data, dtype.code, ()).item()
-
-        def encode(text, encoding):
-            if encoding != "latin1":
-                raise DataError(f"the file asks for encoding {encoding}; expected latin1")
-            return text.encode("latin1")
-
-        self.allowed = {"numpy.ndarray": _Array, "numpy.dtype": _DType, "_codecs.encode": encode}
-        for core in ("numpy.core", "numpy._core"):
-            self.allowed |= {f"{core}.multiarray._reconstruct": lambda *_: _Array(),
-                             f"{core}.multiarray.scalar": scalar,
-                             f"{core}.numeric._frombuffer": frombuffer}
-
     def find_class(self, module, name):
-        if f"{module}.{name}" not in self.allowed:
-            raise DataError(f"the file asks for {module}.{name}, which is never loaded; expected "
-                            "arrays, numbers, strings, lists and dicts alone")
-        return self.allowed[f"{module}.{name}"]
+        asked = f"{module}.{name}"
+        found = ALLOWED.get(asked.replace("numpy._core.", "numpy.core."))
+        if not found:
+            raise DataError(f"the file asks for {asked}, which is never loaded; expected arrays, "
+                            "numbers, strings, lists and dicts alone")
+        return found
 
 def numbers(value, what):
     """A tensor of floats from what a pickle or a caller holds as an array."""
@@ -619,20 +604,20 @@ def read_annotation(annotation, channels, persons, repairs):
     """(x (T, M, V, C), scores (T, M, V) or None) of a dict with `keypoint`. channels: C, or None;
     one more is then the score. Of more persons than `persons` stay those with the highest mean
     score, without scores those that move most."""
-    if "keypoint" not in annotation:
-        raise DataError(f"no keypoint; got {', '.join(map(str, annotation))}")
-    x, score = numbers(annotation["keypoint"], "keypoint"), annotation.get("keypoint_score")
+    x = numbers(annotation.get("keypoint"), "keypoint")
     x = x[None] if x.dim() == 3 else x
-    if channels and x.dim() == 4 and x.shape[3] == channels + 1:
-        x, score = x[..., :channels], x[..., channels]
-        if (score < 0).any():
-            raise DataError(f"{channels + 1} numbers a joint, the last below 0; expected {channels}"
-                            ", or the joint score as one more")
-    if (x.dim() != 4 or x.shape[3] not in ((channels,) if channels else (2, 3)) or 0 in x.shape
+    sizes = (channels, channels + 1) if channels else (2, 3)
+    if (x.dim() != 4 or x.shape[3] not in sizes or 0 in x.shape
             or len(x) > 5 and len(x) > x.shape[1]):  # frames before persons
         raise DataError(f"keypoint {tuple(x.shape)}; expected (M, T, V, C) or (T, V, C), persons "
                         f"before frames, none of them 0, C {channels or '2 or 3'}; a score belongs "
                         "in keypoint_score")
+    score = annotation.get("keypoint_score")
+    if channels and x.shape[3] > channels:
+        x, score = x[..., :channels], x[..., channels]
+        if (score < 0).any():
+            raise DataError(f"{channels + 1} numbers a joint, the last below 0; expected {channels}"
+                            ", or the joint score as one more")
     if score is not None:
         score = numbers(score, "keypoint_score")
         score = score[None] if score.dim() == 2 else score
@@ -649,35 +634,39 @@ def read_annotation(annotation, channels, persons, repairs):
             rank = (score * there).float().mean((1, 2))
         kept = rank.topk(persons).indices.sort().values
         repairs[f"persons beyond {persons} a sequence left out"] += len(x) - persons
-        x, score = x[kept], None if score is None else score[kept]
+        x = x[kept]
+        score = None if score is None else score[kept]
     return x.transpose(0, 1), None if score is None else score.transpose(0, 1)
 
-def from_annotations(annotations, score=False, channels=None, persons=None):
+def from_annotations(annotations, score=False, channels=None, persons=None, splits=None,
+                     classes=None):
     """The sequences of PYSKL's annotations, or of arrays. persons: M, by default the most that
     occur, 2 at most."""
-    sequences, labels, names, repairs = [], [], [], Counter()
     if not annotations:
-        raise DataError("no sequences")
+        raise DataError("no sequences; expected a list `annotations`, or that list alone")
+    sequences, labels, names, repairs, shape = [], [], [], Counter(), None
     for i, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
             annotation = {"keypoint": annotation}
-        names.append(str(annotation.get("frame_dir", i)))
+        name = str(annotation.get("frame_dir", i))
         label = annotation.get("label", -1)  # -1: none
-        label = label.tensor.tolist() if isinstance(label, _Array) else label
         try:
             if type(label) is not int or label < -1:
                 raise DataError(f"label {label!r}; expected an integer from 0, or none")
-            sequences.append(read_annotation(annotation, channels, persons or 2, repairs))
-            shape, first = (tuple(x.shape[2:]) for x, _ in (sequences[-1], sequences[0]))
-            if shape != first:
-                raise DataError(f"{shape} joints and coordinates, the first has {first}")
+            x, scores = read_annotation(annotation, channels, persons or 2, repairs)
+            shape = shape or tuple(x.shape[2:])
+            if x.shape[2:] != shape:
+                raise DataError(f"{tuple(x.shape[2:])} joints and coordinates; the first has "
+                                f"{shape}")
         except DataError as error:
-            raise DataError(f"annotation {names[-1]!r}: {error}") from None
+            raise DataError(f"annotation {name!r}: {error}") from None
+        sequences.append((x, scores))
         labels.append(label)
+        names.append(name)
     persons = persons or max(x.shape[1] for x, _ in sequences)
     scored = any(scores is not None for _, scores in sequences)
     data = flatten(sequences, torch.tensor(labels), names, persons, score and scored)
-    return Content({"": data}, first[1], scored, repairs=repairs)
+    return Content({"": data}, shape[1], scored, splits, classes, repairs=repairs)
 
 def from_pyskl(path, score=False, channels=None, persons=None):
     """PYSKL's pickle, {"split": {name: [frame_dir]}, "annotations": [...]}, the bare list of
@@ -689,75 +678,78 @@ def from_pyskl(path, score=False, channels=None, persons=None):
         content = list(content.tensor)  # as many sequences, as a caller's array would be
     if not isinstance(content, dict) or "keypoint" in content:
         content = {"annotations": content if isinstance(content, list) else [content]}
-    annotations, splits = content.get("annotations"), content.get("split")
-    if not isinstance(annotations, list):
-        raise DataError("expected PYSKL's dict with a list `annotations`, or that list alone")
-    keys = [key for annotation in annotations[:1] for key in dict(annotation)] if splits else ()
-    if splits and "frame_dir" not in keys:
-        raise DataError(f"the splits name sequences by frame_dir; got {', '.join(keys)}")
-    found = from_annotations(annotations, score, channels, persons)
-    return replace(found, splits=splits, classes=content.get("classes"))
+    return from_annotations(content.get("annotations"), score, channels, persons,
+                            content.get("split"), content.get("classes"))
 
 def divide(content: Content, wanted, preferred, test_fraction):
     """Training half, test half, how they were told apart, the names of the splits: by the splits of
     the file or, where it has none, at random, the same for every seed."""
-    data, splits = content.halves[""], content.splits
-    if splits is None and wanted:
+    if wanted and not content.splits:
         raise DataError(f"no splits, so --split {wanted} cannot be found; leave it out")
-    if splits is None:
+    if "train" in content.halves:
+        train = content.halves["train"]
+        return train, content.halves.get("test") or train.subset([]), "x_train / x_test", ()
+    data = content.halves[""]
+    if not content.splits:
         return *divide_at_random(data, test_fraction), ()
-    splits = {str(name): list(map(str, names)) for name, names in splits.items()}
+    splits = {str(name): list(map(str, names)) for name, names in content.splits.items()}
     if not wanted and preferred and splits.keys() >= set(filter(None, preferred)):
         wanted = ",".join(preferred)
-    pair, positions = find_split(splits, wanted), {}
+    pair = find_split(splits, wanted)
+    rows = {}  # name -> indices of its sequences
     for i, name in enumerate(data.names):
-        positions.setdefault(name, []).append(i)
-    listed = [splits.get(half, []) for half in pair]
-    rows = [[i for name in names for i in positions.get(name, ())] for names in listed]
-    if not rows[0]:
+        rows.setdefault(name, []).append(i)
+    train, test = (splits.get(half, []) for half in pair)
+    halves = [data.subset([i for name in names for i in rows.get(name, ())])
+              for names in (train, test)]
+    if not len(halves[0]):
         raise DataError(f"the split {pair[0]} names no annotation; expected a list of frame_dir")
-    first, second = map(set, listed)
-    counts = {"names without an annotation": len((first | second) - positions.keys()),
-              "names twice": len(listed[0] + listed[1]) - len(first) - len(second),
-              "names in both": len(first & second)}
+    named = {*train, *test}
     note = " / ".join(filter(None, pair))
-    note += "".join(f", {count} {what}" for what, count in counts.items() if count)
+    for count, what in ((len(named - rows.keys()), "names without an annotation"),
+                        (len(train) - len({*train}) + len(test) - len({*test}), "names twice"),
+                        (len({*train} & {*test}), "names in both")):
+        if count:
+            note += f", {count} {what}"
     unused = pair[0].removesuffix("train") + "val"
-    note += f", {unused} unused" * (unused in splits and unused not in pair)
-    return *map(data.subset, rows), note, pair
+    if unused in splits and unused not in pair:
+        note += f", {unused} unused"
+    return *halves, note, pair
 
 def divide_at_random(data: Sequences, test_fraction):
     """Of every class the same share tests, at least one of two or more. Drawn by a fixed seed
     from the sorted names, so that other classes and their order do not matter."""
     if not 0 < test_fraction < 1:
         raise DataError(f"test fraction {test_fraction}; expected a share between 0 and 1")
-    classes, tests = {}, torch.zeros(len(data), dtype=torch.bool)
-    for i in sorted(range(len(data)), key=data.names.__getitem__):
-        classes.setdefault(int(data.label[i]), []).append(i)
-    for members in classes.values():
+    tests = torch.zeros(len(data), dtype=torch.bool)
+    by_name = torch.tensor(sorted(range(len(data)), key=data.names.__getitem__))
+    for label in data.label.unique():
+        members = by_name[data.label[by_name] == label]
         order = torch.randperm(len(members), generator=torch.Generator().manual_seed(0))
         count = min(max(round(test_fraction * len(members)), 1), len(members) - 1)
-        tests[torch.tensor(members)[order[:count]]] = True
+        tests[members[order[:count]]] = True
     return data.subset(~tests), data.subset(tests), f"a random {test_fraction:g} of each class"
 
 def find_split(splits, wanted):
     """(training split, test split). wanted: None for the obvious pair, "xsub" (or a name of the
     pair) for xsub_train and xsub_test or xsub_val, or "a,b" for two names as they stand."""
-    pairs = [(a, b) for a in splits if a.endswith("train")
-             for b in (a[:-5] + "test", a[:-5] + "val") if b in splits]
-    obvious = [pair for pair in pairs if pair[0] in ("xsub_train", "train")]
+    pairs = [(name, other) for name in splits if name.endswith("train")
+             for other in (name[:-5] + "test", name[:-5] + "val") if other in splits]
     if wanted and "," in wanted:
-        pair = tuple(part.strip() for part in wanted.split(",", 1))
+        pair = tuple(map(str.strip, wanted.split(",", 1)))
         fits = [pair] if set(filter(None, pair)) <= splits.keys() else []
     elif wanted:
         fits = [pair for pair in pairs if wanted in (*pair, pair[0].removesuffix("_train"))]
+    elif pairs:
+        fits = [pair for pair in pairs if pair[0] in ("xsub_train", "train")]
+        if len({name for name, _ in pairs}) == 1:
+            fits = pairs
     else:
-        alone = [(name, "") for name in splits if name == "train" or len(splits) == 1]
-        fits = obvious or pairs * (len({a for a, _ in pairs}) == 1) or alone * (not pairs)
+        fits = [(name, "") for name in splits if name == "train" or len(splits) == 1]
     if not fits:
-        raise DataError(f"no {f'split {wanted}' if wanted else 'obvious split'} among "
-                        f"{', '.join(sorted(splits))}; name a pair, as in --split xsub or --split "
-                        "a_train,a_test")
+        asked = f"split {wanted}" if wanted else "obvious split"
+        raise DataError(f"no {asked} among {', '.join(sorted(splits))}; name a pair, as in --split "
+                        "xsub or --split a_train,a_test")
     return fits[0]
 
 # --------------------------------------------------------------------- readers: .pt, layouts, load
@@ -783,8 +775,7 @@ def from_pt(path, channels, persons):
         annotations += [{"frame_dir": name, "label": label,
                          "keypoint": array if array.dim() == 3 else array.transpose(0, 1)}
                         for name, label, array in zip(splits[half], labels, x)]
-    found = from_annotations(annotations, False, channels, persons)
-    return replace(found, splits=splits, classes=content.get("classes"))
+    return from_annotations(annotations, False, channels, persons, splits, content.get("classes"))
 
 def load_skeleton(layout):
     """A layout by name, or from a JSON file with the arguments of make_skeleton."""
@@ -833,10 +824,10 @@ def complete(content: Content, marks=None):
     if content.scored and not any(half.seen.any() for half in halves):
         raise DataError("no joint score is above 0; expected 1 for a joint that is there, 0 for a "
                         "missing one, or a confidence")
-    found = find_marks(halves[0], content.channels, content.scored)
+    content.marks = find_marks(halves[0], content.channels, content.scored)
     for mark, values in (marks or {}).items():
-        found[mark] += [value for value in values if value not in found[mark]]
-    content.marks = found
+        found = content.marks[mark]
+        found += [value for value in values if value not in found]
     for half in halves:
         tidy(half, content.marks, content.scored, content.repairs)
     return content
@@ -854,35 +845,36 @@ def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1
         else:
             figures = stick_figures(synthetic_size)
             content = complete(Content({"": figures}, 2, classes=list(ACTIONS)))
-        if "" in content.halves:
-            train, test, note, pair = divide(content, split, pair, test_fraction)
-        elif split:
-            raise DataError(f"it has one split, and --split {split} was asked for; leave it out")
-        else:
-            train, pair, note = content.halves["train"], (), "x_train / x_test"
-            test = content.halves.get("test") or train.subset([])
-        return assemble(content, train, test, layout, skeleton, note, pair)
+        train, test, note, pair = divide(content, split, pair, test_fraction)
+        V, C = train.frames.shape[2], content.channels
+        if train.frames.shape[1:] != test.frames.shape[1:] or not train.seen.any():
+            raise DataError("expected anyone in the training sequences, and the same persons, "
+                            "joints and coordinates in the test sequences")
+        if skeleton is None:
+            layout = find_layout(V, C)
+            skeleton = SKELETONS[layout]
+        if len(skeleton["joints"]) != V:
+            raise DataError(f"{V} joints; {layout} has {len(skeleton['joints'])}; try another "
+                            "--layout")
+        classes = number_labels(train, test, content.classes)
+        digest = [sum(int(hashlib.sha256(ascii(key).encode()).hexdigest()[:12], 16)
+                      for key in zip(half.names, half.length.tolist())) for half in (train, test)]
+    return Dataset(train, test, layout, skeleton, C, content.scored, classes, note, list(pair),
+                   content.marks, content.repairs, digest)
 
-def assemble(content: Content, train, test, layout, skeleton, note, pair):
-    """Finds the layout and checks it; the classes are the names in the file, which the labels
-    number, or the labels that occur, which then become 0 to K - 1."""
-    channels = content.channels
-    V = train.frames.shape[2]
-    if train.frames.shape[1:] != test.frames.shape[1:] or not train.seen.any():
-        raise DataError("expected anyone in the training sequences, and the same persons, joints "
-                        "and coordinates in the test sequences")
-    if skeleton is None:
-        fits = [name for name, known in SKELETONS.items()
-                if len(known["joints"]) == V and channels == usual_channels(name)]
-        if len(fits) != 1:
-            raise DataError(f"{V} joints in {channels}D fit {' and '.join(fits) or 'no layout'}; "
-                            f"name one with --layout ({', '.join(SKELETONS)}, or a JSON file)")
-        layout = fits[0]
-        skeleton = SKELETONS[layout]
-    if len(skeleton["joints"]) != V:
-        raise DataError(f"{V} joints; {layout} has {len(skeleton['joints'])}: another --layout?")
+def find_layout(V, C):
+    """The name of the only known layout of V joints whose data usually have C coordinates."""
+    fits = [name for name, known in SKELETONS.items()
+            if len(known["joints"]) == V and (C == 3) == (name in IN_3D)]
+    if len(fits) != 1:
+        raise DataError(f"{V} joints in {C}D fit {' and '.join(fits) or 'no layout'}; name one "
+                        f"with --layout ({', '.join(SKELETONS)}, or a JSON file)")
+    return fits[0]
+
+def number_labels(train, test, classes):
+    """The names of the classes: those in the file, which the labels number, or else the labels that
+    occur, which then become 0 to K - 1."""
     label = torch.cat([train.label, test.label])
-    classes = content.classes
     if not classes:
         values = label[label >= 0].unique()
         label = torch.where(label < 0, -1, torch.searchsorted(values, label))
@@ -890,10 +882,7 @@ def assemble(content: Content, train, test, layout, skeleton, note, pair):
     elif int(label.max()) >= len(classes):
         raise DataError(f"label {int(label.max())}, and {len(classes)} names in `classes`")
     train.label, test.label = label.split([len(train), len(test)])
-    digest = [sum(int(hashlib.sha256(ascii(key).encode()).hexdigest()[:12], 16)
-                  for key in zip(half.names, half.length.tolist())) for half in (train, test)]
-    return Dataset(train, test, layout, skeleton, channels, content.scored, list(map(str, classes)),
-                   note, list(pair), content.marks, content.repairs, digest)
+    return list(map(str, classes))
 
 # -------------------------------------------------------------------------- built-in stick figures
 
@@ -912,7 +901,7 @@ ACTIONS = {
     "shake hands": "arm_r .35 2 0, elbow_r .2 2 0 | arm_r .35 2 .5, elbow_r .2 2 .5",
     "push": "arm_l .5 1 0, arm_r .5 1 0, elbow_l .5 1 .5 | lean .4 1 .65, along .3 1 .65",
 }
-# joint angle -> its resting value
+# joint angle -> its resting value; left before right
 ANGLES = dict(arm_l=.6, arm_r=.6, elbow_l=.8, elbow_r=.8, leg_l=.15, leg_r=.15, knee_l=.3,
               knee_r=.3, lean=0, up=0, along=0)
 
@@ -928,7 +917,7 @@ def stick_figures(size):
     for k, action in enumerate(ACTIONS.values()):
         for person, terms in enumerate(action.split("|")):
             for angle, *numbers in map(str.split, terms.split(",")):
-                table[k, person, angles.index(angle)] = torch.tensor([float(n) for n in numbers])
+                table[k, person, angles.index(angle)] = torch.tensor(list(map(float, numbers)))
     label = torch.arange(size) % len(ACTIONS)
     of_two = torch.tensor(["|" in action for action in ACTIONS.values()])[label]
     amplitude, cycles, phase = table[label][..., None, :].unbind(-1)  # (n, 2, angles, 1)
@@ -936,27 +925,29 @@ def stick_figures(size):
     wave = torch.sin(2 * math.pi * (cycles * time + phase))           # (n, 2, angles, T)
     rest = torch.tensor(list(ANGLES.values()))[:, None] + normal(2, len(angles), 1, std=0.35)
     amplitude = amplitude * (1 + normal(1, 1, 1, std=0.3))
-    angle = dict(zip(angles, (rest + amplitude * wave).unbind(2)))    # each (n, 2, T)
+    angle = rest + amplitude * wave
+    arm, elbow, leg, knee = angle[:, :, :8].unflatten(2, (4, 2)).unbind(2)  # (n, 2, sides, T)
+    lean, up, along = angle[:, :, 8:].split(1, 2)                           # (n, 2, 1, T)
+    sides = torch.tensor([[1.0], [-1.0]])                                   # left, right
+    outward = torch.stack([sides, torch.zeros(2, 1)], -1)
 
     def limb(length, turn, side=1):
-        """A bone that hangs down, raised sideways by `turn`."""
-        return length * torch.stack([side * turn.sin(), -turn.cos()], -1)  # (n, 2, T, 2)
+        """A bone that hangs down, raised sideways by `turn`: (n, 2, sides, T, 2)."""
+        return length * torch.stack([side * turn.sin(), -turn.cos()], -1)
 
-    hips = torch.stack([angle["along"], angle["up"]], -1)
-    neck = hips + limb(-0.5, angle["lean"])
-    head = neck + limb(-0.22, angle["lean"])
-    joints = {"nose": head}
-    for side, name in ((1, "left"), (-1, "right")):
-        arm, elbow = angle[f"arm_{name[0]}"], angle[f"elbow_{name[0]}"]
-        leg, knee = angle[f"leg_{name[0]}"], angle[f"knee_{name[0]}"]
-        x = torch.tensor([side, 0.0])
-        joints |= {f"{name}_eye": head + 0.05 * x, f"{name}_ear": head + 0.08 * x,
-                   f"{name}_shoulder": neck + 0.19 * x, f"{name}_hip": hips + 0.11 * x}
-        joints[f"{name}_elbow"] = joints[f"{name}_shoulder"] + limb(0.3, arm, side)
-        joints[f"{name}_wrist"] = joints[f"{name}_elbow"] + limb(0.27, arm + elbow, side)
-        joints[f"{name}_knee"] = joints[f"{name}_hip"] + limb(0.42, leg, side)
-        joints[f"{name}_ankle"] = joints[f"{name}_knee"] + limb(0.4, leg - knee, side)
-    body = torch.stack([joints[name] for name in SKELETONS["coco17"]["joints"]], 3)
+    middle = torch.stack([along, up], -1)
+    neck = middle + limb(-0.5, lean)
+    head = neck + limb(-0.22, lean)
+    shoulders = neck + 0.19 * outward
+    elbows = shoulders + limb(0.3, arm, sides)
+    wrists = elbows + limb(0.27, arm + elbow, sides)
+    hips = middle + 0.11 * outward
+    knees = hips + limb(0.42, leg, sides)
+    ankles = knees + limb(0.4, leg - knee, sides)
+    eyes = head + 0.05 * outward
+    ears = head + 0.08 * outward
+    body = torch.cat([head, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles], 2)
+    body = body.transpose(2, 3)  # in the order of coco17
     body = body * (1 + normal(2, 1, 1, 2, std=0.25)) * torch.tensor([1, -1])  # y grows downwards
     body[..., 0] -= 0.5 * of_two[:, None, None, None]  # (n, 2, T, 17, 2): two stand apart ...
     body[:, 1, ..., 0] *= -1                           # ... and face to face

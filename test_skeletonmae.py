@@ -853,7 +853,7 @@ class ReaderTest(Case):
         for content, words in (
                 (ctr_gcn()[:700], "a.npz.*damaged.*zip.*CTR-GCN"),
                 (ctr_gcn().replace(b"x_train", b"z_train"), "a.npz.*no x_train.*x_test"),
-                (ctr_gcn(x_train=npy(x)[:-4]), r"\(2, 3, 60\) of <f4 is truncated"),
+                (ctr_gcn(x_train=npy(x)[:-4]), "a.npz.*damaged.*buffer"),
                 (ctr_gcn(x_train=npy(x, code="|O")), r"dtype '\|O'.*f2, f4"),
                 (ctr_gcn(x_train=npy(x).replace(b"{", b"[")), "a.npz.*damaged"),
                 (ctr_gcn(x_train=x.long()), "x_train.*int64.*floats"),
@@ -1386,9 +1386,9 @@ class OwnFileTest(Case):
                 (dict(keypoint=torch.rand(1, 0, 13, 2)), r"\(1, 0, 13, 2\)"),
                 (dict(label="run"), "label 'run'.*integer")):
             self.refused("a.pkl", pickled([dict(pyskl(1)[0], **change)]), words)
-        self.refused("a.pkl", pickled([dict(keypoints=x, label=0)]), "no keypoint; got keypoints")
+        self.refused("a.pkl", pickled([dict(keypoints=x, label=0)]), "keypoint is NoneType")
         named = [{"filename": "a", "keypoint": x}]
-        self.refused("a.pkl", pickled(named, train=["a"], test=["a"]), "frame_dir; got filename")
+        self.refused("a.pkl", pickled(named, train=["a"], test=["a"]), "names no annotation.*frame_dir")
         self.refused("a.pkl", pickled([dict(keypoint=torch.rand(1, 5, 20, 2))]), "20 joints in 2D")
         gaps = [dict(a, label=7000 * n) for n, a in enumerate(pyskl(4))]
         every = dict(train=["a0", "a1", "a2", "a3"], test=["a3"])
