@@ -29,12 +29,12 @@ def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str
     mean pose, (M, T, V, C) in the units of the data, which are known (M, T, V) and which masked
     (V,), and whether y grows upwards."""
     settings, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
+    view = shared.view(shared.Settings(**settings))
     generator = torch.Generator().manual_seed(seed)
-    frames = settings["frames"]
 
     def loader(half, kept: list) -> Loader:
-        view = shared.view(shared.Settings(**settings))
-        return Loader(half.subset(kept), skeleton, C, 100, frames, view=view, pose=model.stacked)
+        return Loader(half.subset(kept), skeleton, C, 100, settings["frames"], view=view,
+                      pose=model.stacked)
 
     def draw(half, count: int) -> list:
         return torch.randperm(len(half), generator=generator)[:count].tolist()
@@ -61,40 +61,34 @@ def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str
         upwards=head > leg or head == leg and C == 3)  # equal: there are no such parts
 
 
-def stick(places: Tensor, bones: Tensor, dots: Tensor, style: str) -> str:
-    """One person in one frame: V places, the bones to draw (B, 2) and which joints to dot."""
+def stick(places: Tensor, edges: Tensor, joints: Tensor, style: str) -> str:
+    """One person in one frame: of V places which joints to dot, and the edges between those."""
     lines = "".join(f"M{x:.3g} {y:.3g}L{x2:.3g} {y2:.3g}"
-                    for (x, y), (x2, y2) in places[bones].tolist())
-    marks = "".join(f"M{x:.3g} {y:.3g}h0" for x, y in places[dots].tolist())
-    return f'<path class="bone {style}" d="{lines}"/><path class="joint {style}" d="{marks}"/>'
+                    for (x, y), (x2, y2) in places[edges[joints[edges].all(1)]].tolist())
+    dots = "".join(f"M{x:.3g} {y:.3g}h0" for x, y in places[joints].tolist())
+    return f'<path class="bone {style}" d="{lines}"/><path class="joint {style}" d="{dots}"/>'
 
 
 def pose(edges: Tensor, true: Tensor, guess: Tensor, known: Tensor, masked: Tensor) -> tuple:
     """One frame as it is, as the encoder sees it, and as it is reconstructed. edges: (E, 2); true,
     guess: (M, V, 2); known: (M, V); masked: (V,)."""
-    layers = ["", "", ""]
+    whole = seen = rebuilt = ""
     for m in known.any(1).nonzero().flatten().tolist():
-        visible = known[m] & ~masked
-        hidden = known[m] & masked
-        there = visible | masked
-        whole = edges[known[m][edges].all(1)]
-        kept = edges[visible[edges].all(1)]
-        filled = edges[there[edges].all(1) & masked[edges].any(1)]
-        rest = stick(true[m], kept, visible, f"p{m}")
-        layers[0] += stick(true[m], whole, known[m], f"p{m}")
-        layers[1] += rest
-        for style in ("ring", "hole"):
-            layers[1] += stick(true[m], edges[:0], hidden, style)
-        layers[2] += stick(true[m], whole, known[m], "true")
-        layers[2] += stick(guess[m], filled, masked, f"c{5 * m}") + rest
-    return tuple(layers)
+        visible, hidden = known[m] & ~masked, known[m] & masked
+        rest = stick(true[m], edges, visible, f"p{m}")
+        whole += stick(true[m], edges, known[m], f"p{m}")
+        seen += rest + "".join(stick(true[m], edges[:0], hidden, style)
+                               for style in ("ring", "hole"))
+        filled = edges[masked[edges].any(1)]  # over its visible joints comes the rest
+        rebuilt += stick(true[m], edges, known[m], "true")
+        rebuilt += stick(guess[m], filled, visible | masked, f"c{5 * m}") + rest
+    return whole, seen, rebuilt
 
 
 def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str | None,
                    seed: int) -> Figure:
     """Paper Fig. 6: a test sequence as it is, as the encoder sees it, and as it is reconstructed,
-    moving and in four frames. A person is looked at from a little to the side where there is
-    depth."""
+    moving. A person is looked at from a little to the side where there is depth."""
     found = reconstruct(checkpoint, model, data, wanted, seed)
     known, masked = found.known, found.masked
     _, T, V, C = found.x.shape
@@ -108,64 +102,45 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
     view = torch.tensor([[0.9, 0], [0, down], [0.44, 0]] if C == 3 else [[1.0, 0], [0, down]])
     true = found.x @ view                                                   # (M, T, V, 2)
     guess = torch.where(masked[..., None], found.guess, found.x) @ view
-    weight = known[..., None].float()
-    middle = (true * weight).sum((0, 2)) / weight.sum((0, 2)).clamp(min=1)  # (T, 2)
-    middle[:, 1] = 0  # centred sideways only: a jump is seen
-    true, guess = true - middle[:, None], guess - middle[:, None]
+    middle = (true[..., 0] * known).sum((0, 2)) / known.sum((0, 2)).clamp(min=1)  # (T,)
+    for places in (true, guess):
+        places[..., 0] -= middle[:, None]  # centred sideways only: a jump is seen
     people = known.any(2, keepdim=True) & masked  # (M, T, V), whose masked joints are put back
     drawn_at = torch.cat([true[known], guess[people]])
     low, high = drawn_at.amin(0), drawn_at.amax(0)
     size = (high - low).clamp(min=1e-6)
+    scale = float((torch.tensor([146, 300]) / size).amin())
+    height = scale * float(size[1])
+    true, guess = ((v - (low + high) / 2) * scale for v in (true, guess))  # around (0, 0)
+
     edges = torch.tensor(checkpoint["skeleton"]["edges"]).view(-1, 2).long()
-
-    def drawn(frame: int, width: float, tall: float) -> tuple:
-        """The three poses of a frame around (0, 0), and their height."""
-        scale = float((torch.tensor([width, tall]) / size).amin())
-        places = [(v[:, frame] - (low + high) / 2) * scale for v in (true, guess)]
-        return pose(edges, *places, known[:, frame], masked), scale * float(size[1])
-
-    titles = {"input": "", "masked": "rings: hidden", "reconstructed": "blue; grey: true pose"}
     frames = torch.linspace(0, T - 1, min(24, T)).round().long().tolist()
-    poses = [drawn(frame, 146, 300) for frame in frames]
+    poses = [pose(edges, true[:, t], guess[:, t], known[:, t], masked) for t in frames]
     away = (true - true.mean(1, keepdim=True)).norm(dim=-1).mean((0, 2))[frames]
-    most_moved = int(away.argmax())  # what stands where motion is unwelcome
-    height = poses[0][1]
     seconds = len(frames) / 6
     body = (f"<style>.frame{{visibility:hidden;animation:show {seconds:.3g}s step-end infinite}}"
             f"@keyframes show{{0%{{visibility:visible}}{100 / len(frames):.4g}%"
             "{visibility:hidden}}@media print,(prefers-reduced-motion:reduce){.frame"
             "{animation:none}.still{visibility:visible}}</style>")
+    titles = {"input": "", "masked": "rings: hidden", "reconstructed": "blue; grey: true pose"}
     for row, (title, key) in enumerate(titles.items()):
         x = 80 + 160 * row
         body += text(x, 16, title, "bold mid") + text(x, height + 58, key, "small mid grey")
         body += f'<g transform="translate({x} {34 + height / 2:.4g})">'
-        for i, (layers, _) in enumerate(poses):
-            still = " still" if i == most_moved else ""
+        for i, layers in enumerate(poses):
+            still = " still" if i == int(away.argmax()) else ""  # where motion is unwelcome
             delay = f"animation-delay:{i / 6 - seconds:.3g}s"
             body += f'<g class="frame{still}" style="{delay}">{layers[row]}</g>'
         body += "</g>"
-    panels = [Panel("reconstruction", 480, height + 66, body)]
-
-    body = ""
-    for column, frame in enumerate(frames[i * (len(frames) - 1) // 3] for i in range(4)):
-        layers, height = drawn(frame, 112, 130)
-        x = 60 + 120 * column
-        body += text(x, 14, f"frame {frame + 1}", "small mid grey")
-        for row, (title, layer) in enumerate(zip(titles, layers)):
-            top = 20 + row * (height + 32)
-            body += text(4, top + 12, title, "bold") if column == 0 else ""
-            body += f'<g transform="translate({x} {top + 22 + height / 2:.4g})">{layer}</g>'
-    panels.append(Panel("reconstruction-frames", 480, 3 * (height + 32) + 18, body))
 
     masking = checkpoint["model_settings"]
-    what = "drawn at random"
-    if not masking["mask_ratio"] and not masking["mask_num_parts"]:
-        what = ", ".join(masking["mask_parts"])
+    drawn = masking["mask_ratio"] or masking["mask_num_parts"]
+    what = "drawn at random" if drawn else ", ".join(masking["mask_parts"])
     caption = (f"Test sequence {found.name:.60}, {int(masked.sum())} of {V} joints masked "
                f"({what}). Mean error of its masked joints {error:.3g}, by the mean pose "
                f"{mean_error:.3g}, in the units of the data")
-    measured = [row for row in checkpoint["log"] if "joint_error" in row][-1:]
-    for row in measured:
+    for row in [row for row in checkpoint["log"] if "joint_error" in row][-1:]:
         caption += f"; over the whole test set {row['joint_error']:.3g}"
         caption += f" and {row['mean_pose_error']:.3g}"
-    return Figure("Reconstruction", "paper Fig. 6", caption + ".", panels)
+    return Figure("Reconstruction", "paper Fig. 6", caption + ".",
+                  [Panel("reconstruction", 480, height + 66, body)])

@@ -20,8 +20,8 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from data import DataError  # before torch: it silences its warning
-from extras.drawing import (DOT, LINE, MARKS, TEXT, Figure, Panel, Series, clean, cube, names_below,
-                            path, plot, rect, rows, svg, table, text, write_report)
+from extras.drawing import (DOT, LINE, MARKS, TEXT, Figure, Panel, Series, clean, path, plot, svg,
+                            table, text, write_report)
 from extras.measures import class_interval, confusion, interval, pca, read_shares, tsne
 from extras.reconstruction import reconstruction
 from skeletonmae import SkeletonMAE, draw_mask
@@ -236,7 +236,7 @@ def commands(runs: list, pretraining: dict | None) -> Figure:
 
 
 def curves(runs: list, pretraining: dict | None) -> Figure:
-    """What changed from epoch to epoch. What was measured once stands in the other figures."""
+    """What was measured from epoch to epoch, its last value in words; a dot if in one alone."""
     finetuned = [(run.title, run.checkpoint["log"]) for run in runs]
     pretrained = [("", pretraining["log"])] if pretraining else []
     panels = []
@@ -253,109 +253,116 @@ def curves(runs: list, pretraining: dict | None) -> Figure:
             for column, word in columns.items():
                 points = [(row["epoch"], row[column]) for row in rows
                           if column in row and (row[column] > 0 or not log)]
-                if len(points) > 1:
+                if points:
+                    label = f"{word or title or 'last'} {points[-1][1]:.4g}"
                     style = f"line c{(0, 3, 6)[len(series)]}"
-                    series.append(Series(points, style, LINE, word or title))
+                    series.append(Series(points, style, LINE, label))
         if series:
-            body, height = plot(series, "epoch", y_label, 310, 150, log)
-            panels.append(Panel(name, 310, height, body))
+            panels.append(plot(name, series, "epoch", y_label, 310, 150, log))
     return Figure("Training", "", "", panels)
 
 
 # ------------------------------------------------------------------------------------------ classes
 
-def side_by_side(name: str, runs: list, draw) -> list:
-    """draw(run) -> (SVG, width, height): a panel a run, under its title if there are two."""
+def side_by_side(runs: list, draw) -> list:
+    """draw(run) -> Panel: one a run, under its title if there are two."""
     panels = []
     for run in runs:
-        body, width, height = draw(run)
+        panel = draw(run)
         if run.title:
-            body = text(0, 14, run.title, "bold") + f'<g transform="translate(0 24)">{body}</g>'
-            height += 24
-        panels.append(Panel(name, width, height, body))
+            body = f'<g transform="translate(0 24)">{panel.body}</g>'
+            panel = panel._replace(height=panel.height + 24,
+                                   body=text(0, 14, run.title, "bold") + body)
+        panels.append(panel)
     return panels
 
 
-def confusion_matrix(counts: Tensor, labels: list, ids: list, room: float) -> tuple:
+def confusion_matrix(counts: Tensor, labels: list, ids: list, room: float) -> Panel:
     """counts (K, K), row-normalised: true classes down, predicted ones across, in at most `room`
-    pixels. Returns (SVG, width, height)."""
+    pixels."""
     K = len(counts)
     cell = min(34, room / K)
     names = labels if cell >= 10 else ids
-    left, top = 34 + 6 * min(max(map(len, names)), 24), 8
-    side = cell * K
-    below, height = names_below([left + (i + 0.5) * cell for i in range(K)], top + side, names)
-    body = rect(left, top, side, side, "grid") + below
+    longest = min(max(map(len, names)), 24)
+    left, top, side = 34 + 6 * longest, 8, cell * K
+    right, bottom = left + side, top + side
+    body = path([(left, top), (right, top), (right, bottom), (left, bottom), (left, top)], "grid")
     numbers = ""  # above all cells
+    size = "end small" if cell > 11 else "end tiny"
     for i, total in enumerate(counts.sum(1).tolist()):
         y = top + i * cell
-        if i % math.ceil(7 / cell) == 0:
-            size = "end small" if cell > 11 else "end tiny"
+        if i % math.ceil(8 / cell) == 0:  # so many names fit
             body += text(left - 5, y + cell / 2 + 3.5, names[i], size, 24)
-        if total == 0:
-            body += rect(left, y, side, cell, "none", f"{clean(labels[i])}: no test sequence")
+            body += text(left + (i + 0.5) * cell + 3.5, bottom + 8, names[i], size, 24, -60)
         for j in counts[i].nonzero().flatten().tolist():
             x = left + j * cell
             share = float(counts[i, j]) / total
             tip = (f"{clean(labels[i], 30)}: {counts[i, j]} of {total} taken for "
                    f"{clean(labels[j], 30)} ({100 * share:.0f} %)")
+            square = f"h{cell:.4g}v{cell:.4g}h-{cell:.4g}z"
             opacity = f' fill-opacity="{max(share, 0.06):.2f}"'
-            body += rect(x, y, cell, cell, "heat", tip, opacity)
+            body += path([(x, y)], "heat", square, tip, opacity)
             if cell >= 20:
-                style = "small mid on" if share > 0.55 else "small mid"
-                middle = x + cell / 2, y + cell / 2 + 3.5
-                numbers += text(*middle, f"{100 * share:.0f}", style)
-    body += text(left + side / 2, top + side + height + 14, "predicted class", "mid")
+                style = "small mid on" if share > 0.7 else "small mid"
+                numbers += text(x + cell / 2, y + cell / 2 + 3.5, f"{100 * share:.0f}", style)
+    below = bottom + 26 + 5.4 * longest
+    body += text(left + side / 2, below, "predicted class", "mid")
     body += text(13, top + side / 2, "true class", "mid", turn=-90) + numbers
-    return body, max(left + side + 10, 480), top + side + height + 22
+    return Panel("confusion", max(right + 10, 480), below + 8, body)
 
 
 def confusions(runs: list, labels: list, ids: list) -> Figure:
     room = 320 if len(runs) == 2 or len(ids) <= 14 else 720
-    panels = side_by_side("confusion", runs,
-                          lambda run: confusion_matrix(run.counts, labels, ids, room))
+    panels = side_by_side(runs, lambda run: confusion_matrix(run.counts, labels, ids, room))
     totals = runs[0].counts.sum(1).tolist()
     caption = ("Percent of a true class's test sequences by predicted class, fuller colours are "
                f"more; {sum(totals):,} sequences, counts on hover.")
     if 0 in totals:
-        caption += f" Grey: {totals.count(0)} without test sequences."
+        caption += f" Empty rows: {totals.count(0)} without test sequences."
     return Figure("Confusion matrix", "supplement Fig. 4", caption, panels)
 
 
-def class_rows(name: str, order: list, labels: list, columns: list, *axis) -> list:
-    """`rows` of the classes in `order`, at most 30 a panel. columns: as of `rows`, by class."""
+def class_rows(name: str, order: list, labels: list, draw, x_label: str, averages: dict) -> list:
+    """A row for each class in `order`, at most 30 a panel: draw(class, y) -> its series. averages:
+    CSS class of a dashed line across all rows -> where."""
     size = math.ceil(len(order) / math.ceil(len(order) / 30))
     panels = []
     for first in range(0, len(order), size):
         own = order[first:first + size]
-        marks = [(colour, [values[c] for c in own]) for colour, values in columns]
-        body, height = rows([labels[c] for c in own], marks, *axis)
-        panels.append(Panel(name, 480, height, body))
+        series = [Series([(x, 0.5), (x, 0.5 - len(own))], f"dash {colour}", LINE)
+                  for colour, x in averages.items()]
+        for i, c in enumerate(own):
+            series += draw(c, -i)
+        tall = (15 + 5 * max(len(averages), 1)) * len(own)
+        panels.append(plot(name, series, x_label, "", 480, tall, rows=[labels[c] for c in own]))
     return panels
 
 
 def class_accuracy(runs: list, labels: list) -> Figure:
     """The accuracy of every class that has test sequences, with its interval, a dot a run."""
     tested = [c for c, total in enumerate(runs[0].counts.sum(1).tolist()) if total]
-    columns = []
-    lines = []
+    totals = runs[0].counts.sum(1).tolist()
+    hits = {f"c{colour}": run.counts.diagonal().tolist() for run, colour in zip(runs, (0, 3))}
+
+    def draw(c: int, y: float):
+        for i, (colour, own) in enumerate(hits.items()):
+            place = y + 0.13 * (len(hits) - 1) * (1 - 2 * i)
+            share = 100 * own[c] / totals[c]
+            tip = f"{clean(labels[c])}: {share:.1f} %, {own[c]} of {totals[c]}"
+            ends = [(end, place) for end in interval(own[c], totals[c])]
+            yield Series(ends, f"bone soft {colour}", LINE)
+            yield Series([(share, place)], f"joint {colour}", tip=tip)
+
+    averages = {}
     told = []
-    for run, colour, word in zip(runs, (0, 3), ("blue", "orange")):
-        values = {}
-        for c in tested:
-            hits, total = int(run.counts[c, c]), int(run.counts[c].sum())
-            tip = f"{clean(labels[c])}: {100 * hits / total:.1f} %, {hits} of {total}"
-            values[c] = 100 * hits / total, interval(hits, total), tip
-        accuracies = [value[0] for value in values.values()]
-        average = statistics.mean(accuracies)
-        columns.append((colour, values))
-        lines.append((colour, average))
-        told.append((f"{run.title}, {word}: " if run.title else "") + f"average {average:.1f} %, "
+    for run, (colour, own), word in zip(runs, hits.items(), ("blue", "orange")):
+        accuracies = [100 * own[c] / totals[c] for c in tested]
+        averages[colour] = statistics.mean(accuracies)
+        told.append((f"{run.title}, {word}: " if run.title else "") +
+                    f"average {averages[colour]:.1f} %, "
                     f"spread ±{statistics.pstdev(accuracies):.1f} points")
-    order = sorted(tested, key=lambda c: -columns[0][1][c][0])
-    lowest = min(value[1][0] for _, values in columns for value in values.values())
-    panels = class_rows("class-accuracy", order, labels, columns, "accuracy, %",
-                        max(10 * math.floor(lowest / 10), 0), 100, lines)
+    order = sorted(tested, key=lambda c: -hits["c0"][c] / totals[c])
+    panels = class_rows("class-accuracy", order, labels, draw, "accuracy, %", averages)
     caption = "; ".join(told)
     caption = (f"{caption[0].upper()}{caption[1:]} (standard deviation over classes). Dashed: "
                "average. Lines through dots: 95 % intervals.")
@@ -366,13 +373,16 @@ def class_accuracy(runs: list, labels: list) -> Figure:
 
 def class_sizes(train_counts: Tensor, chosen: list, labels: list) -> Figure:
     """Training sequences of every class; a star marks those in `chosen`."""
+    counts = train_counts.tolist()
     order = train_counts.argsort(descending=True, stable=True).tolist()
-    values = [(count, None, f"{clean(label)}: {count}")
-              for count, label in zip(train_counts.tolist(), labels)]
     marked = [f"{label} *" if c in chosen else label for c, label in enumerate(labels)]
-    panels = class_rows("class-sizes", order, marked, [(0, values)], "training sequences", 0,
-                        max(int(train_counts.max()), 1), [])
-    caption = f"{int(train_counts.sum()):,} in {len(order)} classes."
+
+    def draw(c: int, y: float) -> list:
+        tip = f"{clean(labels[c])}: {counts[c]}"
+        return [Series([(0, y), (counts[c], y)], "bar c0", LINE, tip=tip)]
+
+    panels = class_rows("class-sizes", order, marked, draw, "training sequences", {})
+    caption = f"{sum(counts):,} in {len(order)} classes."
     if chosen:
         caption += " *: chosen, see below."
     return Figure("Training sequences of each class", "supplement Fig. 3", caption, panels)
@@ -383,9 +393,8 @@ def class_sizes(train_counts: Tensor, chosen: list, labels: list) -> Figure:
 POINTS = 3000  # at most so many are drawn: t-SNE takes their square
 
 
-def scatter(points: Tensor, classes: Tensor, names: dict, axes: list) -> tuple:
-    """points (N, 2), or (N, 3) in the cube from -1 to 1, and their classes (N,); names: class ->
-    (its id, its name). Returns (SVG, width, height)."""
+def scatter(name: str, points: Tensor, classes: Tensor, names: dict, axes: list) -> Panel:
+    """points (N, 2) and their classes (N,); names: class -> (its id, its name)."""
     low, high = points.amin(0), points.amax(0)
     series = []
     ids = {}  # of more classes than a legend holds: cell of a 20 x 20 grid -> the id shown there
@@ -393,16 +402,14 @@ def scatter(points: Tensor, classes: Tensor, names: dict, axes: list) -> tuple:
         own = points[classes == c]
         colour = i % 7
         mark = MARKS[(i + i // 7) % 6]  # 42 classes in a row differ in colour or mark
-        style = f"c{colour} dot" if mark == DOT else f"c{colour} mark f{colour}"
+        style = f"c{colour} dot" if mark == DOT else f"c{colour} mark"
         in_legend = label if len(names) <= 20 else ""
         series.append(Series(own.tolist(), style, mark, in_legend, clean(label)))
         if len(names) > 20 and len(own):
             middle = own.median(0).values
             cell = tuple(((middle - low) / (high - low) * 20).int().tolist())
             ids.setdefault(cell, Series([middle.tolist()], "small bold mid halo", TEXT, tip=id))
-    on_axes = cube if points.shape[1] == 3 else plot
-    body, height = on_axes([*series, *ids.values()], *axes)
-    return body, 480, height
+    return plot(name, [*series, *ids.values()], *axes)
 
 
 def axes_of(share: Tensor) -> list:
@@ -418,29 +425,31 @@ def features(runs: list, names: dict, with_tsne: bool, seed: int):
     if len(names) > 20:
         shown += "; numbers are class ids, where there is room, others show on hover"
 
-    def draw_pca(run: Run) -> tuple:
+    def draw_pca(run: Run) -> Panel:
         points, share = pca(run.outputs["features"], 2)
-        return scatter(points[kept], labels[kept], names, axes_of(share))
+        return scatter("features-pca", points[kept], labels[kept], names, axes_of(share))
 
-    def draw_tsne(run: Run) -> tuple:
+    def draw_tsne(run: Run) -> Panel:
         points, divergence = tsne(run.outputs["features"][kept], perplexity)
         divergences.append(f"{divergence[-1]:.2f}")
-        return scatter(points, labels[kept], names, ["t-SNE 1 (no unit)", "t-SNE 2 (no unit)"])
+        axes = ["t-SNE 1 (no unit)", "t-SNE 2 (no unit)"]
+        return scatter("features-tsne", points, labels[kept], names, axes)
 
     yield Figure("Features, principal components", "supplement Fig. 1",
                  f"Features before the classifier: {shown}.",
-                 side_by_side("features-pca", runs, draw_pca))
+                 side_by_side(runs, draw_pca))
     if with_tsne and N >= 10:  # fewer have no neighbourhoods to keep
         print(f"t-SNE of {len(kept):,} sequences; --no-tsne leaves it out", flush=True)
         perplexity = min(30, (len(kept) - 1) / 3)
         divergences = []
-        panels = side_by_side("features-tsne", runs, draw_tsne)
+        panels = side_by_side(runs, draw_tsne)
         yield Figure("Features, t-SNE", "supplement Fig. 1", f"The same {shown}. Perplexity "
                      f"{perplexity:.3g}, divergence {' and '.join(divergences)}.", panels)
 
 
 def chosen_classes(run: Run, chosen: list, names: dict) -> Figure:
-    """2D and 3D PCA of the features before the classifier, fitted to the chosen classes."""
+    """Three principal components of the features before the classifier, fitted to the chosen
+    classes, in two views."""
     inside = torch.isin(run.outputs["labels"], torch.tensor(chosen))
     if not inside.any():
         raise DataError("the test set holds no sequence of these classes; expected other --classes")
@@ -448,16 +457,13 @@ def chosen_classes(run: Run, chosen: list, names: dict) -> Figure:
     shown = {c: names[c] for c in chosen if c in names}
     points, share = pca(run.outputs["features"][inside], 3)
     axes = axes_of(share)
-    low, high = points.amin(0), points.amax(0)
-    in_cube = 2 * (points - low) / (high - low).clamp(min=1e-9) - 1
-    flat, _, height = scatter(points[:, :2], labels, shown, axes[:2])
-    in_space, _, cube_height = scatter(in_cube, labels, shown, axes)
+    panels = [scatter("chosen-pca", points[:, [0, k]], labels, shown, [axes[0], axes[k]])
+              for k in (1, 2)]
     of_run = f" of the run {run.title}" if run.title else ""
     caption = (f"Principal components fitted to the {len(points)} test sequences of these classes"
-               f"{of_run}. In 3D each axis spans its range; drag to turn.")
-    return Figure(f"Features of {len(shown)} classes in 2D and 3D", "supplement Fig. 4", caption,
-                  [Panel("chosen-pca2d", 480, height, flat),
-                   Panel("chosen-pca3d", 480, cube_height, in_space)])
+               f"{of_run}: from the front and from above.")
+    return Figure(f"Features of {len(shown)} classes, three components", "supplement Fig. 4",
+                  caption, panels)
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -543,9 +549,7 @@ def label_share(path: str) -> Panel:
         few, many = min(n for _, _, n in cells.values()), max(n for _, _, n in cells.values())
         counted = f"n = {few} to {many}" if few < many else f"n = {few}"
         series.append(Series(means, f"line {colour}", LINE, f"{arm} ({counted})"))
-    x_ticks = [(share, f"{share:g} %") for share in sorted(set().union(*arms.values()))]
-    body, height = plot(series, "share of the labels", "top-1 accuracy, %", 480, 260, "x", x_ticks)
-    return Panel("label-share", 480, height, body)
+    return plot("label-share", series, "share of the labels, %", "top-1 accuracy, %", 480, 260, "x")
 
 
 # -------------------------------------------------------------------------------------- the command
