@@ -4,7 +4,6 @@ Lengths are pixels, y grows downwards; in a Series x and y are those of the data
 """
 import html
 import math
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -42,10 +41,10 @@ body{font-size:15px;margin:0 auto;max-width:1000px;padding:16px}h1{font-size:22p
 h2{font-size:16px;margin:0 0 8px}h2 small{font-weight:normal;white-space:nowrap}
 main{display:flex;flex-wrap:wrap;justify-content:center;gap:36px 28px}
 figure{margin:0;width:min(100%,480px);break-inside:avoid}figure.wide{width:100%}
-figure div{display:flex;flex-wrap:wrap;justify-content:center;align-items:end;gap:14px;
-overflow-x:auto}svg{flex:1 0 0;height:auto}figcaption{font-size:13px;margin-top:6px}
-table{border-collapse:collapse;font-size:14px;margin-right:auto}
-td{min-width:84px}td+td{overflow-wrap:anywhere}td span{white-space:nowrap}
+figure div{display:flex;flex-wrap:wrap;justify-content:center;align-items:end;gap:14px;overflow-x:auto}
+svg{flex:1 0 0;height:auto}figcaption{font-size:13px;margin-top:6px}
+table{border-collapse:collapse;font-size:14px;margin-right:auto}td{min-width:84px}
+td+td{overflow-wrap:anywhere}td span{white-space:nowrap}
 td,th{text-align:left;vertical-align:top;padding:3px 14px 3px 0;border-bottom:1px solid #8884}"""
 
 # Files of a report; where a figure has more panels than one, -2, -3 and so on follow the name.
@@ -113,13 +112,12 @@ def legend(series: list, width: float) -> tuple:
 def ticks(low: float, high: float, log: bool = False) -> list:
     """At most eight round numbers from low to high, or on a log axis 1, 2 and 5 times powers of
     ten, of many the powers alone: [(number, label)]."""
+    digits = (1,) if log and high > 50 * low else (1, 2, 5)
+    numbers = [digit * 10.0 ** power for power in range(-45, 39) for digit in digits]
     if log:
-        digits = (1, 2, 5) if high < 50 * low else (1,)
-        numbers = [digit * 10.0 ** power for power in range(-45, 39) for digit in digits]
         numbers = [number for number in numbers if low <= number <= high]
     else:
-        steps = (m * 10.0 ** e for e in range(-45, 39) for m in (1, 2, 5))
-        step = next(step for step in steps if step >= (high - low) / 7)
+        step = next(step for step in numbers if step >= (high - low) / 7)
         numbers = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
     return [(number, f"{number:.6g}".replace("-", "−")) for number in numbers]
 
@@ -189,7 +187,7 @@ def svg(panel: Panel, label: str, alone: bool = False) -> str:
 
 def write_report(out: str, title: str, figures: list):
     """report.html, and an .svg file of every panel; those of an earlier report are removed."""
-    os.makedirs(out, exist_ok=True)
+    Path(out).mkdir(parents=True, exist_ok=True)
     for file in Path(out).glob("*.svg"):
         if re.sub(r"-\d+$", "", file.stem) in NAMES:
             file.unlink()
@@ -204,10 +202,9 @@ def write_report(out: str, title: str, figures: list):
         where = f" <small>{where}</small>" if where else ""
         caption = f"<figcaption>{clean(caption, 900)}</figcaption>" if caption else ""
         body += f"<figure{wide}><h2>{heading}{where}</h2><div>{content}</div>{caption}</figure>"
-    page = ('<!doctype html><html lang="en"><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width">'
-            f"<title>{clean(title, 80)}</title><style>{STYLE}{PAGE}</style>"
-            f"<h1>{clean(title, 80)}</h1><main>{body}</main></html>\n")
-    Path(out, "report.html").write_text(page, encoding="utf-8")
-    count = sum(len(figure.panels) for figure in figures)
-    print(f"{os.path.join(out, 'report.html')} and {count} panels as .svg beside it")
+    page = Path(out, "report.html")
+    page.write_text('<!doctype html><html lang="en"><meta charset="utf-8">'
+                    '<meta name="viewport" content="width=device-width">'
+                    f"<title>{clean(title, 80)}</title><style>{STYLE}{PAGE}</style>"
+                    f"<h1>{clean(title, 80)}</h1><main>{body}</main></html>\n", encoding="utf-8")
+    print(f"{page} and {sum(len(one.panels) for one in figures)} panels as .svg beside it")

@@ -29,12 +29,11 @@ def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str
     mean pose, (M, T, V, C) in the units of the data, which are known (M, T, V) and which masked
     (V,), and whether y grows upwards."""
     settings, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
-    view = shared.view(shared.Settings(**settings))
+    form = {"view": shared.view(shared.Settings(**settings)), "pose": model.stacked}
     generator = torch.Generator().manual_seed(seed)
 
     def loader(half, kept: list) -> Loader:
-        return Loader(half.subset(kept), skeleton, C, 100, settings["frames"], view=view,
-                      pose=model.stacked)
+        return Loader(half.subset(kept), skeleton, C, 100, settings["frames"], **form)
 
     def draw(half, count: int) -> list:
         return torch.randperm(len(half), generator=generator)[:count].tolist()
@@ -52,13 +51,12 @@ def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str
     mean = shared.measure_target(loader(data.train, draw(data.train, 2000)))[2]  # (M, V, C)
     mask = model.draw(1, generator)
     guess = model.reconstruct(batch.x, batch.present, mask, batch.target)[0][0]
-    x = batch.target[0, ..., :C]
     head, leg = (float(mean[0, skeleton["parts"].get(part, [0]), 1].mean())
                  for part in ("head", "left_leg"))
     return SimpleNamespace(
-        name=names[chosen], x=x * batch.unit, guess=guess * batch.unit,
-        mean=mean[:, None] * batch.unit, known=batch.seen[0], masked=mask[0],
-        upwards=head > leg or head == leg and C == 3)  # equal: there are no such parts
+        name=names[chosen], x=batch.target[0, ..., :C] * batch.unit,
+        guess=guess * batch.unit, mean=mean[:, None] * batch.unit, known=batch.seen[0],
+        masked=mask[0], upwards=head > leg or head == leg and C == 3)  # equal: no such parts
 
 
 def stick(places: Tensor, edges: Tensor, joints: Tensor, style: str) -> str:
@@ -93,11 +91,9 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
     known, masked = found.known, found.masked
     _, T, V, C = found.x.shape
     if not known.any():
-        raise DataError(f"test sequence {found.name} has no joint to draw; expected another "
-                        "--sequence")
+        raise DataError(f"sequence {found.name} has no joint to draw; expected another --sequence")
     error, mean_error = (float((guess - found.x).norm(dim=-1)[known & masked].mean())
                          for guess in (found.guess, found.mean))
-
     down = -1.0 if found.upwards else 1.0  # y grows downwards on a page
     view = torch.tensor([[0.9, 0], [0, down], [0.44, 0]] if C == 3 else [[1.0, 0], [0, down]])
     true = found.x @ view                                                   # (M, T, V, 2)
@@ -105,8 +101,7 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
     middle = (true[..., 0] * known).sum((0, 2)) / known.sum((0, 2)).clamp(min=1)  # (T,)
     for places in (true, guess):
         places[..., 0] -= middle[:, None]  # centred sideways only: a jump is seen
-    people = known.any(2, keepdim=True) & masked  # (M, T, V), whose masked joints are put back
-    drawn_at = torch.cat([true[known], guess[people]])
+    drawn_at = torch.cat([true[known], guess[known.any(2, keepdim=True) & masked]])
     low, high = drawn_at.amin(0), drawn_at.amax(0)
     size = (high - low).clamp(min=1e-6)
     scale = float((torch.tensor([146, 300]) / size).amin())

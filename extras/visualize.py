@@ -340,8 +340,8 @@ def class_rows(name: str, order: list, labels: list, draw, x_label: str, average
 
 def class_accuracy(runs: list, labels: list) -> Figure:
     """The accuracy of every class that has test sequences, with its interval, a dot a run."""
-    tested = [c for c, total in enumerate(runs[0].counts.sum(1).tolist()) if total]
     totals = runs[0].counts.sum(1).tolist()
+    tested = [c for c, total in enumerate(totals) if total]
     hits = {f"c{colour}": run.counts.diagonal().tolist() for run, colour in zip(runs, (0, 3))}
 
     def draw(c: int, y: float):
@@ -357,10 +357,9 @@ def class_accuracy(runs: list, labels: list) -> Figure:
     told = []
     for run, (colour, own), word in zip(runs, hits.items(), ("blue", "orange")):
         accuracies = [100 * own[c] / totals[c] for c in tested]
-        averages[colour] = statistics.mean(accuracies)
-        told.append((f"{run.title}, {word}: " if run.title else "") +
-                    f"average {averages[colour]:.1f} %, "
-                    f"spread ±{statistics.pstdev(accuracies):.1f} points")
+        averages[colour], spread = statistics.mean(accuracies), statistics.pstdev(accuracies)
+        who = f"{run.title}, {word}: " if run.title else ""
+        told.append(f"{who}average {averages[colour]:.1f} %, spread ±{spread:.1f} points")
     order = sorted(tested, key=lambda c: -hits["c0"][c] / totals[c])
     panels = class_rows("class-accuracy", order, labels, draw, "accuracy, %", averages)
     caption = "; ".join(told)
@@ -377,14 +376,12 @@ def class_sizes(train_counts: Tensor, chosen: list, labels: list) -> Figure:
     order = train_counts.argsort(descending=True, stable=True).tolist()
     marked = [f"{label} *" if c in chosen else label for c, label in enumerate(labels)]
 
-    def draw(c: int, y: float) -> list:
-        tip = f"{clean(labels[c])}: {counts[c]}"
-        return [Series([(0, y), (counts[c], y)], "bar c0", LINE, tip=tip)]
+    def draw(c: int, y: float):
+        yield Series([(0, y), (counts[c], y)], "bar c0", LINE, "", f"{clean(labels[c])}: {counts[c]}")
 
     panels = class_rows("class-sizes", order, marked, draw, "training sequences", {})
     caption = f"{sum(counts):,} in {len(order)} classes."
-    if chosen:
-        caption += " *: chosen, see below."
+    caption += " *: chosen, see below." if chosen else ""
     return Figure("Training sequences of each class", "supplement Fig. 3", caption, panels)
 
 
@@ -432,8 +429,7 @@ def features(runs: list, names: dict, with_tsne: bool, seed: int):
     def draw_tsne(run: Run) -> Panel:
         points, divergence = tsne(run.outputs["features"][kept], perplexity)
         divergences.append(f"{divergence[-1]:.2f}")
-        axes = ["t-SNE 1 (no unit)", "t-SNE 2 (no unit)"]
-        return scatter("features-tsne", points, labels[kept], names, axes)
+        return scatter("features-tsne", points, labels[kept], names, ["t-SNE 1", "t-SNE 2"])
 
     yield Figure("Features, principal components", "supplement Fig. 1",
                  f"Features before the classifier: {shown}.",
