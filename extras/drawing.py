@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 LINE = ""  # how the points of a Series are drawn: joined, as words, or each by a relative SVG path
-TEXT = "text"
-DOT = "h0"
+TEXT, DOT = "text", "h0"
 MARKS = (DOT, "m-3 0h6m-3-3v6", "m-2-2h4v4h-4z", "m0-3l3 5h-6z", "m-2-2l4 4m0-4l-4 4",
          "m0-3l3 3-3 3-3-3z")
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#777")  # Okabe, Ito
-DARK = {"#222": "#e4e4e4", "#fff": "#16181c", "#666": "#a5a5a5", "#e2e2e2": "#33373d",
-        "#c8c8c8": "#50555c", "#05a": "#56b4e9",
-        "#0072b2": "#2b8fd0", "#d55e00": "#f0803c", "#56b4e9": "#8fd3ff"}
+DARK = {"#222": "#e4e4e4", "#fff": "#16181c", "#666": "#aaa", "#e2e2e2": "#33373d", "#ccc": "#555",
+        "#05a": "#56b4e9", "#0072b2": "#2b8fd0", "#d55e00": "#f0803c", "#56b4e9": "#8fd3ff"}
 
 
 def themed(css: str) -> str:
@@ -27,7 +25,7 @@ def themed(css: str) -> str:
 
 STYLE = themed("""text{fill:#222}.grey{fill:#666}.paper,.on{fill:#fff}.heat{fill:#05a}
 .grid{stroke:#e2e2e2}.halo,.hole{stroke:#fff}.p0{stroke:#222}.p1{stroke:#8c8c8c}
-.true{stroke:#c8c8c8}.ring{stroke:#d55e00}
+.true{stroke:#ccc}.ring{stroke:#d55e00}
 """ + "".join(f".c{i}{{fill:{c};stroke:{c}}}" for i, c in enumerate(COLOURS))) + """
 text,body{font:12px/1.5 Helvetica,Arial,"Liberation Sans",sans-serif}.small{font-size:11px}
 .tiny{font-size:8px}.bold{font-weight:bold}.mid{text-anchor:middle}.end{text-anchor:end}
@@ -41,8 +39,8 @@ body{font-size:15px;margin:0 auto;max-width:1000px;padding:16px}h1{font-size:22p
 h2{font-size:16px;margin:0 0 8px}h2 small{font-weight:normal;white-space:nowrap}
 main{display:flex;flex-wrap:wrap;justify-content:center;gap:36px 28px}
 figure{margin:0;width:min(100%,480px);break-inside:avoid}figure.wide{width:100%}
-figure div{display:flex;flex-wrap:wrap;justify-content:center;align-items:end;gap:14px;overflow-x:auto}
-svg{flex:1 0 0;height:auto}figcaption{font-size:13px;margin-top:6px}
+figure div{display:flex;flex-wrap:wrap;justify-content:center;align-items:end;gap:14px;
+overflow-x:auto}svg{flex:1 0 0;height:auto}figcaption{font-size:13px;margin-top:6px}
 table{border-collapse:collapse;font-size:14px;margin-right:auto}td{min-width:84px}
 td+td{overflow-wrap:anywhere}td span{white-space:nowrap}
 td,th{text-align:left;vertical-align:top;padding:3px 14px 3px 0;border-bottom:1px solid #8884}"""

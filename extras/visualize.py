@@ -377,11 +377,11 @@ def class_sizes(train_counts: Tensor, chosen: list, labels: list) -> Figure:
     marked = [f"{label} *" if c in chosen else label for c, label in enumerate(labels)]
 
     def draw(c: int, y: float):
-        yield Series([(0, y), (counts[c], y)], "bar c0", LINE, "", f"{clean(labels[c])}: {counts[c]}")
+        tip = f"{clean(labels[c])}: {counts[c]}"
+        yield Series([(0, y), (counts[c], y)], "bar c0", LINE, tip=tip)
 
     panels = class_rows("class-sizes", order, marked, draw, "training sequences", {})
-    caption = f"{sum(counts):,} in {len(order)} classes."
-    caption += " *: chosen, see below." if chosen else ""
+    caption = f"{sum(counts):,} in {len(order)} classes." + " *: chosen, see below." * bool(chosen)
     return Figure("Training sequences of each class", "supplement Fig. 3", caption, panels)
 
 
