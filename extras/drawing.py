@@ -39,7 +39,7 @@ body{font-size:15px;margin:0 auto;max-width:1000px;padding:16px}h1{font-size:22p
 h2{font-size:16px;margin:0 0 8px}h2 small{font-weight:normal;white-space:nowrap}
 main{display:flex;flex-wrap:wrap;justify-content:center;gap:36px 28px}
 figure{margin:0;width:min(100%,480px);break-inside:avoid}figure.wide{width:100%}
-figure div{display:flex;flex-wrap:wrap;justify-content:center;align-items:end;gap:14px;
+figure div{display:flex;flex-wrap:wrap;justify-content:space-evenly;align-items:end;gap:14px;
 overflow-x:auto}svg{flex:1 0 0;height:auto}figcaption{font-size:13px;margin-top:6px}
 table{border-collapse:collapse;font-size:14px;margin-right:auto}td{min-width:84px}
 td+td{overflow-wrap:anywhere}td span{white-space:nowrap}
