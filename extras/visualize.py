@@ -300,8 +300,7 @@ def confusion_matrix(counts: Tensor, labels: list, ids: list, room: float) -> Pa
             tip = (f"{clean(labels[i], 30)}: {counts[i, j]} of {total} taken for "
                    f"{clean(labels[j], 30)} ({100 * share:.0f} %)")
             square = f"h{cell:.4g}v{cell:.4g}h-{cell:.4g}z"
-            opacity = f' fill-opacity="{max(share, 0.06):.2f}"'
-            body += path([(x, y)], "heat", square, tip, opacity)
+            body += path([(x, y)], "heat", square, tip, f' fill-opacity="{max(share, 0.06):.2f}"')
             if cell >= 20:
                 style = "small mid on" if share > 0.7 else "small mid"
                 numbers += text(x + cell / 2, y + cell / 2 + 3.5, f"{100 * share:.0f}", style)
@@ -326,13 +325,14 @@ def class_rows(name: str, order: list, labels: list, draw, x_label: str, average
     """A row for each class in `order`, at most 30 a panel: draw(class, y) -> its series. averages:
     CSS class of a dashed line across all rows -> where."""
     size = math.ceil(len(order) / math.ceil(len(order) / 30))
+    reach = [x for c in order for one in draw(c, 0) for x, _ in one.points]
     panels = []
     for first in range(0, len(order), size):
         own = order[first:first + size]
         series = [Series([(x, 0.5), (x, 0.5 - len(own))], f"dash {colour}", LINE)
                   for colour, x in averages.items()]
-        for i, c in enumerate(own):
-            series += draw(c, -i)
+        series += [one for i, c in enumerate(own) for one in draw(c, -i)]
+        series.append(Series([(min(reach), 0), (max(reach), 0)], "", LINE))  # unseen: one scale
         tall = (15 + 5 * max(len(averages), 1)) * len(own)
         panels.append(plot(name, series, x_label, "", 480, tall, rows=[labels[c] for c in own]))
     return panels
