@@ -482,7 +482,10 @@ class PretrainingTest(Case):
         coordinates, _ = model.reconstruct(x, mask=mask)
         position = torch.stack([mean[v] + spread[v] * prediction[..., v, :2] for v in range(5)], 3)
         position[1, 1] = 0  # absent
-        close(coordinates, torch.where(mask[:, None, None, :, None], position, x))
+        masked = mask[:, None, None, :, None]
+        close(coordinates, torch.where(masked, position, x))
+        close(model.reconstruct(x, mask=mask, target=target)[0],
+              torch.where(masked, position, target))
 
     def test_reconstruct(self):
         """A masked joint is mean + spread y / max(w, 0.01) (ours), others stay, absent ones 0."""
@@ -1026,10 +1029,11 @@ class BatchTest(Case):
         """The same frames centred one by one, turned, not changed but for mirror images."""
         change = Augmentation(rotation=60, scaling=0.2, shift=0.2, flip=0.5, noise=0.1, crop=0.5)
         mirror = Augmentation(flip=0.5, crop=0.5)
+        hands = FIVE | dict(parts=dict(torso=[0, 1, 2]))  # turned until they lie along x
         for training, box in product((True, False), (False, True)):
             front = {"box": box, "center": "frame", "turn": True}
             changed, mirrored, plain = (
-                next(Loader(sequences(), FIVE, 3, 20, 6, training, augmentation=augmentation,
+                next(Loader(sequences(), hands, 3, 20, 6, training, augmentation=augmentation,
                             view=view, pose=pose).epoch())
                 for augmentation, view, pose in ((change, {"box": box}, True),
                                                  (mirror, front, False),
@@ -1039,11 +1043,12 @@ class BatchTest(Case):
             equal(changed.x, plain.x)
             equal(plain.target, plain.x)
             self.assertGreater((changed.x - changed.target).abs().mean(), 0.1)
-        mirrored = next(Loader(sequences(), FIVE, 3, 20, 6, True, view=front,
-                               augmentation=mirror).epoch())
-        halves = mirrored.x.equal(next(Loader(sequences(), FIVE, 3, 20, 6, True, view=front,
-                                              augmentation=replace(mirror, flip=0.0)).epoch()).x)
-        self.assertFalse(halves)  # some were mirrored
+            across = changed.target[:, 0, :, 1] - changed.target[:, 0, :, 2]
+            self.assertLess(across[..., 2].mean(1).abs().max(), 1e-4)
+        some, none = (next(Loader(sequences(), hands, 3, 20, 6, True, pose=True,
+                                  augmentation=replace(mirror, flip=flip)).epoch()).target
+                      for flip in (0.5, 0.0))
+        self.assertFalse(some.equal(none))
 
     def test_normalise_against_loops(self):
         """Origin: the centre joints of whom frames show; unit: the RMS distance of seen joints."""
@@ -1610,18 +1615,23 @@ class MeasureTest(Case):
 
     def test_measures_against_loops(self):
         """Target and mean pose over seen joints; errors of masked joints, in file units."""
+        for pose in (False, True):
+            with self.subTest(pose=pose):
+                self.check_measures(pose)
+
+    def check_measures(self, pose):
         model = SkeletonMAE(FIVE, 3, 8, 8, mask_parts=("right_arm", "left_leg")).eval()
         source = sequences([5, 9, 3, 12, 2])
         source.seen[2:4, 1] = False  # out of sight for two frames
         source.seen[1, 0, 2] = False
-        loader = Loader(source, FIVE, 3, 3, 6, False)
+        loader = Loader(source, FIVE, 3, 3, 6, False, pose=pose)
         mean, spread, mean_pose = train_pretrain.measure_target(loader)
         poses = {(m, v): [] for m, v in grid(2, 5)}
         sums = torch.zeros(2)
         count = 0
         for batch in loader.epoch():
             for n, m, t, v in grid(len(batch.x), 2, 6, 5):
-                x = batch.x[n, m, t]
+                x = batch.target[n, m, t]
                 if batch.seen[n, m, t, v]:
                     poses[m, v].append(x[v])
                     if v in (2, 3):  # their one neighbour is the root
@@ -1766,6 +1776,7 @@ class ScriptTest(ScriptCase):
         dataset = data.load("tiny.pt", layout="five.json")
         settings = settings_of(train_pretrain, line + " --box", dataset)
         train = training_batches(settings, dataset)
+        self.assertEqual(train.pose, bool(flags))
         torch.manual_seed(0)
         model = SkeletonMAE(**trained["model_settings"])
         for name in ("mean", "spread"):
