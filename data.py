@@ -175,8 +175,8 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     path. The unit is the root mean square distance of the seen joints from it: the size of the body
     and of its path. up "z": z-up data are turned to y-up first. 3D sequences are turned about the
     vertical so that the first person's left and right shoulders and hips lie along x on average,
-    the left at larger x: the camera's place drops out. box: instead of turning (unless `turn`),
-    each axis is stretched to -1 to 1 at the end, as in CTR-GCN's feeder.
+    the left at larger x: the camera's place drops out. box: instead (with turn: too) each axis is
+    stretched to -1 to 1 at the end, as in CTR-GCN's feeder.
     Returns (x, seen, unit (N,), or (N, C) for the axes of a box, in units of the file)."""
     C, N = channels, len(x)
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -323,8 +323,8 @@ class Loader:
 
     def batch(self, index_and_seed):
         """Gathers the sampled frames on the device that holds them, and normalises them. The pose
-        of a sequence is centred in each frame, turned and not augmented, but mirrored where x is:
-        it does not depend on camera, place and path."""
+        of a sequence is centred in each frame, in 3D turned, and not augmented, but cropped and
+        mirrored as x is: camera, place and path drop out."""
         index, seed = index_and_seed
         data, device = self.data, self.data.frames.device
         generator = torch.Generator(device).manual_seed(seed)
@@ -338,13 +338,14 @@ class Loader:
         normalised = partial(normalise_frames, x, seen, present.to(device, non_blocking=True),
                              self.skeleton, self.channels, **self.view)
         change = self.augmentation if self.training else Augmentation()
-        twin = generator.clone_state() if self.pose else None  # draws the same mirror images
+        state = generator.get_state()
         x, seen, unit = normalised(augmentation=change, generator=generator)
         target = x
         if self.pose:
             mirror = Augmentation(flip=change.flip)
-            frontal = {"turn": True, "center": "frame"}
-            target, _, unit = normalised(augmentation=mirror, generator=twin, **frontal)
+            generator.set_state(state)  # draws the same mirror images
+            target, _, unit = normalised(augmentation=mirror, generator=generator, turn=True,
+                                         center="frame")
         return Batch(x, data.label[here], present, seen, index, target, unit)
 
 # ------------------------------------------------------------ readers: presence and missing joints
@@ -364,14 +365,16 @@ def find_marks(data: Sequences, channels, scored):
     position, places, origin = data.frames[..., :channels], [[0.0] * channels], []
     if scored:
         hidden = ~data.seen & (position != 0).any(-1)
-        counts = Counter()
+        rows = [torch.empty(0, channels + 1, dtype=torch.float64)]
         for first, length in zip(data.start.tolist(), data.length.tolist()):
             frame, person, joint = hidden[first:first + length].nonzero().T
-            here = map(tuple, position[first + frame, person, joint].tolist())
-            once = set(zip(joint.tolist(), here))
-            counts.update(place for _, place in once)
-        least = max(10, counts.total() / 10_000)
-        places += sorted(list(place) for place, count in counts.items() if count >= least)
+            here = position[first + frame, person, joint].double()
+            rows.append(torch.cat([here, joint[:, None]], 1).unique(dim=0))
+        rows = torch.cat(rows)[:, :channels].contiguous()
+        factors = torch.tensor([1, 0x1F123BB5, 0x2545F491])[:channels]
+        hashed = (rows.view(torch.int64) * factors).sum(1)  # sorting rows would take much memory
+        _, inverse, count = hashed.unique(return_inverse=True, return_counts=True)
+        places += rows[count[inverse] >= max(10, len(rows) / 10_000)].unique(dim=0).tolist()
     else:
         first = data.start[data.seen[data.start, 0].any(1)]
         joints = position[first, 0].float().flatten(0, 1)  # centred ones lie on both sides of 0
@@ -604,7 +607,9 @@ def read_annotation(annotation, channels, persons, repairs):
     """(x (T, M, V, C), scores (T, M, V) or None) of a dict with `keypoint`. channels: C, or None;
     one more is then the score. Of more persons than `persons` stay those with the highest mean
     score, without scores those that move most."""
-    x = numbers(annotation.get("keypoint"), "keypoint")
+    if "keypoint" not in annotation:
+        raise DataError(f"no keypoint; got {', '.join(map(str, annotation))}")
+    x = numbers(annotation["keypoint"], "keypoint")
     x = x[None] if x.dim() == 3 else x
     sizes = (channels, channels + 1) if channels else (2, 3)
     if (x.dim() != 4 or x.shape[3] not in sizes or 0 in x.shape
@@ -643,7 +648,8 @@ def from_annotations(annotations, score=False, channels=None, persons=None, spli
     """The sequences of PYSKL's annotations, or of arrays. persons: M, by default the most that
     occur, 2 at most."""
     if not annotations:
-        raise DataError("no sequences; expected a list `annotations`, or that list alone")
+        raise DataError("no sequences; expected a list `annotations`, or that list alone (.pt: "
+                        "x_train and x_test)")
     sequences, labels, names, repairs, shape = [], [], [], Counter(), None
     for i, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):

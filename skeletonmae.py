@@ -436,11 +436,11 @@ def displacement(x, seen):
     of the same shape, False where there are no such frames."""
     values, counted = [], []
     for lag in LAGS:
-        first = max(x.shape[2] - lag, 1)  # frames before the last `lag`
-        ends = seen[:, :, :first] & seen[:, :, -first:]
-        count = ends.sum(2, keepdim=True)
-        square = (x[:, :, -first:] - x[:, :, :first]).square() * ends[..., None]
-        values.append((square.sum(2) / count.clamp(min=1) + 1e-4).sqrt().log())
+        pairs = max(x.shape[2] - lag, 1)  # of frames `lag` apart
+        both = seen[:, :, :pairs] & seen[:, :, -pairs:]
+        count = both.sum(2, keepdim=True)
+        square = (x[:, :, -pairs:] - x[:, :, :pairs]).square() * both[..., None]
+        values.append((square.sum(2) / count.clamp(min=1) + 1e-4).sqrt().log())  # 0.01 at least
         counted.append((count > 0).expand_as(values[-1]))
     return torch.cat(values, -1), torch.cat(counted, -1)
 
@@ -468,8 +468,8 @@ class SkeletonMAE(nn.Module):
 
     skeleton: an entry of SKELETONS or your own; channels: C, 2 or 3; motion, bone, score: further
     input streams; mask_parts, mask_num_parts, mask_ratio: see draw_mask. The buffers `mean` (V, C)
-    and `spread` (V,) are of each joint over the training set, in the units of x: its mean and the
-    root mean square distance from it.
+    and `spread` (V,) are of each joint over the training set, in the units of the target: its mean
+    and the root mean square distance from it.
 
     The target of a masked joint j is ((x - mean_j) / spread_j, 1), homogeneous coordinates: fixed,
     so it cannot collapse as a learned embedding could, and a zero error means the right position,
@@ -478,7 +478,8 @@ class SkeletonMAE(nn.Module):
     were not seen never count in the loss.
 
     Ours, not the paper's: strl, arguments of STRLStack, whose layers are then pre-trained in the
-    encoder's place, by a SequenceDecoder and the squared error of all seen joints' paths."""
+    encoder's place, by a SequenceDecoder and the `displacement` of all seen joints; the scripts
+    then give forward and reconstruct the pose as target, Batch.target."""
     def __init__(self, skeleton, channels, width=64, hidden=128, layers=3, dropout=0.2, beta=2.0,
                  mask_parts=("right_arm", "right_leg"), mask_num_parts=0, mask_ratio=0.0,
                  motion=False, bone=False, score=False, strl=None):
@@ -522,25 +523,25 @@ class SkeletonMAE(nn.Module):
         prediction = prediction.unflatten(-1, (-1, self.channels)).flatten(2, 3)[:, :, :frames]
         return F.pad(prediction, (0, 1), value=1.0)
 
-    def loss(self, prediction, encoded, packed, selected):
+    def loss(self, prediction, encoded, target, selected):
         """Mean error of the selected joints. prediction: (V, P, T, C + 1); encoded: what it was
-        decoded from; packed: the target, (V, P, T, C [+ score]); selected: bool (V, P, T). Of STRL
-        layers, in units of the target, the squared error of each joint's path about its mean over
-        frames, plus a tenth of that of the mean and of that of the `displacement`."""
+        decoded from; target: (V, P, T, C [+ score]); selected: bool (V, P, T). Of STRL layers, in
+        units of the target: the squared error of each joint's path about its mean over frames,
+        + 0.1 x that of the mean, + 0.1 x that of `displacement`."""
         mean, spread = self.mean[:, None, None], self.spread[:, None, None, None]
-        position = packed[..., :self.channels]
+        position = target[..., :self.channels]
         if not self.stacked:
-            target = F.pad((position - mean) / spread, (0, 1), value=1.0)
-            return reweighted_cosine_error(prediction, target, selected, self.beta)
+            whitened = F.pad((position - mean) / spread, (0, 1), value=1.0)
+            return reweighted_cosine_error(prediction, whitened, selected, self.beta)
         error = (mean + spread * prediction[..., :-1] - position) * selected[..., None]
         frames = selected.sum(2, keepdim=True).clamp(min=1)
         still = error.sum(2, keepdim=True) / frames[..., None]  # (V, P, 1, C)
         square = (error - still).square() + 0.1 * still.square()
-        target, counted = displacement(position, selected)
+        moved, counted = displacement(position, selected)
         guess = self.displacement(pool_person(encoded)).float()
         guess = guess.unflatten(-1, (len(mean), -1)).transpose(0, 1)  # (V, P, 4 C)
         return (selected_mean(square.sum(-1), selected)
-                + 0.1 * selected_mean((guess - target).square(), counted))
+                + 0.1 * selected_mean((guess - moved).square(), counted))
 
     def forward(self, x, present=None, mask=None, seen=None, target=None):
         """x: (N, M, T, V, C), or C + 1 with the joint score last where that is an input; present:
@@ -567,8 +568,8 @@ class SkeletonMAE(nn.Module):
         selected = packing.pack(seen[..., None])[..., 0]
         if not self.stacked:
             selected = selected & masked[..., None]
-        packed = packed if target is None else packing.pack(target)
-        loss = self.loss(prediction, encoded, packed, selected)
+        target = packed if target is None else packing.pack(target)
+        loss = self.loss(prediction, encoded, target, selected)
         return loss, packing.unpack(prediction), mask
 
     def features(self, x, present=None):

@@ -1,6 +1,6 @@
 """Tests: every equation, reader and script against an independent plain implementation.
 
-    python test_skeletonmae.py               # all, under a minute on one core
+    python test_skeletonmae.py               # all, a minute or two on one idle core
     python test_skeletonmae.py MaskTest      # one class, or one test: MaskTest.test_ratio
 
 Needs torch and this folder alone. Order: the model, the data, the scripts. "S" is the paper's
@@ -1391,9 +1391,10 @@ class OwnFileTest(Case):
                 (dict(keypoint=torch.rand(1, 0, 13, 2)), r"\(1, 0, 13, 2\)"),
                 (dict(label="run"), "label 'run'.*integer")):
             self.refused("a.pkl", pickled([dict(pyskl(1)[0], **change)]), words)
-        self.refused("a.pkl", pickled([dict(keypoints=x, label=0)]), "keypoint is NoneType")
+        self.refused("a.pkl", pickled([dict(keypoints=x, label=0)]), "no keypoint; got keypoints")
         named = [{"filename": "a", "keypoint": x}]
-        self.refused("a.pkl", pickled(named, train=["a"], test=["a"]), "names no annotation.*frame_dir")
+        self.refused("a.pkl", pickled(named, train=["a"], test=["a"]),
+                     "names no annotation.*frame_dir")
         self.refused("a.pkl", pickled([dict(keypoint=torch.rand(1, 5, 20, 2))]), "20 joints in 2D")
         gaps = [dict(a, label=7000 * n) for n, a in enumerate(pyskl(4))]
         every = dict(train=["a0", "a1", "a2", "a3"], test=["a3"])
@@ -2094,6 +2095,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             done = subprocess.run([sys.executable, train_pretrain.__file__, *line.split()],
                                   env=os.environ | variable, capture_output=True)
             self.assertEqual((done.returncode, done.stderr.count(b"\n")), (status, status // 2))
+        self.assertRegex(done.stderr.decode(), "WORLD_SIZE is 2.*torchrun")
         self.assertRegex(done.stderr.decode(), "^error: .*torch.distributed.*RANK")
 
     def test_bfloat16_by_default(self):
@@ -2144,7 +2146,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             ("--nesterov --momentum 0", "Nesterov"), (f"{fine} --width 16", "--width"),
             (f"{fine} --strl-layers 3", "--strl-layers 3"), ("--milestones 3,-1", "--milestones"),
             (f"{pre} --box", "--box True"), (f"{fine} --frames 9", "--frames 9"),
-            ("--ckpt text.txt", "text.txt.*tensors"), ("--ckpt absent.pt", "absent.pt"),
+            ("--ckpt text.txt", "text.txt.*tensors"), ("--ckpt absent.pt", "no absent.pt yet"),
             ("--device tpu", "device.*tpu"), ("--eval-only", "--ckpt"), ("--predict a", "--ckpt"),
             ("--mask-ratio 0.3", "--mask-ratio"), ("--momentum 2", "expected float from 0 to 1"),
             ("--clip -1", "expected float from 0 to inf"))

@@ -139,15 +139,14 @@ def start(typed):
     if tests and not typed.get("ckpt"):
         raise DataError("--eval-only and --predict need --ckpt, as in --ckpt "
                         "runs/finetune/finetune.pt")
-    if typed.get("ckpt") == "newest":
-        if typed.get("resume"):
-            del typed["ckpt"]  # the run to resume names the one that was newest when it began
-        else:
-            typed["ckpt"] = max(glob.glob("runs/*/pretrain.pt"), key=os.path.getmtime,
-                                default="runs/pretrain/pretrain.pt")
+    kinds = ("finetune",) if tests else ("pretrain", "finetune")
+    if typed.get("ckpt") == "newest" and typed.get("resume"):
+        del typed["ckpt"]  # the run to resume names the one that was newest when it began
+    elif typed.get("ckpt") == "newest":
+        typed["ckpt"] = max(glob.glob(f"runs/*/{kinds[0]}.pt"), key=os.path.getmtime,
+                            default=f"runs/{kinds[0]}/{kinds[0]}.pt")
     if typed.get("resume") or not typed.get("ckpt"):
         return shared.begin(Settings, typed, "finetune")
-    kinds = ("finetune",) if tests else ("pretrain", "finetune")
     source = shared.read_checkpoint(typed["ckpt"], kinds)
     fixed = SHAPE
     if source["kind"] == "finetune":

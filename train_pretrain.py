@@ -65,7 +65,7 @@ class CommonSettings:
     repeat: int = option(None, "passes an epoch (1; small: for about 4,000 steps in all)", low=1)
     workers: int = option(0, "loader processes (supplement A: 4; measured slower)")
     eval_every: int = option(10, "epochs between measurements on the test split", low=1)
-    seed: int = option(0, "of weights, order, masks and augmentation")
+    seed: int = option(0, "of weights, order, masks and augmentation", high=2**31)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     amp: bool = option(None, "bfloat16 (on where the device has instructions for it)")
     graphs: bool = option(None, "CUDA graphs (on one GPU, for passes of at most 128 sequences)")
@@ -246,8 +246,8 @@ def convert(f, text):
     low, high = f.metadata.get("low", 0), f.metadata.get("high", math.inf)
     parts = text.split(",") if f.type is tuple else [text]
     try:
-        values = tuple(kind(part) for part in parts)
-        valid = kind is str or all(low <= value <= high for value in values)
+        values = tuple(kind(part.strip()) for part in parts)
+        valid = kind is str or all(low <= value <= high and value < math.inf for value in values)
     except ValueError:
         valid = False
     if not valid:
@@ -311,10 +311,10 @@ def view(settings):
     return pick(settings, "box", "center", "up")
 
 def build(make, *arguments, **keywords):
-    """Calls make. A value that it refuses is the user's setting: one line, no traceback."""
+    """Makes a model. What it refuses is the user's settings: one line, no traceback."""
     try:
         return make(*arguments, **keywords)
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except ValueError as error:
         raise DataError(str(error)) from None
 
 # --------------------------------------------------------------------------- shared: machine, data
@@ -337,16 +337,23 @@ def run(main):
         sys.exit(130)
 
 def set_up(settings):
-    """(device, this process among those of torchrun, their number). Process 0 alone prints."""
+    """(device, this process among those of torchrun, their number), and fills in settings.amp.
+    Process 0 alone prints."""
     os.makedirs(settings.out, exist_ok=True)
     tempfile.TemporaryFile(dir=settings.out).close()  # a folder that cannot be written fails now
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     device = find_device(settings.device)
+    if settings.batch_size < 2 * world:
+        raise DataError(f"--batch-size {settings.batch_size} for {world} processes; expected two "
+                        "sequences each")
     if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        build(torch.distributed.init_process_group, backend)
+        try:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"WORLD_SIZE is {world}, and there are no processes ({error}); start "
+                            "with torchrun, or unset WORLD_SIZE") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -361,7 +368,11 @@ def find_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return build(torch.zeros, 1, device=name).device
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {name} cannot be used here ({str(error).splitlines()[0]:.100}); "
+                        "expected auto, cpu or a device that torch finds") from None
 
 def has_bfloat16(device):
     """Whether the device has instructions for bfloat16; on a CPU False where torch cannot tell."""
@@ -508,6 +519,8 @@ def save(path, kind, model, optimizer, epoch, log, settings, arguments, data: Da
 
 def read_checkpoint(path, kinds):
     """A checkpoint of one of these kinds ("pretrain", "finetune"), on the CPU."""
+    if not os.path.exists(path):
+        raise DataError(f"there is no {path} yet; expected one by train_{kinds[0]}.py")
     try:
         checkpoint = read_torch(path)
         if checkpoint["kind"] in kinds and checkpoint["digest"]:  # which earlier versions lack
