@@ -25,7 +25,7 @@ def moving(loader: Loader) -> int:
 
 def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str | None,
                 seed: int) -> SimpleNamespace:
-    """Of a test sequence: its name, its joints x, what the pre-trained model makes of them and the
+    """Of a test sequence: its name, the target x, what the pre-trained model makes of it and the
     mean pose, (M, T, V, C) in the units of the data, which are known (M, T, V) and which masked
     (V,), and whether y grows upwards."""
     settings, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
