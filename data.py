@@ -337,14 +337,13 @@ class Loader:
         present = data.present[index]
         normalised = partial(normalise_frames, x, seen, present.to(device, non_blocking=True),
                              self.skeleton, self.channels, **self.view)
-        change = self.augmentation if self.training else Augmentation()
-        state = generator.get_state()
+        change = self.augmentation if self.training else None
+        twin = generator.clone_state() if self.pose else None  # draws the same mirror images
         x, seen, unit = normalised(augmentation=change, generator=generator)
         target = x
         if self.pose:
-            mirror = Augmentation(flip=change.flip)
-            generator.set_state(state)  # draws the same mirror images
-            target, _, unit = normalised(augmentation=mirror, generator=generator, turn=True,
+            mirror = change and Augmentation(flip=change.flip)
+            target, _, unit = normalised(augmentation=mirror, generator=twin, turn=True,
                                          center="frame")
         return Batch(x, data.label[here], present, seen, index, target, unit)
 
@@ -517,8 +516,9 @@ def read_labels(y, count):
                         "many integers from 0, or one-hot rows")
     return y.long()
 
-# Layouts whose data usually come in 3D; the others come in 2D
-IN_3D = "ntu25", "kinect20", "sbu15", "h36m17", "smpl22", "mediapipe33"
+def usual_channels(layout):
+    """C of the data of a layout as they usually come."""
+    return 3 if layout in ("ntu25", "kinect20", "sbu15", "h36m17", "smpl22", "mediapipe33") else 2
 
 def divide_columns(columns, asked):
     """(M, V, C) of an npz row of M V C columns: that of the asked skeleton or of the known layouts,
@@ -526,7 +526,7 @@ def divide_columns(columns, asked):
     for C, M in ((3, 1), (3, 2), (2, 1), (2, 2)):
         for name, skeleton in ({"": asked} if asked else SKELETONS).items():
             V = len(skeleton["joints"])
-            if M * V * C == columns and (asked or (C == 3) == (name in IN_3D)):
+            if M * V * C == columns and (asked or C == usual_channels(name)):
                 return M, V, C
     raise DataError(f"{columns} columns are not persons x joints x coordinates of "
                     f"{'that' if asked else 'a known'} layout; name another with --layout")
@@ -871,7 +871,7 @@ def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1
 def find_layout(V, C):
     """The name of the only known layout of V joints whose data usually have C coordinates."""
     fits = [name for name, known in SKELETONS.items()
-            if len(known["joints"]) == V and (C == 3) == (name in IN_3D)]
+            if len(known["joints"]) == V and C == usual_channels(name)]
     if len(fits) != 1:
         raise DataError(f"{V} joints in {C}D fit {' and '.join(fits) or 'no layout'}; name one "
                         f"with --layout ({', '.join(SKELETONS)}, or a JSON file)")

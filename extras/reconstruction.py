@@ -111,7 +111,7 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
     edges = torch.tensor(checkpoint["skeleton"]["edges"]).view(-1, 2).long()
     frames = torch.linspace(0, T - 1, min(24, T)).round().long().tolist()
     poses = [pose(edges, true[:, t], guess[:, t], known[:, t], masked) for t in frames]
-    away = (true - true.mean(1, keepdim=True)).norm(dim=-1).mean((0, 2))[frames]
+    stands = (true - true.mean(1, keepdim=True)).norm(dim=-1).mean((0, 2))[frames].argmax()
     seconds = len(frames) / 6
     body = (f"<style>.frame{{visibility:hidden;animation:show {seconds:.3g}s step-end infinite}}"
             f"@keyframes show{{0%{{visibility:visible}}{100 / len(frames):.4g}%"
@@ -123,7 +123,7 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
         body += text(x, 16, title, "bold mid") + text(x, height + 58, key, "small mid grey")
         body += f'<g transform="translate({x} {34 + height / 2:.4g})">'
         for i, layers in enumerate(poses):
-            still = " still" if i == int(away.argmax()) else ""  # where motion is unwelcome
+            still = " still" if i == stands else ""  # where motion is unwelcome
             delay = f"animation-delay:{i / 6 - seconds:.3g}s"
             body += f'<g class="frame{still}" style="{delay}">{layers[row]}</g>'
         body += "</g>"
