@@ -51,7 +51,7 @@ class Settings(shared.CommonSettings):
     label_seed: int = option(0, "which labels --label-fraction keeps")
     linear_probe: bool = option(False, "train one linear layer on the frozen encoder's features")
     strl_layers: int = option(3, "M_l, STRL layers", low=1)
-    attention_dropout: float = option(0.1, "supplement A: 0.1", high=1)
+    attention_dropout: float = option(0.1, "supplement A: 0.1", high=0.99)
 
 def main(argv=None):
     settings, source, path = start(shared.parse(Settings, __doc__, argv))

@@ -42,7 +42,7 @@ class CommonSettings:
     split: str = option("", "xsub for a pickle's xsub_train and xsub_val, or train_name,test_name")
     layout: str = option("", "skeleton layout where two fit, or a JSON file with your own")
     test_fraction: float = option(0.2, "test share where a file has no split", high=1)
-    synthetic_size: int = option(1600, "number of stick figures", low=20)
+    synthetic_size: int = option(1600, "number of stick figures", low=20, high=20_000)
     frames: int = option(64, "T, frames sampled from each sequence", small=16, low=2)
     box: bool = option(None, "stretch each axis to -1 to 1, without turning (small 3D: on)")
     center: str = option("sequence", "origin; frame drops the path", choices=("sequence", "frame"))
@@ -50,8 +50,8 @@ class CommonSettings:
     motion: bool = option(False, "motion as further input channels", small=True)
     bone: bool = option(False, "bones as further input channels", small=True)
     score: bool = option(False, "joint score as a further input channel")
-    rotation: float = option(None, "random rotation, degrees (2D: 0; 3D: 30, small 60)")
-    scaling: float = option(None, "random scaling of each axis (0.1; box: 0)")
+    rotation: float = option(None, "random rotation, degrees (2D: 0; 3D: 30, small 60)", high=180)
+    scaling: float = option(None, "random scaling of each axis (0.1; box: 0)", high=0.9)
     shift: float = option(None, "random shift in body units (0.1; box: 0)")
     flip: float = option(None, "probability of a mirror image (2D: 0.5; 3D: 0)", high=1)
     noise: float = option(None, "coordinate noise in body units (2D: 0.01; 3D: 0)")
@@ -59,7 +59,7 @@ class CommonSettings:
     width: int = option(64, "D, joint embedding", low=4)
     hidden: int = option(128, "H, encoder width", small=64, low=4)
     layers: int = option(3, "L_D, encoder layers", low=1)
-    dropout: float = option(0.2, "input feature dropout, supplement A: 0.2", high=1)
+    dropout: float = option(0.2, "input feature dropout, supplement A: 0.2", high=0.99)
     blocks: int = option(2, "attention blocks in each STRL layer", small=1)
     stride: int = option(2, "temporal stride between STRL layers", low=1)
     repeat: int = option(None, "passes an epoch (1; small: for about 4,000 steps in all)", low=1)
@@ -281,6 +281,10 @@ def begin(settings_type, typed, kind):
     if "data" in typed:
         fixed.remove("data")  # it may have moved: check_fit compares the names of the sequences
     settings = settle(settings_type, typed, checkpoint, sorted(fixed), may_change)
+    done = checkpoint["epoch"] + 1
+    if settings.epochs < done:
+        raise DataError(f"--epochs {settings.epochs}: {path} has {done} behind it; expected as "
+                        "many")
     return settings, checkpoint, path
 
 def keep_unfinished(settings, path):
@@ -486,13 +490,18 @@ def doubts(data: Dataset, up):
 # ----------------------------------------------------------- shared: checkpoints, progress, graphs
 
 def write_atomically(path, content: bytes):
-    """Into path.tmp, synced, then renamed: path is whole at every moment."""
+    """Into a new file beside path, synced, then renamed: path is whole at every moment."""
+    beside = f"{path}.{os.getpid()}.tmp"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(beside)
 
 def save_torch(value, path):
     content = io.BytesIO()
