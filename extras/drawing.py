@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 LINE = ""  # how the points of a Series are drawn: joined, as words, or each by a relative SVG path
 TEXT, DOT = "text", "h0"
-MARKS = (DOT, "m-3 0h6m-3-3v6", "m-2-2h4v4h-4z", "m0-3l3 5h-6z", "m-2-2l4 4m0-4l-4 4",
-         "m0-3l3 3-3 3-3-3z")
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#777")  # Okabe, Ito
-DARK = {"#222": "#e4e4e4", "#fff": "#16181c", "#666": "#aaa", "#e2e2e2": "#33373d", "#ccc": "#555",
+MARKS = (DOT, "m-4 0h8m-4-4v8", "m-3-3h6v6h-6z", "m0-4l4 7h-8z", "m-3-3l6 6m0-6l-6 6",
+         "m0-4l4 4-4 4-4-4z")
+COLOURS = "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9 #777 #222".split()  # Okabe, Ito
+DARK = {"#222": "#e4e4e4", "#fff": "#16181c", "#666": "#aaa", "#e2e2e2": "#33373d", "#ccc": "#888",
         "#05a": "#56b4e9", "#0072b2": "#2b8fd0", "#d55e00": "#f0803c", "#56b4e9": "#8fd3ff"}
 
 
@@ -30,19 +30,19 @@ STYLE = themed("""text{fill:#222}.grey{fill:#666}.paper,.on{fill:#fff}.heat{fill
 text,body{font:12px/1.5 Helvetica,Arial,"Liberation Sans",sans-serif}.small{font-size:11px}
 .tiny{font-size:8px}.bold{font-weight:bold}.mid{text-anchor:middle}.end{text-anchor:end}
 .halo{stroke-width:3px;paint-order:stroke;stroke-linejoin:round}.mark{fill-opacity:.25}
-.grid,.bar,.dash,.line,.bone,.joint{fill:none}.soft{opacity:.45}.dash{stroke-dasharray:5 3}
-.mark{stroke-width:1.2}.line{stroke-width:1.8}.bone{stroke-width:2}.dot{stroke-width:4.6}
+.grid,.bar,.dash,.line,.bone,.joint{fill:none}.soft{opacity:.55}.dash{stroke-dasharray:5 3}
+.mark{stroke-width:1.2}.line{stroke-width:1.8}.bone{stroke-width:2}.dot{stroke-width:5.6}
 .joint,.hole{stroke-width:5}.ring{stroke-width:8}.bar{stroke-width:12}
 .joint,.dot,.bone{stroke-linecap:round}"""
 PAGE = themed("body{color:#222;background:#fff}figcaption,h2 small{color:#666}") + """
 body{font-size:15px;margin:0 auto;max-width:1000px;padding:16px}h1{font-size:22px;margin:8px 0}
 h2{font-size:16px;margin:0 0 8px}h2 small{font-weight:normal;white-space:nowrap}
-main{display:flex;flex-wrap:wrap;justify-content:center;gap:36px 28px}
+main{display:flex;flex-wrap:wrap;gap:36px 28px}
 figure{margin:0;width:min(100%,480px);break-inside:avoid}figure.wide{width:100%}
-figure div{display:flex;flex-wrap:wrap;justify-content:space-evenly;align-items:end;gap:14px;
-overflow-x:auto}svg{flex:1 0 0;height:auto}figcaption{font-size:13px;margin-top:6px}
-table{border-collapse:collapse;font-size:14px;margin-right:auto}td{min-width:84px}
-td+td{overflow-wrap:anywhere}td span{white-space:nowrap}
+figure div{display:flex;flex-wrap:wrap;align-items:end;gap:14px;overflow-x:auto}
+div::-webkit-scrollbar{height:9px}div::-webkit-scrollbar-thumb{background:#8889}svg{height:auto}
+figcaption{font-size:13px;margin-top:6px}table{border-collapse:collapse;font-size:14px}
+td{min-width:5em;overflow-wrap:anywhere}td:first-child{white-space:nowrap}code{display:inline-block}
 td,th{text-align:left;vertical-align:top;padding:3px 14px 3px 0;border-bottom:1px solid #8884}"""
 
 # Files of a report; where a figure has more panels than one, -2, -3 and so on follow the name.
@@ -117,7 +117,7 @@ def ticks(low: float, high: float, log: bool = False) -> list:
     else:
         step = next(step for step in numbers if step >= (high - low) / 7)
         numbers = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    return [(number, f"{number:.6g}".replace("-", "−")) for number in numbers]
+    return [(number, re.sub(r"-0*(?=\d)", "−", f"{number:.6g}")) for number in numbers]
 
 
 def scale(values, log: bool, begin: float, end: float) -> tuple:
@@ -127,16 +127,14 @@ def scale(values, log: bool, begin: float, end: float) -> tuple:
     low, high = warp(min(values)), warp(max(values))
     room = 0.05 * (high - low) or (0.7 if log else 0.5 * abs(high) or 1)
     marks = ticks(back(low - room), back(high + room), log)
-    if low == high:  # measured once
-        marks = [(values[0], f"{values[0]:.4g}")]
-    elif all(isinstance(value, int) for value in values):
+    if all(isinstance(value, int) for value in values):
         marks = [mark for mark in marks if mark[0] % 1 == 0]
     share = (end - begin) / (high - low + 2 * room)
     return lambda value: begin + (warp(value) - low + room) * share, marks
 
 
-def plot(name: str, series: list, x_label: str, y_label: str, width: float = 480,
-         tall: float = 350, log: str = "", rows: list = ()) -> Panel:
+def plot(name: str, series: list, x_label: str, y_label: str, width: float = 400,
+         tall: float = 300, log: str = "", rows: list = ()) -> Panel:
     """Legend, axes and what they hold. log: which axes are logarithmic, x, y or xy; rows: names at
     y = 0, -1 and so on."""
     body, below_legend = legend(series, width)
@@ -165,17 +163,17 @@ def plot(name: str, series: list, x_label: str, y_label: str, width: float = 480
 def table(title: str, where: str, caption: str, rows: list, heads: int = 1) -> Figure:
     """rows of cells, not yet escaped; the first `heads` of them are headings."""
     content = ""
-    for i, row in enumerate(rows):
-        tag = "th" if i < heads else "td"
-        content += "<tr>" + "".join(f"<{tag}>{clean(cell, 600)}</{tag}>" for cell in row) + "</tr>"
-    content = re.sub(r"(--[\w-]+)", r"<span>\1</span>", content)  # a flag stays on one line
+    for tag, row in zip(["th"] * heads + ["td"] * len(rows), rows):
+        cells = [clean(cell, 600).replace("/", "/<wbr>") for cell in row]
+        content += "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+    content = re.sub(r"python \S+|--[\w-]+( [^-\s<].*?)?(?= |</)", r"<code>\g<0></code>", content)
     return Figure(title, where, caption, [], f"<table>{content}</table>")
 
 
 def svg(panel: Panel, label: str, alone: bool = False) -> str:
     """One panel, for the page, or `alone` as a file with the style that the page has."""
     _, width, height, body = panel
-    size = f'style="max-width:{width:.4g}px;min-width:{max(300, 0.7 * width):.4g}px"'
+    size = f'style="width:{1.2 * width:.4g}px;min-width:{0.85 * width:.4g}px"'
     if alone:
         size = f'width="{width:.4g}" height="{height:.4g}" xmlns="http://www.w3.org/2000/svg"'
         body = f'<style>{STYLE}</style><rect class="paper" width="100%" height="100%"/>{body}'
@@ -196,13 +194,13 @@ def write_report(out: str, title: str, figures: list):
             file = Path(out, f"{panel.name}-{same + 1}.svg" if same else f"{panel.name}.svg")
             file.write_text(svg(panel, f"{heading}. {caption}", alone=True), encoding="utf-8")
             content += svg(panel, heading)
-        wide = ' class="wide"' if sum(panel.width for panel in panels) > 500 or not where else ""
+        wide = ' class="wide"' if sum(panel.width for panel in panels) > 420 or not where else ""
         where = f" <small>{where}</small>" if where else ""
         caption = f"<figcaption>{clean(caption, 900)}</figcaption>" if caption else ""
         body += f"<figure{wide}><h2>{heading}{where}</h2><div>{content}</div>{caption}</figure>"
     page = Path(out, "report.html")
     page.write_text('<!doctype html><html lang="en"><meta charset="utf-8">'
                     '<meta name="viewport" content="width=device-width">'
-                    f"<title>{clean(title, 80)}</title><style>{STYLE}{PAGE}</style>"
-                    f"<h1>{clean(title, 80)}</h1><main>{body}</main></html>\n", encoding="utf-8")
+                    f"<title>{clean(title, 160)}</title><style>{STYLE}{PAGE}</style>"
+                    f"<h1>{clean(title, 160)}</h1><main>{body}</main></html>\n", encoding="utf-8")
     print(f"{page} and {sum(len(one.panels) for one in figures)} panels as .svg beside it")

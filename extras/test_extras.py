@@ -198,12 +198,11 @@ class FigureTest(Case):
         said = self.draw(self.trained, "--table", self.trained, "--out", self.folder)
         files = {path.stem for path in Path(self.folder).glob("*.svg")}
         self.assertIn(f"{len(files)} panels", said)
-        classes = {"class-sizes"}  # balanced
-        self.assertEqual(files, set(drawing.NAMES) - classes | {"chosen-pca-2"})
-        once = text_of(self.folder, "pretrain-error.svg")  # measured in one epoch alone
-        error = load(self.pretrained)["log"][-1]["joint_error"]
-        self.assertIn(f">model {error:.4g}</text>", once)
-        self.assertRegex(once, r'class="dot c0" d="M[\d.]+ [\d.]+h0"')
+        left_out = {"class-sizes", "pretrain-error"}  # balanced; measured in one epoch alone
+        self.assertEqual(files, set(drawing.NAMES) - left_out | {"chosen-pca-2"})
+        last = load(self.pretrained)["log"][-1]
+        panels = visualize.curves([], {"log": [last, last | {"epoch": 9}]}).panels
+        self.assertIn(f">model {last['joint_error']:.4g}</text>", panels[-1].body)
         metrics = load(self.trained, "test_outputs.pt")["metrics"]
         page = text_of(self.folder, "report.html")
         self.assertIn(f"{metrics['top1']:.2f} % top-1", page)
@@ -361,16 +360,16 @@ class FigureTest(Case):
         moving = text_of(self.folder, "reconstruction.svg")
         poses = re.findall(r'class="(?:bone|joint) [^"]+" d="([^"]+)"', moving)
         across = [float(x) for pose in poses for x in re.findall(r"[ML]([-.\d]+) ", pose)]
-        self.assertAlmostEqual(max(across), 73, delta=0.6)  # what is put back is in the picture
-        self.assertAlmostEqual(min(across), -73, delta=0.6)
+        self.assertAlmostEqual(max(across), 62, delta=0.6)  # what is put back is in the picture
+        self.assertAlmostEqual(min(across), -62, delta=0.6)
         self.assertEqual(moving.count('class="frame'), 3 * 8)
         self.assertEqual(moving.count('class="frame still"'), 3)  # what unmoved pages show
         self.assertIn("(prefers-reduced-motion:reduce){.frame{animation:none}.still{visibility:"
                       "visible}}", moving)
         delays = sorted({float(d) for d in re.findall(r"animation-delay:([-.\d]+)s", moving)})
         self.assertEqual([f"{d:.3g}" for d in delays], [f"{(i - 8) / 6:.3g}" for i in range(8)])
-        told = (f"Mean error of its masked joints {statistics.mean(errors['guess']):.3g}, by the "
-                f"mean pose {statistics.mean(errors['mean']):.3g}, in the units of the data")
+        told = (f"Mean error of its masked joints {statistics.mean(errors['guess']):.3g}, of the "
+                f"mean pose over the training set {statistics.mean(errors['mean']):.3g}, in")
         self.assertIn(told, text_of(self.folder, "report.html"))
         for wanted in ("1000", "9" * 5000, "nobody"):
             self.refused("no test sequence", self.trained, "--no-tsne", "--sequence", wanted)
@@ -379,8 +378,8 @@ class FigureTest(Case):
         return reconstruction.reconstruct(checkpoint, *visualize.read_model(checkpoint), "3", 0)
 
     def test_the_mean_pose_and_the_moving_sequence(self):
-        """The mean pose is that of the training set; the sequence that moves more than nine in ten
-        is found among others that stand still."""
+        """The mean pose is that of the training set; the sequence that moves more than three in
+        four is found among others that stand still."""
         checkpoint = load(self.pretrained)
         data_set = data.load(synthetic_size=60)
         loader = Loader(data_set.train, checkpoint["skeleton"], 2, 100, 8)
@@ -392,10 +391,10 @@ class FigureTest(Case):
         for i in range(len(test)):
             own = slice(int(test.start[i]), int(test.start[i] + test.length[i]))
             middle = test.frames[own].mean(0, keepdim=True)
-            share = {3: 1.0, 5: 0.5}.get(i, 0.01)
+            share = {3: 1.0, 4: 1.0, 5: 0.1, 6: 1.0}.get(i, 0.001)
             test.frames[own] = middle + share * (test.frames[own] - middle)
         slow = Loader(test, checkpoint["skeleton"], 2, 100, 8)
-        self.assertEqual(reconstruction.moving(slow), 5)  # 3 moves most: one in ten
+        self.assertEqual(reconstruction.moving(slow), 5)  # three of twelve move more
 
     def test_label_share(self):
         """A point a cell at the mean of its lines, an interval by Student; what is no such file is

@@ -44,7 +44,7 @@ def parse(argv=None) -> argparse.Namespace:
         help="ids or names to look at more closely; default: five of the rarer half, drawn")
     add("--class-names", metavar="FILE", help="text file with a class name a line, in label order")
     add("--sequence", help="test sequence to reconstruct, name or number from 0; default: one with "
-                           "more motion than nine in ten")
+                           "more motion than three in four")
     add("--seed", type=int, default=0, help="seed of everything that is drawn")
     add("--no-tsne", action="store_true", help="leave t-SNE out")
     add("--labels", metavar="CSV", help="draw label-share.svg alone, from lines of share,arm,"
@@ -106,6 +106,11 @@ def read_two(folder: str, other: str) -> list:
 
 def data_name(run: Run) -> str:
     return os.path.basename(run.checkpoint["settings"]["data"]) or "built-in stick figures"
+
+
+def share_of_labels(run: Run) -> str:
+    share = run.checkpoint["settings"]["label_fraction"]
+    return f", {100 * share:g} % of the labels" if share < 1 else ""
 
 
 def read_checkpoint(path: str) -> dict:
@@ -194,17 +199,19 @@ def told(run: Run) -> dict:
     settings, metrics = checkpoint["settings"], outputs["metrics"]
     model = train_finetune.new_model(checkpoint["model_settings"], settings["linear_probe"],
                                      len(outputs["classes"]))
-    share = settings["label_fraction"]
-    labelled = f" ({100 * share:g} % of the labels)" if share < 1 else ""
+    loaded = settings["encoder_lr_scale"] if settings["ckpt"] else 1
+    slower = f", of loaded weights {loaded * settings['lr']:.3g}" if loaded != 1 else ""
     score = "{:.2f} % ({:.1f} to {:.1f})"
     hits, count = int(run.counts.diagonal().sum()), int(run.counts.sum())
     answers = {
         "data": ", ".join(filter(None, (data_name(run), " / ".join(checkpoint["pair"])))),
         "classes": len(outputs["classes"]),
-        "sequences": f"{int(outputs['train_counts'].sum()):,} training{labelled}, {count:,} test",
+        "sequences": f"{int(outputs['train_counts'].sum()):,} training, {count:,} test",
+        "labels used": f"{100 * settings['label_fraction']:g} %",
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million",
         "seed": settings["seed"],
         "start": settings["ckpt"] or "random weights",
+        "learning rate": f"{settings['lr']:g}{slower}",
         "top-1": score.format(metrics["top1"], *interval(hits, count)),
         "mean class accuracy": score.format(metrics["mean_class"], *class_interval(run.counts))}
     if "top5" in metrics:
@@ -229,14 +236,15 @@ def facts(runs: list) -> Figure:
 
 
 def commands(runs: list, pretraining: dict | None) -> Figure:
-    cells = [[run.title or "fine-tuning", command_line(run.checkpoint)] for run in runs]
+    cells = [[", ".join(filter(None, ("fine-tuning", run.title))), command_line(run.checkpoint)]
+             for run in runs]
     if pretraining:
         cells.insert(0, ["pre-training", command_line(pretraining)])
     return table("The commands", "", "", cells, 0)
 
 
 def curves(runs: list, pretraining: dict | None) -> Figure:
-    """What was measured from epoch to epoch, its last value in words; a dot if in one alone."""
+    """What was measured in more than one epoch, its last value in words."""
     finetuned = [(run.title, run.checkpoint["log"]) for run in runs]
     pretrained = [("", pretraining["log"])] if pretraining else []
     panels = []
@@ -245,7 +253,7 @@ def curves(runs: list, pretraining: dict | None) -> Figure:
             ("finetune-accuracy", finetuned, "top-1 accuracy, %", {"top1": ""}, ""),
             ("finetune-rate", finetuned, "learning rate", {"lr": ""}, "y"),
             ("pretrain-loss", pretrained, "pre-training loss", {"loss": ""}, ""),
-            ("pretrain-error", pretrained, "joint error, units of the data",
+            ("pretrain-error", pretrained, "joint error",
              {"joint_error": "model", "mean_pose_error": "mean pose",
               "neighbour_error": "neighbours"}, "")):
         series = []
@@ -257,9 +265,14 @@ def curves(runs: list, pretraining: dict | None) -> Figure:
                     label = f"{word or title or 'last'} {points[-1][1]:.4g}"
                     style = f"line c{(0, 3, 6)[len(series)]}"
                     series.append(Series(points, style, LINE, label))
-        if series:
-            panels.append(plot(name, series, "epoch", y_label, 310, 150, log))
-    return Figure("Training", "", "", panels)
+        if any(len(one.points) > 1 for one in series):
+            panels.append(plot(name, series, "epoch", y_label, 270, 130, log))
+    caption = "In legends: the last value. Learning rate: of the new layers." * bool(panels)
+    if panels and panels[-1].name == "pretrain-error":
+        caption += (" Joint error: mean distance of masked joints from where they are, in the units"
+                    " of the data; of the model, of the mean pose over the training set, and of the"
+                    " mean of the nearest visible joints.")
+    return Figure("Training", "", caption, panels)
 
 
 # ------------------------------------------------------------------------------------------ classes
@@ -283,8 +296,8 @@ def confusion_matrix(counts: Tensor, labels: list, ids: list, room: float) -> Pa
     K = len(counts)
     cell = min(34, room / K)
     names = labels if cell >= 10 else ids
-    longest = min(max(map(len, names)), 24)
-    left, top, side = 34 + 6 * longest, 8, cell * K
+    longest = min(max(map(len, names)), 16)
+    left, top, side = 30 + 6 * longest, 8, cell * K
     right, bottom = left + side, top + side
     body = path([(left, top), (right, top), (right, bottom), (left, bottom), (left, top)], "grid")
     numbers = ""  # above all cells
@@ -292,30 +305,31 @@ def confusion_matrix(counts: Tensor, labels: list, ids: list, room: float) -> Pa
     for i, total in enumerate(counts.sum(1).tolist()):
         y = top + i * cell
         if i % math.ceil(8 / cell) == 0:  # so many names fit
-            body += text(left - 5, y + cell / 2 + 3.5, names[i], size, 24)
-            body += text(left + (i + 0.5) * cell + 3.5, bottom + 8, names[i], size, 24, -60)
+            body += text(left - 5, y + cell / 2 + 3.5, names[i], size, 16)
+            body += text(left + (i + 0.5) * cell + 3.5, bottom + 8, names[i], size, 16, -60)
         for j in counts[i].nonzero().flatten().tolist():
             x = left + j * cell
             share = float(counts[i, j]) / total
             tip = (f"{clean(labels[i], 30)}: {counts[i, j]} of {total} taken for "
                    f"{clean(labels[j], 30)} ({100 * share:.0f} %)")
             square = f"h{cell:.4g}v{cell:.4g}h-{cell:.4g}z"
-            body += path([(x, y)], "heat", square, tip, f' fill-opacity="{max(share, 0.06):.2f}"')
-            if cell >= 20:
+            fill = f' fill-opacity="{0.12 + 0.88 * share:.2f}"'
+            body += path([(x, y)], "heat", square, tip, fill)
+            if cell >= 17:
                 style = "small mid on" if share > 0.7 else "small mid"
                 numbers += text(x + cell / 2, y + cell / 2 + 3.5, f"{100 * share:.0f}", style)
     below = bottom + 26 + 5.4 * longest
     body += text(left + side / 2, below, "predicted class", "mid")
     body += text(13, top + side / 2, "true class", "mid", turn=-90) + numbers
-    return Panel("confusion", max(right + 10, 480), below + 8, body)
+    return Panel("confusion", max(right + 10, 400), below + 8, body)
 
 
 def confusions(runs: list, labels: list, ids: list) -> Figure:
-    room = 320 if len(runs) == 2 or len(ids) <= 14 else 720
+    room = 260 if len(runs) == 2 or len(ids) <= 14 else 720
     panels = side_by_side(runs, lambda run: confusion_matrix(run.counts, labels, ids, room))
     totals = runs[0].counts.sum(1).tolist()
     caption = ("Percent of a true class's test sequences by predicted class, fuller colours are "
-               f"more; {sum(totals):,} sequences, counts on hover.")
+               f"more, blank is none; {sum(totals):,} sequences, counts on hover.")
     if 0 in totals:
         caption += f" Empty rows: {totals.count(0)} without test sequences."
     return Figure("Confusion matrix", "supplement Fig. 4", caption, panels)
@@ -334,7 +348,7 @@ def class_rows(name: str, order: list, labels: list, draw, x_label: str, average
         series += [one for i, c in enumerate(own) for one in draw(c, -i)]
         series.append(Series([(min(reach), 0), (max(reach), 0)], "", LINE))  # unseen: one scale
         tall = (15 + 5 * max(len(averages), 1)) * len(own)
-        panels.append(plot(name, series, x_label, "", 480, tall, rows=[labels[c] for c in own]))
+        panels.append(plot(name, series, x_label, "", tall=tall, rows=[labels[c] for c in own]))
     return panels
 
 
@@ -397,12 +411,14 @@ def scatter(name: str, points: Tensor, classes: Tensor, names: dict, axes: list)
     ids = {}  # of more classes than a legend holds: cell of a 20 x 20 grid -> the id shown there
     for i, (c, (id, label)) in enumerate(names.items()):
         own = points[classes == c]
-        colour = i % 7
-        mark = MARKS[(i + i // 7) % 6]  # 42 classes in a row differ in colour or mark
+        if not len(own):
+            continue
+        colour = i % 8
+        mark = MARKS[(colour + i // 8) % 6]  # 48 classes differ in colour or mark
         style = f"c{colour} dot" if mark == DOT else f"c{colour} mark"
         in_legend = label if len(names) <= 20 else ""
         series.append(Series(own.tolist(), style, mark, in_legend, clean(label)))
-        if len(names) > 20 and len(own):
+        if len(names) > 20:
             middle = own.median(0).values
             cell = tuple(((middle - low) / (high - low) * 20).int().tolist())
             ids.setdefault(cell, Series([middle.tolist()], "small bold mid halo", TEXT, tip=id))
@@ -443,7 +459,7 @@ def features(runs: list, names: dict, with_tsne: bool, seed: int):
                      f"{perplexity:.3g}, divergence {' and '.join(divergences)}.", panels)
 
 
-def chosen_classes(run: Run, chosen: list, names: dict) -> Figure:
+def chosen_classes(run: Run, chosen: list, how: str, names: dict) -> Figure:
     """Three principal components of the features before the classifier, fitted to the chosen
     classes, in two views."""
     inside = torch.isin(run.outputs["labels"], torch.tensor(chosen))
@@ -451,13 +467,14 @@ def chosen_classes(run: Run, chosen: list, names: dict) -> Figure:
         raise DataError("the test set holds no sequence of these classes; expected other --classes")
     labels = run.outputs["labels"][inside]
     shown = {c: names[c] for c in chosen if c in names}
+    coloured = names if len(names) <= 20 else shown  # as in the figure before, if that has a legend
     points, share = pca(run.outputs["features"][inside], 3)
     axes = axes_of(share)
-    panels = [scatter("chosen-pca", points[:, [0, k]], labels, shown, [axes[0], axes[k]])
+    panels = [scatter("chosen-pca", points[:, [0, k]], labels, coloured, [axes[0], axes[k]])
               for k in (1, 2)]
     of_run = f" of the run {run.title}" if run.title else ""
     caption = (f"Principal components fitted to the {len(points)} test sequences of these classes"
-               f"{of_run}: from the front and from above.")
+               f"{of_run}: from the front and from above. The classes are {how}.")
     return Figure(f"Features of {len(shown)} classes, three components", "supplement Fig. 4",
                   caption, panels)
 
@@ -574,12 +591,14 @@ def main(argv=None):
 
     figures = [facts(runs), commands(runs, pretraining), curves(runs, pretraining),
                confusions(runs, labels, ids), class_accuracy(runs, labels)]
+    figures = [figure for figure in figures if figure.panels or figure.table]
     sizes = run.outputs["train_counts"]
     if sizes.max() > 1.5 * sizes.min():
         figures.append(class_sizes(sizes, chosen if asked.classes else [], labels))
     figures += features(runs, named, not asked.no_tsne, asked.seed)
     if asked.classes or len(ids) > 5:  # five or fewer are all in the figure before
-        figures.append(chosen_classes(run, chosen, named))
+        how = "those of --classes" if asked.classes else "drawn from the rarer half of all"
+        figures.append(chosen_classes(run, chosen, how, named))
     if asked.classes:
         cells = [["class", "training sequences", "test sequences",
                   *(f"{one.title} accuracy, %".lstrip() for one in runs)]]
@@ -594,7 +613,8 @@ def main(argv=None):
         figures.append(reconstruction(pretraining, *read_model(pretraining), asked.sequence,
                                       asked.seed))
     scores = [f"{one.outputs['metrics']['top1']:.2f} % top-1" for one in runs]
-    title = f"SkeletonMAE on {data_name(run)}: {scores[0]}"
+    title = f"SkeletonMAE on {data_name(run)}{share_of_labels(run)}: "
+    title += ", ".join(f"{score} {one.title}".rstrip() for one, score in zip(runs, scores))
     write_report(asked.out or asked.run, title, figures)
     if asked.compare:
         print(", ".join(f"{one.title}: {score}" for one, score in zip(runs, scores)))
