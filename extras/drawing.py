@@ -11,7 +11,7 @@ from typing import NamedTuple
 LINE = ""  # how the points of a Series are drawn: joined, as words, or each by a relative SVG path
 TEXT, DOT = "text", "h0"
 MARKS = (DOT, "m-4 0h8m-4-4v8", "m-3-3h6v6h-6z", "m0-4l4 7h-8z", "m-3-3l6 6m0-6l-6 6",
-         "m0-4l4 4-4 4-4-4z")
+         "m0-4l4 4-4 4-4-4z", "m-4 0h8", "m0 4l4-7h-8z")
 COLOURS = "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9 #777 #222".split()  # Okabe, Ito
 DARK = {"#222": "#e4e4e4", "#fff": "#16181c", "#666": "#aaa", "#e2e2e2": "#33373d", "#ccc": "#888",
         "#05a": "#56b4e9", "#0072b2": "#2b8fd0", "#d55e00": "#f0803c", "#56b4e9": "#8fd3ff"}
@@ -30,7 +30,7 @@ STYLE = themed("""text{fill:#222}.grey{fill:#666}.paper,.on{fill:#fff}.heat{fill
 text,body{font:12px/1.5 Helvetica,Arial,"Liberation Sans",sans-serif}.small{font-size:11px}
 .tiny{font-size:8px}.bold{font-weight:bold}.mid{text-anchor:middle}.end{text-anchor:end}
 .halo{stroke-width:3px;paint-order:stroke;stroke-linejoin:round}.mark{fill-opacity:.25}
-.grid,.bar,.dash,.line,.bone,.joint{fill:none}.soft{opacity:.55}.dash{stroke-dasharray:5 3}
+.grid,.bar,.dash,.line,.bone,.joint{fill:none}.soft{opacity:.7}.dash{stroke-dasharray:5 3}
 .mark{stroke-width:1.2}.line{stroke-width:1.8}.bone{stroke-width:2}.dot{stroke-width:5.6}
 .joint,.hole{stroke-width:5}.ring{stroke-width:8}.bar{stroke-width:12}
 .joint,.dot,.bone{stroke-linecap:round}"""
@@ -42,7 +42,7 @@ figure{margin:0;width:min(100%,480px);break-inside:avoid}figure.wide{width:100%}
 figure div{display:flex;flex-wrap:wrap;align-items:end;gap:14px;overflow-x:auto}
 div::-webkit-scrollbar{height:9px}div::-webkit-scrollbar-thumb{background:#8889}svg{height:auto}
 figcaption{font-size:13px;margin-top:6px}table{border-collapse:collapse;font-size:14px}
-td{min-width:5em;overflow-wrap:anywhere}td:first-child{white-space:nowrap}code{display:inline-block}
+td{min-width:5em}td+td{overflow-wrap:anywhere}code{display:inline-block;margin-right:.4em}
 td,th{text-align:left;vertical-align:top;padding:3px 14px 3px 0;border-bottom:1px solid #8884}"""
 
 # Files of a report; where a figure has more panels than one, -2, -3 and so on follow the name.
@@ -198,9 +198,9 @@ def write_report(out: str, title: str, figures: list):
         where = f" <small>{where}</small>" if where else ""
         caption = f"<figcaption>{clean(caption, 900)}</figcaption>" if caption else ""
         body += f"<figure{wide}><h2>{heading}{where}</h2><div>{content}</div>{caption}</figure>"
-    page = Path(out, "report.html")
+    page, title = Path(out, "report.html"), clean(title, 160).replace(" %", "&nbsp;%")
     page.write_text('<!doctype html><html lang="en"><meta charset="utf-8">'
                     '<meta name="viewport" content="width=device-width">'
-                    f"<title>{clean(title, 160)}</title><style>{STYLE}{PAGE}</style>"
-                    f"<h1>{clean(title, 160)}</h1><main>{body}</main></html>\n", encoding="utf-8")
+                    f"<title>{title}</title><style>{STYLE}{PAGE}</style>"
+                    f"<h1>{title}</h1><main>{body}</main></html>\n", encoding="utf-8")
     print(f"{page} and {sum(len(one.panels) for one in figures)} panels as .svg beside it")

@@ -200,7 +200,7 @@ def told(run: Run) -> dict:
     model = train_finetune.new_model(checkpoint["model_settings"], settings["linear_probe"],
                                      len(outputs["classes"]))
     loaded = settings["encoder_lr_scale"] if settings["ckpt"] else 1
-    slower = f", of loaded weights {loaded * settings['lr']:.3g}" if loaded != 1 else ""
+    slower = f", loaded layers {loaded * settings['lr']:.3g}" if loaded != 1 else ""
     score = "{:.2f} % ({:.1f} to {:.1f})"
     hits, count = int(run.counts.diagonal().sum()), int(run.counts.sum())
     answers = {
@@ -231,7 +231,8 @@ def facts(runs: list) -> Figure:
         points = f"{mean:+.2f} points ({mean - half:+.1f} to {mean + half:+.1f})"
         cells.append(["top-1, difference", points.replace("-", "−"), ""])
     caption = ("Last epoch, one model, no test-time augmentation. In brackets: 95 % intervals over "
-               "the test sequences; other seeds are not in them.")
+               "the test sequences; other seeds are not in them. Below, figures and tables are "
+               "numbered as those of Yan et al. (ICCV 2023) that show the same.")
     return table("The run" if len(runs) == 1 else "The runs", "", caption, cells, len(runs) - 1)
 
 
@@ -244,7 +245,7 @@ def commands(runs: list, pretraining: dict | None) -> Figure:
 
 
 def curves(runs: list, pretraining: dict | None) -> Figure:
-    """What was measured in more than one epoch, its last value in words."""
+    """What was measured in more than two epochs, its last value in words."""
     finetuned = [(run.title, run.checkpoint["log"]) for run in runs]
     pretrained = [("", pretraining["log"])] if pretraining else []
     panels = []
@@ -261,11 +262,14 @@ def curves(runs: list, pretraining: dict | None) -> Figure:
             for column, word in columns.items():
                 points = [(row["epoch"], row[column]) for row in rows
                           if column in row and (row[column] > 0 or not log)]
-                if points:
-                    label = f"{word or title or 'last'} {points[-1][1]:.4g}"
-                    style = f"line c{(0, 3, 6)[len(series)]}"
-                    series.append(Series(points, style, LINE, label))
-        if any(len(one.points) > 1 for one in series):
+                if len(points) > 2:
+                    styles = ("line c0", "dash c6", "dash c7") if word else ("line c0", "line c3")
+                    label = f"{word or title or 'last'} {points[-1][1]:#.4g}"
+                    label = title if log else label  # a rate ends near 0
+                    series.append(Series(points, styles[len(series)], LINE, label))
+        if series:
+            heights = [y for one in series for _, y in one.points]
+            log = log if max(heights) > 30 * min(heights) else ""
             panels.append(plot(name, series, "epoch", y_label, 270, 130, log))
     caption = "In legends: the last value. Learning rate: of the new layers." * bool(panels)
     if panels and panels[-1].name == "pretrain-error":
@@ -296,7 +300,8 @@ def confusion_matrix(counts: Tensor, labels: list, ids: list, room: float) -> Pa
     K = len(counts)
     cell = min(34, room / K)
     names = labels if cell >= 10 else ids
-    longest = min(max(map(len, names)), 16)
+    limit = 16 if room < 300 else 24
+    longest = min(max(map(len, names)), limit)
     left, top, side = 30 + 6 * longest, 8, cell * K
     right, bottom = left + side, top + side
     body = path([(left, top), (right, top), (right, bottom), (left, bottom), (left, top)], "grid")
@@ -305,8 +310,8 @@ def confusion_matrix(counts: Tensor, labels: list, ids: list, room: float) -> Pa
     for i, total in enumerate(counts.sum(1).tolist()):
         y = top + i * cell
         if i % math.ceil(8 / cell) == 0:  # so many names fit
-            body += text(left - 5, y + cell / 2 + 3.5, names[i], size, 16)
-            body += text(left + (i + 0.5) * cell + 3.5, bottom + 8, names[i], size, 16, -60)
+            body += text(left - 5, y + cell / 2 + 3.5, names[i], size, limit)
+            body += text(left + (i + 0.5) * cell + 3.5, bottom + 8, names[i], size, limit, -60)
         for j in counts[i].nonzero().flatten().tolist():
             x = left + j * cell
             share = float(counts[i, j]) / total
@@ -317,7 +322,8 @@ def confusion_matrix(counts: Tensor, labels: list, ids: list, room: float) -> Pa
             body += path([(x, y)], "heat", square, tip, fill)
             if cell >= 17:
                 style = "small mid on" if share > 0.7 else "small mid"
-                numbers += text(x + cell / 2, y + cell / 2 + 3.5, f"{100 * share:.0f}", style)
+                number = f"{100 * share:.0f}" if share >= 0.005 else "<1"
+                numbers += text(x + cell / 2, y + cell / 2 + 3.5, number, style)
     below = bottom + 26 + 5.4 * longest
     body += text(left + side / 2, below, "predicted class", "mid")
     body += text(13, top + side / 2, "true class", "mid", turn=-90) + numbers
@@ -328,8 +334,10 @@ def confusions(runs: list, labels: list, ids: list) -> Figure:
     room = 260 if len(runs) == 2 or len(ids) <= 14 else 720
     panels = side_by_side(runs, lambda run: confusion_matrix(run.counts, labels, ids, room))
     totals = runs[0].counts.sum(1).tolist()
-    caption = ("Percent of a true class's test sequences by predicted class, fuller colours are "
-               f"more, blank is none; {sum(totals):,} sequences, counts on hover.")
+    caption = ("Percent of a true class's test sequences by predicted class, blank: none; "
+               f"{sum(totals):,} sequences.")
+    if labels[0].startswith("class "):
+        caption += " The data has no class names; --class-names gives them."
     if 0 in totals:
         caption += f" Empty rows: {totals.count(0)} without test sequences."
     return Figure("Confusion matrix", "supplement Fig. 4", caption, panels)
@@ -337,14 +345,14 @@ def confusions(runs: list, labels: list, ids: list) -> Figure:
 
 def class_rows(name: str, order: list, labels: list, draw, x_label: str, averages: dict) -> list:
     """A row for each class in `order`, at most 30 a panel: draw(class, y) -> its series. averages:
-    CSS class of a dashed line across all rows -> where."""
+    CSS class of a dashed line across all rows -> (where, its label)."""
     size = math.ceil(len(order) / math.ceil(len(order) / 30))
     reach = [x for c in order for one in draw(c, 0) for x, _ in one.points]
     panels = []
     for first in range(0, len(order), size):
         own = order[first:first + size]
-        series = [Series([(x, 0.5), (x, 0.5 - len(own))], f"dash {colour}", LINE)
-                  for colour, x in averages.items()]
+        series = [Series([(x, 0.5), (x, 0.5 - len(own))], f"dash {colour}", LINE, label)
+                  for colour, (x, label) in averages.items()]
         series += [one for i, c in enumerate(own) for one in draw(c, -i)]
         series.append(Series([(min(reach), 0), (max(reach), 0)], "", LINE))  # unseen: one scale
         tall = (15 + 5 * max(len(averages), 1)) * len(own)
@@ -368,17 +376,16 @@ def class_accuracy(runs: list, labels: list) -> Figure:
             yield Series([(share, place)], f"joint {colour}", tip=tip)
 
     averages = {}
-    told = []
-    for run, (colour, own), word in zip(runs, hits.items(), ("blue", "orange")):
+    spreads = []
+    for run, (colour, own) in zip(runs, hits.items()):
         accuracies = [100 * own[c] / totals[c] for c in tested]
-        averages[colour], spread = statistics.mean(accuracies), statistics.pstdev(accuracies)
-        who = f"{run.title}, {word}: " if run.title else ""
-        told.append(f"{who}average {averages[colour]:.1f} %, spread ±{spread:.1f} points")
+        mean = statistics.mean(accuracies)
+        averages[colour] = mean, f"{run.title} mean {mean:.2f} %".lstrip()
+        spreads.append(f"{statistics.pstdev(accuracies):.1f}")
     order = sorted(tested, key=lambda c: -hits["c0"][c] / totals[c])
     panels = class_rows("class-accuracy", order, labels, draw, "accuracy, %", averages)
-    caption = "; ".join(told)
-    caption = (f"{caption[0].upper()}{caption[1:]} (standard deviation over classes). Dashed: "
-               "average. Lines through dots: 95 % intervals.")
+    caption = (f"Lines through dots: Wilson's 95 % intervals. Standard deviation over classes: "
+               f"{' and '.join(spreads)} points.")
     if len(tested) < len(labels):
         caption += f" Left out: {len(labels) - len(tested)} without test sequences."
     return Figure("Accuracy of each class", "supplement Fig. 2", caption, panels)
@@ -414,7 +421,7 @@ def scatter(name: str, points: Tensor, classes: Tensor, names: dict, axes: list)
         if not len(own):
             continue
         colour = i % 8
-        mark = MARKS[(colour + i // 8) % 6]  # 48 classes differ in colour or mark
+        mark = MARKS[(i + i // 8) % 8]  # 64 classes differ in colour or mark
         style = f"c{colour} dot" if mark == DOT else f"c{colour} mark"
         in_legend = label if len(names) <= 20 else ""
         series.append(Series(own.tolist(), style, mark, in_legend, clean(label)))
@@ -455,8 +462,9 @@ def features(runs: list, names: dict, with_tsne: bool, seed: int):
         perplexity = min(30, (len(kept) - 1) / 3)
         divergences = []
         panels = side_by_side(runs, draw_tsne)
-        yield Figure("Features, t-SNE", "supplement Fig. 1", f"The same {shown}. Perplexity "
-                     f"{perplexity:.3g}, divergence {' and '.join(divergences)}.", panels)
+        caption = (f"The same {shown}. Perplexity {perplexity:.3g}, Kullback-Leibler divergence "
+                   f"{' and '.join(divergences)}.")
+        yield Figure("Features, t-SNE", "supplement Fig. 1", caption, panels)
 
 
 def chosen_classes(run: Run, chosen: list, how: str, names: dict) -> Figure:
@@ -467,14 +475,14 @@ def chosen_classes(run: Run, chosen: list, how: str, names: dict) -> Figure:
         raise DataError("the test set holds no sequence of these classes; expected other --classes")
     labels = run.outputs["labels"][inside]
     shown = {c: names[c] for c in chosen if c in names}
-    coloured = names if len(names) <= 20 else shown  # as in the figure before, if that has a legend
+    coloured = names if len(names) <= 8 else shown  # as in the figure before, if all differ
     points, share = pca(run.outputs["features"][inside], 3)
     axes = axes_of(share)
     panels = [scatter("chosen-pca", points[:, [0, k]], labels, coloured, [axes[0], axes[k]])
               for k in (1, 2)]
     of_run = f" of the run {run.title}" if run.title else ""
     caption = (f"Principal components fitted to the {len(points)} test sequences of these classes"
-               f"{of_run}: from the front and from above. The classes are {how}.")
+               f"{of_run}, in two views. {how}")
     return Figure(f"Features of {len(shown)} classes, three components", "supplement Fig. 4",
                   caption, panels)
 
@@ -597,7 +605,8 @@ def main(argv=None):
         figures.append(class_sizes(sizes, chosen if asked.classes else [], labels))
     figures += features(runs, named, not asked.no_tsne, asked.seed)
     if asked.classes or len(ids) > 5:  # five or fewer are all in the figure before
-        how = "those of --classes" if asked.classes else "drawn from the rarer half of all"
+        how = "" if asked.classes else ("Five classes, sampled from the half with the fewest "
+                                        "training sequences; --classes names others.")
         figures.append(chosen_classes(run, chosen, how, named))
     if asked.classes:
         cells = [["class", "training sequences", "test sequences",
