@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import mmap
-import os
 import pickle
 import re
 import struct
@@ -134,10 +133,6 @@ def product(a, b):
     """a b, (N, I, J) and (N, J, K). On a GPU as a sum, for a @ b may round factors to ten bits."""
     return (a[..., None] * b[:, None]).sum(2) if a.is_cuda else a @ b
 
-def mean_joint(pose, joints):
-    """Mean of some joints, (..., V) -> (...). Without an index list, for which a GPU would wait."""
-    return torch.stack([pose[..., joint] for joint in joints]).mean(0)
-
 @dataclass(frozen=True)
 class Augmentation:
     """Random changes of a normalised sequence, one draw for all its frames but for the noise."""
@@ -170,16 +165,15 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     random: one affine map a sequence. seen: bool (N, M, T, V), of persons out of sight nothing;
     present: bool (N, M), on the device of x; absent persons stay all zero.
 
-    The origin is the mean of the centre joints over frames and persons in sight: one for both
-    persons, or their distance would vanish; center "frame": one for each frame, which drops the
-    path. The unit is the root mean square distance of the seen joints from it: the size of the body
-    and of its path. up "z": z-up data are turned to y-up first. 3D sequences are turned about the
-    vertical so that the first person's left and right shoulders and hips lie along x on average,
-    the left at larger x: the camera's place drops out. box: instead (with turn: too) each axis is
-    stretched to -1 to 1 at the end, as in CTR-GCN's feeder.
+    The origin is the mean of the centre joints over frames and persons in sight, one for both;
+    center "frame": one for each frame, which drops the path. The unit is the root mean square
+    distance of the seen joints from it. up "z": z-up data are turned to y-up first. 3D sequences
+    are turned about the vertical so that the first person's left and right shoulders and hips lie
+    along x on average, the left at larger x. box: instead (with turn: too) each axis is stretched
+    to -1 to 1 at the end, as in CTR-GCN's feeder.
     Returns (x, seen, unit (N,), or (N, C) for the axes of a box, in units of the file)."""
     C, N = channels, len(x)
-    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+    precision = torch.promote_types(x.dtype, torch.float32)
     in_frame = seen.any(3)                               # (N, M, T)
     # (N, C + 1, M, T, V): a plane a coordinate, and one that is 1 where someone is present
     planes = x.new_empty(N, C + 1, *x.shape[1:4], dtype=precision)
@@ -188,8 +182,8 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     if up == "z" and C == 3:
         planes[:, 1:3] = torch.stack([planes[:, 2], -planes[:, 1]], 1)
 
-    def in_sight(joints):
-        return mean_joint(planes, joints) * in_frame[:, None]  # (N, C + 1, M, T)
+    def in_sight(joints):  # their mean, (N, C + 1, M, T); for an index list a GPU would wait
+        return torch.stack([planes[..., j] for j in joints]).mean(0) * in_frame[:, None]
 
     total = in_sight(skeleton["centre"]).sum(2)        # over persons
     if center == "sequence":
@@ -248,7 +242,8 @@ def normalise(x, skeleton, channels, frames, marks=None, score=False, **view):
     if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[3] != V or x.shape[4] not in (C, C + 1):
         raise ValueError(f"{expected}; got {type(x).__name__} {tuple(getattr(x, 'shape', ()))}")
     marks = marks or {"places": [[0.0] * C], "origin": []}
-    seen = x[..., C] > 0 if x.shape[4] > C else seen_without_scores(x, marks["origin"])
+    seen = x[..., C] > 0 if x.shape[4] > C else (x != 0).any(-1)
+    seen[..., marks["origin"]] = seen.any(-1, keepdim=True)
     x = x[..., :C + score]
     if not torch.compiler.is_compiling() and not (x.isfinite().all() and seen.any()):
         raise ValueError(f"{expected}, with joints of scores above 0")
@@ -348,13 +343,6 @@ class Loader:
         return Batch(x, data.label[here], present, seen, index, target, unit)
 
 # ------------------------------------------------------------ readers: presence and missing joints
-
-def seen_without_scores(position, origin):
-    """A joint is missing where all its coordinates are exactly 0, but for the origin of centred
-    data, which is seen where another joint is. (..., V, C) -> bool (..., V)."""
-    seen = (position != 0).any(-1)
-    seen[..., origin] = seen.any(-1, keepdim=True)
-    return seen
 
 def find_marks(data: Sequences, channels, scored):
     """How a file marks what is missing. `places`: where joints of score 0 stand that have no
@@ -566,11 +554,6 @@ class _Array:
         _, shape, dtype, fortran, data = state
         self.tensor = array(data, dtype.code, shape, fortran)
 
-def _frombuffer(data, dtype, shape, order):
-    made = _Array()
-    made.tensor = array(data, dtype.code, shape, order == "F")
-    return made
-
 def _scalar(dtype, data):
     if dtype.code[:2] == "<U":  # a string
         return data.decode("utf-32-le").rstrip("\0")
@@ -581,7 +564,8 @@ ALLOWED = {  # all that a pickle can call; numpy 2 writes numpy._core for numpy.
     "numpy.dtype": _DType,
     "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
     "numpy.core.multiarray.scalar": _scalar,
-    "numpy.core.numeric._frombuffer": _frombuffer,
+    "numpy.core.numeric._frombuffer": lambda data, dtype, shape, order: array(
+        data, dtype.code, shape, order == "F"),
     "_codecs.encode": lambda text, _: text.encode("latin1"),
 }
 
@@ -676,12 +660,12 @@ def from_annotations(annotations, score=False, channels=None, persons=None, spli
 
 def from_pyskl(path, score=False, channels=None, persons=None):
     """PYSKL's pickle, {"split": {name: [frame_dir]}, "annotations": [...]}, the bare list of
-    annotations, or one of them. An annotation is a dict with `keypoint` (M, T, V, C) and, all
-    optional, `label`, `keypoint_score` (M, T, V) and `frame_dir`, or an array alone."""
+    annotations, or one of them: a dict (docs/data.md) or an array."""
     with open(path, "rb") as file:
         content = _Unpickler(file).load()
-    if isinstance(content, _Array) and content.tensor.dim() == 4:
-        content = list(content.tensor)  # as many sequences, as a caller's array would be
+    content = getattr(content, "tensor", content)
+    if isinstance(content, Tensor) and content.dim() == 4:
+        content = list(content)  # as many sequences, as a caller's array would be
     if not isinstance(content, dict) or "keypoint" in content:
         content = {"annotations": content if isinstance(content, list) else [content]}
     return from_annotations(content.get("annotations"), score, channels, persons,
@@ -747,9 +731,8 @@ def find_split(splits, wanted):
     elif wanted:
         fits = [pair for pair in pairs if wanted in (*pair, pair[0].removesuffix("_train"))]
     elif pairs:
-        fits = [pair for pair in pairs if pair[0] in ("xsub_train", "train")]
-        if len({name for name, _ in pairs}) == 1:
-            fits = pairs
+        alone = len({name for name, _ in pairs}) == 1
+        fits = [pair for pair in pairs if alone or pair[0] in ("xsub_train", "train")]
     else:
         fits = [(name, "") for name in splits if name == "train" or len(splits) == 1]
     if not fits:
@@ -760,20 +743,10 @@ def find_split(splits, wanted):
 
 # --------------------------------------------------------------------- readers: .pt, layouts, load
 
-def read_torch(path):
-    """torch.load of plain tensors and settings; nothing in the file is run."""
-    with open(path, "rb") as file:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise almost anything
-            asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-            why = f"it asks for {asked[1]}, which is never loaded" if asked else brief(error)
-            raise DataError(f"no file of plain tensors by torch.save ({why})") from None
-
 def from_pt(path, channels, persons):
     """A dict saved by torch: x_train, x_test lists of tensors (T, M, V, C), or (T, V, C) of one
     person, or one tensor (N, T, M, V, C); y_train, y_test labels; classes their names."""
-    content, annotations, splits = read_torch(path), [], {}
+    content, annotations, splits = torch.load(path, "cpu", weights_only=True), [], {}
     for half in ("train", "test"):
         x = content.get(f"x_{half}", ())
         splits[half] = [f"{half}[{i}]" for i in range(len(x))]
@@ -789,17 +762,11 @@ def load_skeleton(layout):
         return SKELETONS[layout]
     if not layout.endswith(".json"):
         raise DataError(f"unknown layout {layout}; expected {', '.join(SKELETONS)}, or a JSON file")
-    with open(layout) as file:
-        try:
-            return make_skeleton(**json.load(file))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise DataError(f"{layout} is no skeleton layout ({brief(error)})") from None
-
-def brief(error):
-    return f"{type(error).__name__}: {error}"[:300]  # DataError puts it on one line
+    with reading(layout, "a skeleton layout"), open(layout) as file:
+        return make_skeleton(**json.load(file))
 
 @contextlib.contextmanager
-def reading(path):
+def reading(path, expected="CTR-GCN's npz, PYSKL's pickle or a .pt dict"):
     """Any reader's error becomes a DataError of one line that names the file; OSError stays."""
     try:
         yield
@@ -808,8 +775,10 @@ def reading(path):
     except Exception as error:  # a damaged file can make its reader raise almost anything
         if isinstance(error, MemoryError) or getattr(error, "filename", None):
             raise
-        raise DataError(f"{path} is damaged or of another format ({brief(error)}); expected "
-                        "CTR-GCN's npz, PYSKL's pickle or a .pt dict") from None
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch.load says it amid much advice
+        why = f"asks for {asked[1]}" if asked else f"{type(error).__name__}: {error}"[:300]
+        raise DataError(f"{path} is damaged or of another format ({why}); expected {expected}"
+                        ) from None
 
 def read(path, score=False, skeleton=None, channels=None, persons=None, marks=None):
     """The sequences of a file, by the ending of its name. score: keep the scores as a last channel;
@@ -847,7 +816,7 @@ def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1
     skeleton = skeleton or (load_skeleton(layout) if layout else None)
     with reading(path):
         if path:
-            content = read(os.fspath(path), score, skeleton)
+            content = read(str(path), score, skeleton)
         else:
             figures = stick_figures(synthetic_size)
             content = complete(Content({"": figures}, 2, classes=list(ACTIONS)))

@@ -57,8 +57,7 @@ def make_skeleton(joints, edges, parts, centre, pairs=None):
             "parts": {name: list(joints) for name, joints in parts.items()}}
 
 def built_in(joints, chains, parts, centre):
-    """A layout with chains of bones, as "0 1 3, 0 2 4", and the six body parts V0 to V5 (paper
-    3.1.2) in their order."""
+    """A layout of chains of bones, "0 1 3, 0 2 4", and of the body parts V0 to V5 (paper 3.1.2)."""
     chains, parts = ([[int(joint) for joint in group.split()] for group in text.split(",")]
                      for text in (chains, parts))
     edges = [edge for chain in chains for edge in zip(chain, chain[1:])]
@@ -146,8 +145,7 @@ def normalized_adjacency(edges, num_joints):
     return inverse_root[:, None] * adjacency * inverse_root[None, :]
 
 def bone_parents(skeleton):
-    """The parent of every joint in the tree of bones, (V,) indices, by breadth-first search; the
-    root, and joints that no path joins to it, are their own."""
+    """The parent of every joint in the tree of bones, (V,), breadth first; without one, itself."""
     root = skeleton["centre"][0]
     parents, queue = {root: root}, [root]
     for joint in queue:  # grows on the way
@@ -165,12 +163,8 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, h):
         return super().forward(h.flatten(0, -2)).view(h.shape)
 
-class PReLU(nn.Module):
+class PReLU(nn.PReLU):
     """max(x, 0) + a min(x, 0), one learnable slope a. torch's own backward is slow on a CPU."""
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([0.25]))
-
     def forward(self, x):
         slope = self.weight.to(x.dtype)
         return F.prelu(x, slope) if x.is_cuda else torch.lerp(x, F.relu(x), 1 - slope)
@@ -193,16 +187,14 @@ class GraphEncoder(nn.Module):
     person. Shape: (V, P, T, D) -> (V, P, T, H)."""
     def __init__(self, adjacency, width, hidden, layers=3, dropout=0.2):
         super().__init__()
-        self.layers = nn.ModuleList(GraphConvolution(adjacency, hidden if i else width, hidden)
-                                    for i in range(layers))
+        self.layers = nn.Sequential(*(GraphConvolution(adjacency, hidden if i else width, hidden)
+                                      for i in range(layers)))
         self.dropout = dropout
 
     def forward(self, h):
         if self.training and self.dropout:
             h = h * F.dropout(torch.ones_like(h[:, :, :1]), self.dropout)
-        for layer in self.layers:
-            h = layer(h)
-        return h
+        return self.layers(h)
 
 # --------------------------------------------------------------------- attention, temporal pooling
 
@@ -248,11 +240,9 @@ def three_frames(x, dilation, stride):
     return [x[..., first:first + T:stride, :] for first in (0, dilation, 2 * dilation)]
 
 class TemporalPooling(nn.Module):
-    """Multi-scale temporal pooling like the dilated multi-branch temporal convolution of CTR-GCN,
-    whose kernels span 5 frames where these span 3. A 1x1 convolution with batch norm and ReLU,
-    whose channels split into four branches: three frames, three frames at dilation 2, the maximum
-    of three frames, and the frame itself; joined, batch norm, plus the input, ReLU. A convolution
-    over frames is one matrix product: cuDNN would plan anew for every number of persons.
+    """Multi-scale temporal pooling in four branches like the dilated multi-branch temporal
+    convolution of CTR-GCN, whose kernels span 5 frames where these span 3. A convolution over
+    frames is one matrix product: cuDNN would plan anew for every number of persons.
     Shape: (V, P, T, D) -> (V, P, ceil(T / stride), D)."""
     def __init__(self, width, stride=1):
         super().__init__()
@@ -347,15 +337,11 @@ class JointEmbedding(nn.Module):
         V, P, T, _ = x.shape
         x = x.to(self.joint.dtype)
         position, score = x[..., :self.channels], x[..., self.channels:]
+        inputs = {"position": position, "motion": F.pad(position.diff(dim=2), (0, 0, 0, 1)),
+                  "bone": position - position[self.parents], "score": score}
         streams = []
         for name, norm in self.norms.items():
-            if name == "motion":
-                stream = F.pad(position.diff(dim=2), (0, 0, 0, 1))
-            elif name == "bone":
-                stream = position - position[self.parents]
-            else:
-                stream = position if name == "position" else score
-            stream = norm(stream.permute(1, 2, 0, 3).flatten(2))  # (P, T, V C): per joint, channel
+            stream = norm(inputs[name].permute(1, 2, 0, 3).flatten(2))  # (P, T, V C)
             stream = stream.view(P, T, V, -1).permute(2, 0, 1, 3)
             if mask is not None and name == "bone":
                 stream = stream.masked_fill(mask[self.parents][..., None, None], 0)
@@ -393,28 +379,23 @@ def draw_mask(num, skeleton, parts=("right_arm", "right_leg"), num_parts=0, rati
     each sequence; else `num_parts` > 0 masks as many whole body parts, drawn for each sequence;
     else the named `parts` are masked. Never all joints and never none: ValueError."""
     V, names = len(skeleton["joints"]), list(skeleton["parts"])
-    if ratio:
-        count = round(ratio * V)
-        if not 0 < count < V:
-            raise ValueError(f"a mask ratio of {ratio} hides {count} of {V} joints; expected at "
-                             "least one and not all")
-        return torch.rand(num, V, generator=generator).argsort(1) < count  # a random order a row
     members = torch.tensor([[joint in part for joint in range(V)]
                             for part in skeleton["parts"].values()])  # (parts, V)
-    if num_parts:
-        if not 0 < num_parts <= len(names):
-            raise ValueError(f"cannot mask {num_parts} of {len(names)} body parts")
+    if ratio:  # of a random order a row
+        mask = torch.rand(num, V, generator=generator).argsort(1) < round(ratio * V)
+    elif num_parts:
         chosen = torch.rand(num, len(names), generator=generator).argsort(1)[:, :num_parts]
+        mask = members[chosen].any(1)
     else:
         unknown = [part for part in parts if part not in names]
         if unknown or not parts:
             raise ValueError(f"no body part {', '.join(unknown) or 'named'}; this skeleton has "
                              f"{', '.join(names)}: choose with mask_parts, mask_num_parts or "
                              "mask_ratio")
-        chosen = torch.tensor([[names.index(part) for part in parts]]).expand(num, -1)
-    mask = members[chosen].any(1)
-    if mask.all(1).any():
-        raise ValueError("these body parts are all joints; at least one joint must stay visible")
+        mask = members[[names.index(part) for part in parts]].any(0).repeat(num, 1)
+    if mask.all(1).any() or not mask.any(1).all():
+        raise ValueError(f"a mask of all {V} joints or of none, by mask_ratio {ratio}, "
+                         f"mask_num_parts {num_parts} or mask_parts {', '.join(parts)}")
     return mask
 
 def selected_mean(error, selected):
@@ -471,11 +452,8 @@ class SkeletonMAE(nn.Module):
     and `spread` (V,) are of each joint over the training set, in the units of the target: its mean
     and the root mean square distance from it.
 
-    The target of a masked joint j is ((x - mean_j) / spread_j, 1), homogeneous coordinates: fixed,
-    so it cannot collapse as a learned embedding could, and a zero error means the right position,
-    as it would not with the cosine of raw coordinates. Without mean and spread all targets would
-    point nearly the same way, and the error of the mean pose would be close to zero. Joints that
-    were not seen never count in the loss.
+    The target of a masked joint j is ((x - mean_j) / spread_j, 1), homogeneous coordinates: a zero
+    error means the right position (docs/choices.md). Joints not seen never count in the loss.
 
     Ours, not the paper's: strl, arguments of STRLStack, whose layers are then pre-trained in the
     encoder's place, by a SequenceDecoder and the `displacement` of all seen joints; the scripts
@@ -486,7 +464,7 @@ class SkeletonMAE(nn.Module):
         super().__init__()
         self.skeleton, self.channels, self.beta = skeleton, channels, beta
         self.masking = {"parts": mask_parts, "num_parts": mask_num_parts, "ratio": mask_ratio}
-        draw_mask(1, skeleton, **self.masking, generator=torch.Generator())  # refuses early
+        self.draw(1, torch.Generator())  # refuses early
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
         self.register_buffer("mean", torch.zeros(len(skeleton["joints"]), channels))
         self.register_buffer("spread", torch.ones(len(skeleton["joints"])))
@@ -505,7 +483,6 @@ class SkeletonMAE(nn.Module):
         self.features_width = width if self.stacked else hidden
 
     def draw(self, num, generator=None):
-        """Masks of `num` sequences, bool (num, V): True is masked."""
         return draw_mask(num, self.skeleton, **self.masking, generator=generator)
 
     def encode(self, packed, packing: Packing, masked=None):
@@ -647,9 +624,6 @@ class STRLStack(nn.Module):
         if persons not in (1, 2):
             raise ValueError(f"{persons} persons a sequence; expected 1 or 2")
         self.stride = stride ** (strl_layers - 1)
-        if self.stride > frames:
-            raise ValueError(f"these STRL layers leave one of {self.stride} frames, and there are "
-                             f"{frames}; expected fewer layers or a smaller stride")
         self.position = nn.Parameter(0.02 * torch.randn(frames, width))
         strides = [stride] * (strl_layers - 1) + [1]
         self.layers = nn.ModuleList(STRL(adjacency, width, hidden, persons, stride, **layer)
@@ -663,19 +637,17 @@ class STRLStack(nn.Module):
 
 class SkeletonClassifier(nn.Module):
     """The paper's Skeleton Sequence Learning model (SSL): joint embedding, STRLStack, pooling, and
-    an MLP of one hidden layer, 2 H wide. About 1.5 M parameters (S A) for 60 classes, most of them
-    in the attention blocks, which see one token a frame where the encoder sees V. Further keywords:
-    see STRLStack and STRL."""
+    an MLP of one hidden layer, 2 H wide; about 1.5 M parameters (S A) for 60 classes. Further
+    keywords: see STRLStack and STRL."""
     def __init__(self, skeleton, channels, classes, persons=1, frames=64, width=64, hidden=128,
-                 head_dropout=0.0, motion=False, bone=False, score=False, **strl):
+                 motion=False, bone=False, score=False, **strl):
         super().__init__()
         self.skeleton, self.channels, self.persons = skeleton, channels, persons
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
         self.embedding.mask_token.requires_grad_(False)  # nothing is masked here
         self.strl = STRLStack(adjacency, width, hidden, persons, frames, **strl)
-        self.hidden_layer = nn.Sequential(nn.Linear(2 * width, 2 * hidden), nn.ReLU(),
-                                          nn.Dropout(head_dropout))
+        self.hidden_layer = nn.Sequential(nn.Linear(2 * width, 2 * hidden), nn.ReLU())
         self.head = nn.Linear(2 * hidden, classes)
 
     def features(self, x, present=None):
@@ -692,24 +664,21 @@ class SkeletonClassifier(nn.Module):
         """Copies the joint embedding and the encoder of a SkeletonMAE state dict, the encoder into
         every STRL layer; or, where STRL layers were pre-trained, these as they are. Returns the
         names of the loaded tensors; raises ValueError where one does not fit."""
+        targets = [f"strl.layers.{i}.encoder." for i in range(len(self.strl.layers))]
         if "encoder.position" in state:
             targets = ["strl."]
-        else:
-            targets = [f"strl.layers.{i}.encoder." for i in range(len(self.strl.layers))]
-        loaded = {}
-        for name, value in state.items():
-            if name.startswith("embedding."):
-                loaded[name] = value
-            elif name.startswith("encoder."):
-                loaded |= {target + name.removeprefix("encoder."): value for target in targets}
+        loaded = {name: value for name, value in state.items() if name.startswith("embedding.")}
+        for target in targets:
+            loaded |= {name.replace("encoder.", target, 1): value for name, value in state.items()
+                       if name.startswith("encoder.")}
         own = {name: value for name, value in self.state_dict().items()
                if name.startswith(("embedding.", *targets))}
-        for name in sorted(own.keys() | loaded.keys()):
-            shapes = [tuple(d[name].shape) if name in d else "absent" for d in (own, loaded)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"the pre-trained weights do not fit: {name} is {shapes[0]} here "
-                                 f"and {shapes[1]} there; expected the same skeleton, streams, "
-                                 "widths and layers, of STRL layers the same persons and frames")
+        here, there = ({(name, *value.shape) for name, value in d.items()} for d in (own, loaded))
+        if here != there:
+            raise ValueError(f"the pre-trained weights do not fit: {min(here - there, default='')} "
+                             f"here, {min(there - here, default='')} there; expected the same "
+                             "skeleton, streams, widths and layers, of STRL layers the same "
+                             "persons and frames")
         self.load_state_dict(loaded, strict=False)
         return sorted(loaded)
 

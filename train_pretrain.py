@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 
-from data import Augmentation, DataError, Dataset, Loader, load, read_torch
+from data import Augmentation, DataError, Dataset, Loader, load, reading
 from skeletonmae import Packing, SkeletonMAE
 import torch
 from torch import Tensor
@@ -530,14 +530,12 @@ def read_checkpoint(path, kinds):
     """A checkpoint of one of these kinds ("pretrain", "finetune"), on the CPU."""
     if not os.path.exists(path):
         raise DataError(f"there is no {path} yet; expected one by train_{kinds[0]}.py")
-    try:
-        checkpoint = read_torch(path)
-        if checkpoint["kind"] in kinds and checkpoint["digest"]:  # which earlier versions lack
-            return checkpoint
-        why = f"it holds a {checkpoint['kind']} run"
-    except (DataError, KeyError, TypeError, IndexError) as error:
-        why = error
-    raise DataError(f"{path} is no {' or '.join(kinds)} checkpoint of these scripts ({why})")
+    expected = f"a {' or '.join(kinds)} checkpoint of this version"
+    with reading(path, expected):
+        checkpoint = torch.load(path, "cpu", weights_only=True)
+        if checkpoint["kind"] not in kinds or not checkpoint["digest"]:
+            raise DataError(f"it holds a {checkpoint['kind']} run; expected {expected}")
+    return checkpoint
 
 def restore(checkpoint, model, optimizer):
     """Takes an interrupted run up again. Returns (the epoch to go on with, the log so far)."""
@@ -558,12 +556,11 @@ def check_fit(checkpoint, data: Dataset, settings):
         raise DataError(f"the checkpoint is of {checkpoint['layout']} {theirs[1:]} (coordinates, "
                         f"persons, scores), got {data.layout} {ours[1:]}; expected the same")
     if checkpoint["digest"] != data.digest:
-        same = sum(checkpoint["digest"]) == sum(data.digest)
-        found = "another split of the data" if same else "other data"
+        found = "other data"
+        if sum(checkpoint["digest"]) == sum(data.digest):
+            found = "another split of the data: its training sequences may be tested here"
         if settings.resume:
             raise DataError(f"the checkpoint is of {found}; --resume expects the same")
-        if same:
-            found += ": its training sequences may be among the test sequences here"
         print(f"note: the checkpoint is of {found}")
 
 class Progress:
