@@ -132,8 +132,8 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
     drawn = masking["mask_ratio"] or masking["mask_num_parts"]
     what = "drawn at random" if drawn else ", ".join(masking["mask_parts"])
     caption = (f"Test sequence {found.name:.60}, {int(masked.sum())} of {V} joints masked "
-               f"({what}; rings). Blue: predicted joints, over the true pose in "
-               "grey. The sequence moves more than three in four. "
+               f"({what}; rings). Lines: the graph's edges; blue: predicted, over "
+               "the true pose in grey. The sequence moves more than three in four. "
                f"Mean error of its masked joints {error:.3g}, of the mean pose over the training "
                f"set {mean_error:.3g}, in the units of the data")
     for row in [row for row in checkpoint["log"] if "joint_error" in row][-1:]:
