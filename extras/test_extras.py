@@ -365,14 +365,16 @@ class FigureTest(Case):
         across = [float(x) for pose in poses for x in re.findall(r"[ML]([-.\d]+) ", pose)]
         self.assertAlmostEqual(max(across), 62, delta=0.6)  # what is put back is in the picture
         self.assertAlmostEqual(min(across), -62, delta=0.6)
-        self.assertEqual(moving.count('class="frame'), 8)
-        self.assertEqual(moving.count('class="frame still"'), 1)  # what unmoved pages show
-        self.assertIn("(prefers-reduced-motion:reduce){.frame{animation:none}.still{visibility:"
-                      "visible}}", moving)
-        delays = sorted({float(d) for d in re.findall(r"animation-delay:([-.\d]+)s", moving)})
-        self.assertEqual([f"{d:.3g}" for d in delays], [f"{(i - 8) / 6:.3g}" for i in range(8)])
-        told = (f"Mean error of its masked joints {statistics.mean(errors['guess']):.3g}, of the "
-                f"mean pose over the training set {statistics.mean(errors['mean']):.3g}, in")
+        columns = re.findall(r'<g transform="translate\((\d+) ', moving)  # frames side by side
+        self.assertEqual([int(x) for x in columns], [x + 400 * i for i in range(8)
+                                                     for x in (68, 200, 332)])
+        self.assertIn("steps(8) infinite", moving)
+        still = int(re.search(r"\.film{transform:translateX\((-?\d+)px\)", moving)[1])
+        self.assertIn(still, range(-2800, 1, 400))  # the frame that unmoved pages show
+        self.assertIn("translateX(-3200px)", moving)
+        self.assertIn("(prefers-reduced-motion:reduce){.film{animation:none}}", moving)
+        told = (f"Mean error of masked joints: model {statistics.mean(errors['guess']):.3g}, mean "
+                f"pose of the training set {statistics.mean(errors['mean']):.3g}, in")
         self.assertIn(told, text_of(self.folder, "report.html"))
         for wanted in ("1000", "9" * 5000, "nobody"):
             self.refused("no test sequence", self.trained, "--no-tsne", "--sequence", wanted)

@@ -154,8 +154,14 @@ def read_class_names(path: str | None, K: int) -> list:
     return names
 
 
+def uneven(run: Run) -> bool:
+    sizes = run.outputs["train_counts"]
+    return bool(sizes.max() > 1.5 * sizes.min())
+
+
 def choose_classes(wanted: list, ids: list, names: list, run: Run, seed: int) -> list:
-    """The classes asked for, or five drawn from the rarer half of those that the test set holds."""
+    """The classes asked for, or five drawn from those that the test set holds, of uneven ones the
+    rarer half."""
     for word in wanted:
         if word not in ids + names:
             raise DataError(f"no class {word}; ids run from {ids[0]} to {ids[-1]}")
@@ -163,7 +169,7 @@ def choose_classes(wanted: list, ids: list, names: list, run: Run, seed: int) ->
         return list(dict.fromkeys((ids + names).index(word) % len(ids) for word in wanted))
     rarest_first = run.outputs["train_counts"].argsort(stable=True).tolist()
     tested = [c for c in rarest_first if run.counts[c].any()]
-    half = tested[:max(len(tested) // 2, 5)]
+    half = tested[:max(len(tested) // 2, 5)] if uneven(run) else tested
     order = torch.randperm(len(half), generator=torch.Generator().manual_seed(seed))
     return sorted(half[i] for i in order[:5].tolist())
 
@@ -231,8 +237,8 @@ def facts(runs: list) -> Figure:
         points = f"{mean:+.2f} points ({mean - half:+.1f} to {mean + half:+.1f})"
         cells.append(["top-1, difference", points.replace("-", "−"), ""])
     caption = ("Last epoch, one model, no test-time augmentation. In brackets: 95 % intervals over "
-               "the test sequences; other seeds are not in them. Below, figures and tables are "
-               "numbered as those of Yan et al. (ICCV 2023) that show the same.")
+               "the test sequences; other seeds are not in them. Grey words beside the "
+               "headings: the figures of Yan et al. (ICCV 2023) of the same kind.")
     return table("The run" if len(runs) == 1 else "The runs", "", caption, cells, len(runs) - 1)
 
 
@@ -273,9 +279,9 @@ def curves(runs: list, pretraining: dict | None) -> Figure:
             panels.append(plot(name, series, "epoch", y_label, 270, 130, log))
     caption = "In legends: the last value. Learning rate: of the new layers." * bool(panels)
     if panels and panels[-1].name == "pretrain-error":
-        caption += (" Joint error: mean distance of masked joints from where they are, in the units"
-                    " of the data; of the model, of the mean pose over the training set, and of the"
-                    " mean of the nearest visible joints.")
+        caption += (" Joint error: mean distance of masked test joints from their true places, in "
+                    "the units of the data, as predicted by the model, by the mean pose of the "
+                    "training set, and by the mean of their nearest visible neighbours.")
     return Figure("Training", "", caption, panels)
 
 
@@ -322,7 +328,8 @@ def confusion_matrix(counts: Tensor, labels: list, ids: list, room: float) -> Pa
             body += path([(x, y)], "heat", square, tip, fill)
             if cell >= 17:
                 style = "small mid on" if share > 0.7 else "small mid"
-                number = f"{100 * share:.0f}" if share >= 0.005 else "<1"
+                number = f"{100 * share:.0f}"
+                number = {"0": "<1", "100": ">99" if share < 1 else "100"}.get(number, number)
                 numbers += text(x + cell / 2, y + cell / 2 + 3.5, number, style)
     below = bottom + 26 + 5.4 * longest
     body += text(left + side / 2, below, "predicted class", "mid")
@@ -475,16 +482,16 @@ def chosen_classes(run: Run, chosen: list, how: str, names: dict) -> Figure:
         raise DataError("the test set holds no sequence of these classes; expected other --classes")
     labels = run.outputs["labels"][inside]
     shown = {c: names[c] for c in chosen if c in names}
-    coloured = names if len(names) <= 8 else shown  # as in the figure before, if all differ
+    coloured = names if len(names) <= 20 else shown  # as in the figure before, if that has a legend
     points, share = pca(run.outputs["features"][inside], 3)
     axes = axes_of(share)
     panels = [scatter("chosen-pca", points[:, [0, k]], labels, coloured, [axes[0], axes[k]])
               for k in (1, 2)]
-    of_run = f" of the run {run.title}" if run.title else ""
-    caption = (f"Principal components fitted to the {len(points)} test sequences of these classes"
-               f"{of_run}, in two views. {how}")
-    return Figure(f"Features of {len(shown)} classes, three components", "supplement Fig. 4",
-                  caption, panels)
+    caption = (f"Principal components fitted to the {len(points):,} test sequences of these "
+               f"classes, in two views. {how}")
+    title = ", ".join(filter(None, (f"Features of {len(shown)} classes, three components",
+                                    run.title)))
+    return Figure(title, "supplement Fig. 4", caption, panels)
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -601,12 +608,12 @@ def main(argv=None):
                confusions(runs, labels, ids), class_accuracy(runs, labels)]
     figures = [figure for figure in figures if figure.panels or figure.table]
     sizes = run.outputs["train_counts"]
-    if sizes.max() > 1.5 * sizes.min():
+    if uneven(run):
         figures.append(class_sizes(sizes, chosen if asked.classes else [], labels))
     figures += features(runs, named, not asked.no_tsne, asked.seed)
     if asked.classes or len(ids) > 5:  # five or fewer are all in the figure before
-        how = "" if asked.classes else ("Five classes, sampled from the half with the fewest "
-                                        "training sequences; --classes names others.")
+        rare = " from the half with the fewest training sequences" if uneven(run) else ""
+        how = "" if asked.classes else f"Five classes, sampled{rare}; others by --classes."
         figures.append(chosen_classes(run, chosen, how, named))
     if asked.classes:
         cells = [["class", "training sequences", "test sequences",
