@@ -161,7 +161,8 @@ class NumberTest(unittest.TestCase):
                          [(str(c), f"{accuracy[c]:.1f}") for c in order])
         mean = statistics.mean(accuracy.values())
         spread = statistics.pstdev(accuracy.values())
-        self.assertIn(f"Average {mean:.1f} %, spread ±{spread:.1f} points", drawn.caption)
+        self.assertIn(f">mean {mean:.2f} %</text>", drawn.panels[0].body)
+        self.assertIn(f"Standard deviation over classes: {spread:.1f} points", drawn.caption)
         self.assertIn("Left out: 1 ", drawn.caption)
 
     def test_intervals(self):
