@@ -337,11 +337,15 @@ class JointEmbedding(nn.Module):
         V, P, T, _ = x.shape
         x = x.to(self.joint.dtype)
         position, score = x[..., :self.channels], x[..., self.channels:]
-        inputs = {"position": position, "motion": F.pad(position.diff(dim=2), (0, 0, 0, 1)),
-                  "bone": position - position[self.parents], "score": score}
         streams = []
         for name, norm in self.norms.items():
-            stream = norm(inputs[name].permute(1, 2, 0, 3).flatten(2))  # (P, T, V C)
+            if name == "motion":
+                stream = F.pad(position.diff(dim=2), (0, 0, 0, 1))
+            elif name == "bone":
+                stream = position - position[self.parents]
+            else:
+                stream = position if name == "position" else score
+            stream = norm(stream.permute(1, 2, 0, 3).flatten(2))  # (P, T, V C): per joint, channel
             stream = stream.view(P, T, V, -1).permute(2, 0, 1, 3)
             if mask is not None and name == "bone":
                 stream = stream.masked_fill(mask[self.parents][..., None, None], 0)
@@ -379,23 +383,28 @@ def draw_mask(num, skeleton, parts=("right_arm", "right_leg"), num_parts=0, rati
     each sequence; else `num_parts` > 0 masks as many whole body parts, drawn for each sequence;
     else the named `parts` are masked. Never all joints and never none: ValueError."""
     V, names = len(skeleton["joints"]), list(skeleton["parts"])
+    if ratio:
+        count = round(ratio * V)
+        if not 0 < count < V:
+            raise ValueError(f"a mask ratio of {ratio} hides {count} of {V} joints; expected at "
+                             "least one and not all")
+        return torch.rand(num, V, generator=generator).argsort(1) < count  # a random order a row
     members = torch.tensor([[joint in part for joint in range(V)]
                             for part in skeleton["parts"].values()])  # (parts, V)
-    if ratio:  # of a random order a row
-        mask = torch.rand(num, V, generator=generator).argsort(1) < round(ratio * V)
-    elif num_parts:
+    if num_parts:
+        if not 0 < num_parts <= len(names):
+            raise ValueError(f"cannot mask {num_parts} of {len(names)} body parts")
         chosen = torch.rand(num, len(names), generator=generator).argsort(1)[:, :num_parts]
-        mask = members[chosen].any(1)
     else:
         unknown = [part for part in parts if part not in names]
         if unknown or not parts:
             raise ValueError(f"no body part {', '.join(unknown) or 'named'}; this skeleton has "
                              f"{', '.join(names)}: choose with mask_parts, mask_num_parts or "
                              "mask_ratio")
-        mask = members[[names.index(part) for part in parts]].any(0).repeat(num, 1)
-    if mask.all(1).any() or not mask.any(1).all():
-        raise ValueError(f"a mask of all {V} joints or of none, by mask_ratio {ratio}, "
-                         f"mask_num_parts {num_parts} or mask_parts {', '.join(parts)}")
+        chosen = torch.tensor([[names.index(part) for part in parts]]).expand(num, -1)
+    mask = members[chosen].any(1)
+    if mask.all(1).any():
+        raise ValueError("these body parts are all joints; at least one joint must stay visible")
     return mask
 
 def selected_mean(error, selected):
@@ -483,6 +492,7 @@ class SkeletonMAE(nn.Module):
         self.features_width = width if self.stacked else hidden
 
     def draw(self, num, generator=None):
+        """Masks of `num` sequences, bool (num, V): True is masked."""
         return draw_mask(num, self.skeleton, **self.masking, generator=generator)
 
     def encode(self, packed, packing: Packing, masked=None):
@@ -624,6 +634,9 @@ class STRLStack(nn.Module):
         if persons not in (1, 2):
             raise ValueError(f"{persons} persons a sequence; expected 1 or 2")
         self.stride = stride ** (strl_layers - 1)
+        if self.stride > frames:
+            raise ValueError(f"these STRL layers leave one of {self.stride} frames, and there are "
+                             f"{frames}; expected fewer layers or a smaller stride")
         self.position = nn.Parameter(0.02 * torch.randn(frames, width))
         strides = [stride] * (strl_layers - 1) + [1]
         self.layers = nn.ModuleList(STRL(adjacency, width, hidden, persons, stride, **layer)
@@ -673,12 +686,12 @@ class SkeletonClassifier(nn.Module):
                        if name.startswith("encoder.")}
         own = {name: value for name, value in self.state_dict().items()
                if name.startswith(("embedding.", *targets))}
-        here, there = ({(name, *value.shape) for name, value in d.items()} for d in (own, loaded))
-        if here != there:
-            raise ValueError(f"the pre-trained weights do not fit: {min(here - there, default='')} "
-                             f"here, {min(there - here, default='')} there; expected the same "
-                             "skeleton, streams, widths and layers, of STRL layers the same "
-                             "persons and frames")
+        for name in sorted(own.keys() | loaded.keys()):
+            shapes = [tuple(d[name].shape) if name in d else "absent" for d in (own, loaded)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"the pre-trained weights do not fit: {name} is {shapes[0]} here "
+                                 f"and {shapes[1]} there; expected the same skeleton, streams, "
+                                 "widths and layers, of STRL layers the same persons and frames")
         self.load_state_dict(loaded, strict=False)
         return sorted(loaded)
 

@@ -124,7 +124,7 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
     for i, layers in enumerate(poses):
         body += text(68 + 400 * i, height + 58, f"frame {frames[i] + 1} of {T}", "small mid grey")
         for x, layer in zip((68, 200, 332), layers):
-            body += (f'<g transform="translate({x + 400 * i} {34 + height / 2:.4g})">{layer}</g>')
+            body += f'<g transform="translate({x + 400 * i} {34 + height / 2:.4g})">{layer}</g>'
     body += "</g>"
 
     masking = checkpoint["model_settings"]
