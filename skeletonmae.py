@@ -502,7 +502,7 @@ class SkeletonMAE(nn.Module):
 
     def decode(self, encoded, frames):
         """Features of the encoder -> homogeneous coordinates (V, P, T, C + 1), as the target has
-        them, by one graph layer (paper 3.1.3). With STRL layers a SequenceDecoder does, an encoded
+        them, by one graph layer (paper 3.1.1). With STRL layers a SequenceDecoder does, an encoded
         frame holds `stride` frames, and coordinate C + 1 is 1."""
         prediction = self.head(self.decoder(encoded)).float()
         if not self.stacked:
