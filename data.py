@@ -533,6 +533,8 @@ def from_npz(path, skeleton, persons):
         N, T, columns = x.shape
         frames = x.reshape(N * T, *divide_columns(columns, skeleton))
         if persons:
+            if frames.shape[1] > persons:
+                raise DataError(f"{frames.shape[1]} persons a sequence; expected {persons} at most")
             frames = F.pad(frames, (0, 0, 0, 0, 0, persons - frames.shape[1]))
         seen = torch.cat([(part != 0).any(-1) for part in frames.split(4096)])
         label = read_labels(arrays.get(f"y_{half}"), N)
@@ -799,24 +801,25 @@ def complete(content: Content, marks=None):
     if content.scored and not any(half.seen.any() for half in halves):
         raise DataError("no joint score is above 0; expected 1 for a joint that is there, 0 for a "
                         "missing one, or a confidence")
-    content.marks = find_marks(halves[0], content.channels, content.scored)
-    for mark, values in (marks or {}).items():
-        found = content.marks[mark]
-        found += [value for value in values if value not in found]
+    found = find_marks(halves[0], content.channels, content.scored)
+    if marks:  # in a few sequences a missing joint looks like the origin
+        found["origin"] = marks["origin"]
+        found["places"] += [place for place in marks["places"] if place not in found["places"]]
+    content.marks = found
     for half in halves:
         tidy(half, content.marks, content.scored, content.repairs)
     return content
 
 def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1600, score=False,
-         skeleton=None, pair=()):
+         skeleton=None, pair=(), marks=None):
     """Reads a data set, divides it, and finds its layout. Without a path: the built-in stick
     figures. score: keep the scores as a last channel; skeleton, pair: those of a checkpoint, where
-    layout and split name no others. Raises DataError for what is in a file, OSError for the
-    file."""
+    layout and split name no others; marks: those of a checkpoint to test. Raises DataError for what
+    is in a file, OSError for the file."""
     skeleton = skeleton or (load_skeleton(layout) if layout else None)
     with reading(path):
         if path:
-            content = read(str(path), score, skeleton)
+            content = read(str(path), score, skeleton, marks=marks)
         else:
             figures = stick_figures(synthetic_size)
             content = complete(Content({"": figures}, 2, classes=list(ACTIONS)))

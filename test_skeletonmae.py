@@ -318,7 +318,7 @@ class LayerTest(Case):
             expected[i, j] = 1 / math.sqrt(degree[i] * degree[j])
             expected[j, i] = expected[i, j]
         close(self.adjacency, expected)
-        model = SkeletonMAE(COCO, 2).double()  # 3 encoder layers and 1 decoder layer (paper 3.1.3)
+        model = SkeletonMAE(COCO, 2).double()  # 3 encoder layers and 1 decoder layer (paper 3.1.1)
         buffers = {name: b.dtype for name, b in model.named_buffers() if "adjacency" in name}
         self.assertEqual(list(buffers.values()), [torch.float64] * 4)
         self.assertFalse(buffers.keys() & model.state_dict().keys())
@@ -867,6 +867,9 @@ class ReaderTest(Case):
                 (ctr_gcn(y_train=torch.ones(2, 2)), r"labels \(2, 2\).*one-hot"),
                 (ctr_gcn(x_test=torch.ones(1, 3, 150)), "same persons.*in the test")):
             self.refused("a.npz", content, words)
+        self.write("a.npz", ctr_gcn(150))
+        with self.assertRaisesRegex(DataError, "2 persons a sequence; expected 1"):
+            data.read("a.npz", persons=1)  # of a checkpoint
 
     def test_pickles_of_numpy(self):
         for version, blob in NUMPY_PICKLES.items():
@@ -1705,7 +1708,10 @@ class Adam(dict):
 class ScriptTest(ScriptCase):
     def test_pretrain_then_finetune(self):
         """Bare --ckpt takes the newest pre-training and its data; log and outputs agree."""
-        self.pretrain(f"{self.data} --epochs 1 --out runs/old")
+        printed = self.pretrain(f"{self.data} --epochs 1 --repeat 1 --out runs/old "
+                                f"{STACK} --recipe small")
+        self.assertIn("--ckpt runs/old/pretrain.pt --recipe small --lr 1e-3 --encoder-lr-scale 0.3",
+                      printed)
         os.utime("runs/old/pretrain.pt", (1, 1))
         self.assertIn("joint_error", self.pretrain(f"{self.data} --epochs 2 --batch-size 8"))
         printed = self.finetune("--ckpt --epochs 3 --batch-size 8")
@@ -1723,6 +1729,8 @@ class ScriptTest(ScriptCase):
         printed = self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --out again")
         self.assertIn(measured.format(**trained["log"][-1]), printed)
         close(load("again/test_outputs.pt")["logits"], outputs["logits"])
+        fp32 = train_finetune.start(dict(ckpt="runs/finetune/finetune.pt", eval_only=True))[0]
+        self.assertIs(fp32.amp, False)  # as it was trained, on any device
 
     def test_fine_tuning_by_hand(self):
         """Three steps of SGD and AdamW written out, each with another learning rate."""
@@ -1960,6 +1968,31 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             with self.assertRaisesRegex(DataError, words):
                 classify([wrong])
 
+    def test_one_sequence_alone(self):
+        """Joints missing at the start of centred data are no origin in a file of few sequences, a
+        placeholder is known by its training data: --predict and --eval-only as in the test."""
+        x = torch.randn(60, 8, 5, 2)
+        x -= x[:, :1, :1]
+        score = torch.ones(60, 8, 5)
+        score[:, :3, 4] = 0
+        for scores, place in ((None, 0.0), (score, 7.0)):
+            x[:, :3, 4] = place
+            annotations = [dict(keypoint=x[n], label=n % 3, frame_dir=f"n{n:02}")
+                           | ({} if scores is None else dict(keypoint_score=scores[n]))
+                           for n in range(60)]
+            annotations[9]["keypoint"][0, 4] += 1  # joint 4 is no origin of these
+            self.write("all.pkl", pickled(annotations, train=[f"n{n:02}" for n in range(50)],
+                                          test=[f"n{n:02}" for n in range(50, 60)]))
+            self.finetune("--data all.pkl --layout five.json --epochs 1 --overwrite")
+            expected = load("runs/finetune/test_outputs.pt")["logits"]
+            few = annotations[48:50] + annotations[50:52]
+            self.write("few.pkl", pickled(few, train=["n48", "n49"], test=["n50", "n51"]))
+            self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --data few.pkl --out few")
+            close(load("few/test_outputs.pt")["logits"], expected[:2])
+            if scores is None:
+                classify = train_finetune.load_classifier("runs/finetune/finetune.pt")
+                close(classify([x[50]])[1], expected[:1].softmax(1))
+
     def test_export(self):
         """normalise and classifier in one program, any number of frames, exact."""
         class Deployed(torch.nn.Module):
@@ -2064,11 +2097,13 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
                                (path, "--center frame"), (x[..., [0, 2, 1]], "--up z")):
             annotations = [dict(keypoint=a, label=0) for a in changed]
             loaded = self.read("a.pkl", pickled(annotations))
-            found = train_pretrain.doubts(loaded, "y")
+            found = train_pretrain.doubts(loaded, {"up": "y"})
             self.assertEqual(bool(found), bool(words))
             self.assertIn(words or "", "; ".join(found))
             self.assertEqual("--up" in "; ".join(found), "--up" in str(words))
-        self.assertEqual(train_pretrain.doubts(loaded, "z"), [])
+        self.assertEqual(train_pretrain.doubts(loaded, {"up": "z"}), [])
+        loaded = self.read("a.pkl", pickled([dict(keypoint=a, label=0) for a in path]))
+        self.assertEqual(train_pretrain.doubts(loaded, {"center": "frame"}), [])
 
     def test_notes(self):
         """A guessed layout, a score among the coordinates, few steps; else none."""

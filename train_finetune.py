@@ -3,7 +3,7 @@
     python train_finetune.py                                  # stick figures, from random weights
     python train_finetune.py --ckpt                           # the newest pre-training, on its data
     python train_finetune.py --ckpt runs/pretrain/pretrain.pt --data ntu60.npz
-    python train_finetune.py --data mine.pkl --recipe small   # a small set: about 4,000 steps
+    python train_finetune.py --data mine.pkl --recipe small   # a small set: 4,000 steps or more
     python train_finetune.py --ckpt --label-fraction 0.1      # a tenth of the labels
     python train_finetune.py --ckpt --linear-probe            # one linear layer on frozen features
     python train_finetune.py --ckpt runs/finetune/finetune.pt --eval-only
@@ -29,8 +29,8 @@ import torch.nn.functional as F
 @dataclass
 class Settings(shared.CommonSettings):
     """Fine-tuning."""
-    ckpt: str = option("", "checkpoint to start from; without a value the newest pre-training; "
-                       "left out: random weights", nargs="?", const="newest")
+    ckpt: str = option("", "checkpoint to start from; without a value the newest in runs; else "
+                       "random weights", nargs="?", const="newest")
     out: str = option("runs/finetune", "folder for checkpoint, log and test outputs")
     eval_only: bool = option(False, "test a fine-tuned --ckpt, train nothing")
     predict: str = option("", "print the classes of the sequences in this file, by a fine-tuned "
@@ -58,7 +58,7 @@ def main(argv=None):
     if settings.predict:
         return predict(settings, source)
     device, rank, world = shared.set_up(settings)
-    data = shared.read_data(settings, source)
+    data = shared.read_data(settings, source, settings.eval_only)
     check_data(settings, source, data)
     if not settings.eval_only:
         shared.keep_unfinished(settings, path)
@@ -157,6 +157,8 @@ def start(typed):
     if typed.get("eval_only"):
         typed.setdefault("out", os.path.dirname(typed["ckpt"]) or ".")
         brought += ("label_fraction", "label_seed")
+        if not source["settings"]["amp"]:
+            typed.setdefault("amp", False)
     settings = shared.settle(Settings, typed, source, fixed, brought)
     return settings, source, os.path.join(settings.out, "finetune.pt")
 

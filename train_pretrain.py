@@ -2,7 +2,7 @@
 
     python train_pretrain.py                                     # built-in stick figures
     python train_pretrain.py --data ntu60.npz                    # supplement A
-    python train_pretrain.py --data mine.pkl --recipe small      # a small set: about 4,000 steps
+    python train_pretrain.py --data mine.pkl --recipe small      # a small set: 4,000 steps or more
     python train_pretrain.py --data ntu60.npz --mask-ratio 0.3   # random joints, not body parts
     python train_pretrain.py --pretrain stack                    # ours: the whole STRL layers
     python train_pretrain.py --resume                            # goes on where it stopped
@@ -40,7 +40,7 @@ class CommonSettings:
     recipe: str = option("paper", "or small: for little data", choices=("paper", "small"))
     data: str = option("", "CTR-GCN's .npz, PYSKL's .pkl, a .pt dict; without it stick figures")
     split: str = option("", "xsub for a pickle's xsub_train and xsub_val, or train_name,test_name")
-    layout: str = option("", "skeleton layout where two fit, or a JSON file with your own")
+    layout: str = option("", "skeleton layout, if the guess is wrong, or a JSON file with your own")
     test_fraction: float = option(0.2, "test share where a file has no split", high=1)
     synthetic_size: int = option(1600, "number of stick figures", low=20, high=20_000)
     frames: int = option(64, "T, frames sampled from each sequence", small=16, low=2)
@@ -62,7 +62,7 @@ class CommonSettings:
     dropout: float = option(0.2, "input feature dropout, supplement A: 0.2", high=0.99)
     blocks: int = option(2, "attention blocks in each STRL layer", small=1)
     stride: int = option(2, "temporal stride between STRL layers", low=1)
-    repeat: int = option(None, "passes an epoch (1; small: for about 4,000 steps in all)", low=1)
+    repeat: int = option(None, "passes an epoch (1; small: for 4,000 steps or more in all)", low=1)
     workers: int = option(0, "loader processes (supplement A: 4; measured slower)")
     eval_every: int = option(10, "epochs between measurements on the test split", low=1)
     seed: int = option(0, "of weights, order, masks and augmentation", high=2**31)
@@ -144,8 +144,10 @@ def main(argv=None):
             log.append(row)
             save(path, "pretrain", model, optimizer, epoch, log, settings, arguments, data)
         progress.show(row)
+    small = settings.recipe == "small"
+    rates = " --lr 1e-3 --encoder-lr-scale 0.3" * (small and settings.pretrain == "stack")
     print(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}"
-          + " --recipe small" * (settings.recipe == "small"))
+          + " --recipe small" * small + rates)
 
 def pretraining_arguments(settings, data: Dataset):
     """What SkeletonMAE takes."""
@@ -400,16 +402,17 @@ def seed_epoch(settings, epoch, rank):
     """Masks and dropout depend on seed, epoch and process alone, so resuming is exact."""
     torch.manual_seed((settings.seed * 100_003 + epoch) * 1_003 + rank)
 
-def read_data(settings, source):
+def read_data(settings, source, tests=False):
     """source: a checkpoint, whose skeleton and splits hold where no other layout or split is typed,
-    or None."""
-    layout, skeleton, pair = settings.layout, None, ()
+    or None; tests: it is tested, so that what is missing is marked as in its own data."""
+    layout, skeleton, pair, marks = settings.layout, None, (), None
     if source:
         pair = source["pair"]
+        marks = source["normalisation"]["marks"] if tests else None
         if settings.layout == source["settings"]["layout"]:
             layout, skeleton = source["layout"], source["skeleton"]
     data = load(settings.data, settings.split, layout, settings.test_fraction,
-                settings.synthetic_size, settings.score, skeleton, pair)
+                settings.synthetic_size, settings.score, skeleton, pair, marks)
     print(f"{settings.data or 'stick figures'}: {data}")
     if source:
         check_fit(source, data, settings)
@@ -453,15 +456,15 @@ def introduce(settings, data: Dataset, model, train: Loader, device):
     if settings.data and not settings.layout:
         print(f"note: {data.layout} is a guess from {len(joints)} joints in {data.channels}D; if "
               f"yours are not {', '.join(joints)}, in this order, give their --layout")
-    for doubt in doubts(data, settings.up):
+    for doubt in doubts(data, view(settings) | {"box": False}):
         print(f"note: {doubt}")
     if steps < 2000 and settings.recipe != "small":
         print(f"note: {steps} steps are little training; for a small set try --recipe small")
 
-def doubts(data: Dataset, up):
+def doubts(data: Dataset, view):
     """What may be a mistake in the data, by 300 training sequences."""
     found, C, hips = [], data.channels, data.skeleton["centre"]
-    batch = next(Loader(data.train, data.skeleton, C, 300, 32, view={"up": up}).epoch())
+    batch = next(Loader(data.train, data.skeleton, C, 300, 32, view=view).epoch())
     place = batch.x[..., :C].mean(3)  # (N, M, T, C)
     path = place.amax(2) - place.amin(2)
     if path[:, 0].norm(dim=-1).median() > 2.6:  # in units of body and path
