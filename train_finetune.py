@@ -224,7 +224,8 @@ def make_optimizer(settings: Settings, model: nn.Module, pretrained):
         group = loaded if name in pretrained else new
         group["params"].append(parameter)
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW([new, loaded], settings.lr, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW([new, loaded], settings.lr, weight_decay=settings.weight_decay,
+                                 fused=True)
     return torch.optim.SGD([new, loaded], settings.lr, settings.momentum,
                            weight_decay=settings.weight_decay, nesterov=settings.nesterov)
 

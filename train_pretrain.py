@@ -104,7 +104,7 @@ def main(argv=None):
     mean, spread, mean_pose = measure_target(loader(settings, data, data.train, forward_size))
     model.mean.copy_(mean)
     model.spread.copy_(spread)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, fused=True)
     first_epoch, log = restore(checkpoint, model, optimizer)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     introduce(settings, data, model, train, device)
