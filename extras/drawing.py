@@ -11,9 +11,9 @@ from typing import NamedTuple
 LINE = ""  # how the points of a Series are drawn: joined, as words, or each by a relative SVG path
 TEXT, DOT = "text", "h0"
 MARKS = (DOT, "m-4 0h8m-4-4v8", "m-3-3h6v6h-6z", "m0-4l4 7h-8z", "m-3-3l6 6m0-6l-6 6",
-         "m0-4l4 4-4 4-4-4z", "m-4 0h8", "m0 4l4-7h-8z")
+         "m0-4l4 4-4 4-4-4z", "m-3-4h6l-6 8h6z", "m0 4l4-7h-8z")
 COLOURS = "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9 #777 #222".split()  # Okabe, Ito
-DARK = {"#222": "#e4e4e4", "#fff": "#16181c", "#666": "#aaa", "#e2e2e2": "#33373d", "#ccc": "#888",
+DARK = {"#222": "#e4e4e4", "#fff": "#16181c", "#666": "#aaa", "#e2e2e2": "#33373d", "#aaa": "#888",
         "#05a": "#56b4e9", "#0072b2": "#2b8fd0", "#d55e00": "#f0803c", "#56b4e9": "#8fd3ff"}
 
 
@@ -25,7 +25,7 @@ def themed(css: str) -> str:
 
 STYLE = themed("""text{fill:#222}.grey{fill:#666}.paper,.on{fill:#fff}.heat{fill:#05a}
 .grid{stroke:#e2e2e2}.halo,.hole{stroke:#fff}.p0{stroke:#222}.p1{stroke:#8c8c8c}
-.true{stroke:#ccc}.ring{stroke:#d55e00}
+.true{stroke:#aaa}.ring{stroke:#d55e00}
 """ + "".join(f".c{i}{{fill:{c};stroke:{c}}}" for i, c in enumerate(COLOURS))) + """
 text,body{font:12px/1.5 Helvetica,Arial,"Liberation Sans",sans-serif}.small{font-size:11px}
 .tiny{font-size:8px}.bold{font-weight:bold}.mid{text-anchor:middle}.end{text-anchor:end}

@@ -133,7 +133,7 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
     caption = (f"Test sequence {found.name:.60}, {int(masked.sum())} of {V} joints masked ({what}):"
                " rings at their true places, blue as predicted, over the true pose in grey. Lines: "
                "the graph's edges. "
-               + "It moves more than three quarters of the test sequences. " * (wanted is None)
+               + "Chosen for moving more than three in four test sequences. " * (wanted is None)
                + f"Mean error of masked joints: model {error:.3g}, mean pose of the training set "
                f"{mean_error:.3g}, in the units of the data")
     for row in [row for row in checkpoint["log"] if "joint_error" in row][-1:]:

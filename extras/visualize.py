@@ -236,9 +236,10 @@ def facts(runs: list) -> Figure:
         mean, half = float(gain.mean()), 1.96 * float(gain.std()) / math.sqrt(len(gain))
         points = f"{mean:+.2f} points ({mean - half:+.1f} to {mean + half:+.1f})"
         cells.append(["top-1, difference", points.replace("-", "−"), ""])
-    caption = ("Last epoch, one model, no test-time augmentation. In brackets: 95 % intervals over "
-               "the test sequences; other seeds are not in them. Grey words beside the "
-               "headings: the figures of Yan et al. (ICCV 2023) of the same kind.")
+    caption = ("Last epoch, one seed, no test-time augmentation. In brackets: 95 % intervals over "
+               "test sequences (Wilson's; normal ones of mean class accuracy and of the paired "
+               "difference), not over seeds or choices of labels. Grey words beside headings: the "
+               "figures of Yan et al. (ICCV 2023) of the same kind.")
     return table("The run" if len(runs) == 1 else "The runs", "", caption, cells, len(runs) - 1)
 
 
@@ -251,13 +252,13 @@ def commands(runs: list, pretraining: dict | None) -> Figure:
 
 
 def curves(runs: list, pretraining: dict | None) -> Figure:
-    """What was measured in more than two epochs, its last value in words."""
+    """What was measured in more than two epochs."""
     finetuned = [(run.title, run.checkpoint["log"]) for run in runs]
     pretrained = [("", pretraining["log"])] if pretraining else []
     panels = []
     for name, logs, y_label, columns, log in (
             ("finetune-loss", finetuned, "fine-tuning loss", {"loss": ""}, ""),
-            ("finetune-accuracy", finetuned, "top-1 accuracy, %", {"top1": ""}, ""),
+            ("finetune-accuracy", finetuned, "test top-1 accuracy, %", {"top1": ""}, ""),
             ("finetune-rate", finetuned, "learning rate", {"lr": ""}, "y"),
             ("pretrain-loss", pretrained, "pre-training loss", {"loss": ""}, ""),
             ("pretrain-error", pretrained, "joint error",
@@ -270,8 +271,9 @@ def curves(runs: list, pretraining: dict | None) -> Figure:
                           if column in row and (row[column] > 0 or not log)]
                 if len(points) > 2:
                     styles = ("line c0", "dash c6", "dash c7") if word else ("line c0", "line c3")
-                    label = f"{word or title or 'last'} {points[-1][1]:#.4g}"
-                    label = title if log else label  # a rate ends near 0
+                    label = word or title
+                    if column not in ("loss", "lr"):  # the last loss is of few sequences
+                        label = f"{label or 'last'} {points[-1][1]:#.4g}"
                     series.append(Series(points, styles[len(series)], LINE, label))
         if series:
             heights = [y for one in series for _, y in one.points]
@@ -448,7 +450,8 @@ def features(runs: list, names: dict, with_tsne: bool, seed: int):
     labels = runs[0].outputs["labels"]
     N = len(labels)
     kept = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[:POINTS].sort().values
-    shown = f"{len(kept):,} of {N:,} test sequences" if N > POINTS else f"{N:,} test sequences"
+    shown = f"{len(kept):,} of {N:,}" if N > POINTS else f"{N:,}"
+    shown = f"Features of the trained classifier, before its last layer: {shown} test sequences"
     if len(names) > 20:
         shown += "; numbers are class ids, where there is room, others show on hover"
 
@@ -462,14 +465,13 @@ def features(runs: list, names: dict, with_tsne: bool, seed: int):
         return scatter("features-tsne", points, labels[kept], names, ["t-SNE 1", "t-SNE 2"])
 
     yield Figure("Features, principal components", "supplement Fig. 1",
-                 f"Features before the classifier: {shown}.",
-                 side_by_side(runs, draw_pca))
+                 f"{shown}.", side_by_side(runs, draw_pca))
     if with_tsne and N >= 10:  # fewer have no neighbourhoods to keep
         print(f"t-SNE of {len(kept):,} sequences; --no-tsne leaves it out", flush=True)
         perplexity = min(30, (len(kept) - 1) / 3)
         divergences = []
         panels = side_by_side(runs, draw_tsne)
-        caption = (f"The same {shown}. Perplexity {perplexity:.3g}, Kullback-Leibler divergence "
+        caption = (f"{shown}. Perplexity {perplexity:.3g}, Kullback-Leibler divergence "
                    f"{' and '.join(divergences)}.")
         yield Figure("Features, t-SNE", "supplement Fig. 1", caption, panels)
 
@@ -613,7 +615,7 @@ def main(argv=None):
     figures += features(runs, named, not asked.no_tsne, asked.seed)
     if asked.classes or len(ids) > 5:  # five or fewer are all in the figure before
         rare = " from the half with the fewest training sequences" if uneven(run) else ""
-        how = "" if asked.classes else f"Five classes, sampled{rare}; others by --classes."
+        how = "" if asked.classes else f"Five classes, drawn at random{rare}."
         figures.append(chosen_classes(run, chosen, how, named))
     if asked.classes:
         cells = [["class", "training sequences", "test sequences",
