@@ -605,6 +605,7 @@ def main(argv=None):
     started = [one.checkpoint["settings"]["ckpt"] for one in runs]
     path = asked.pretrained or next(filter(None, started), "")
     pretraining = read_pretraining(path) if path != "none" else None
+    model_and_data = read_model(pretraining) if pretraining else ()
 
     figures = [facts(runs), commands(runs, pretraining), curves(runs, pretraining),
                confusions(runs, labels, ids), class_accuracy(runs, labels)]
@@ -628,8 +629,7 @@ def main(argv=None):
     if asked.table:
         figures += table2(asked.table)
     if pretraining:
-        figures.append(reconstruction(pretraining, *read_model(pretraining), asked.sequence,
-                                      asked.seed))
+        figures.append(reconstruction(pretraining, *model_and_data, asked.sequence, asked.seed))
     scores = [f"{one.outputs['metrics']['top1']:.2f} % top-1" for one in runs]
     title = f"SkeletonMAE on {data_name(run)}{share_of_labels(run)}: "
     title += ", ".join(f"{score} {one.title}".rstrip() for one, score in zip(runs, scores))
