@@ -13,8 +13,8 @@ TEXT, DOT = "text", "h0"
 MARKS = (DOT, "m-4 0h8m-4-4v8", "m-3-3h6v6h-6z", "m0-4l4 7h-8z", "m-3-3l6 6m0-6l-6 6",
          "m0-4l4 4-4 4-4-4z", "m-3-4h6l-6 8h6z", "m0 4l4-7h-8z")
 COLOURS = "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9 #777 #222".split()  # Okabe, Ito
-DARK = {"#222": "#e4e4e4", "#fff": "#16181c", "#666": "#aaa", "#e2e2e2": "#33373d", "#aaa": "#888",
-        "#05a": "#56b4e9", "#0072b2": "#2b8fd0", "#d55e00": "#f0803c", "#56b4e9": "#8fd3ff"}
+DARK = {"#222": "#eee", "#fff": "#16181c", "#666": "#aaa", "#777": "#aaa", "#e2e2e2": "#333",
+        "#aaa": "#888", "#05a": "#5be", "#0072b2": "#2b8fd0", "#d55e00": "#f80", "#56b4e9": "#8df"}
 
 
 def themed(css: str) -> str:
@@ -31,7 +31,7 @@ text,body{font:12px/1.5 Helvetica,Arial,"Liberation Sans",sans-serif}.small{font
 .tiny{font-size:8px}.bold{font-weight:bold}.mid{text-anchor:middle}.end{text-anchor:end}
 .halo{stroke-width:3px;paint-order:stroke;stroke-linejoin:round}.mark{fill-opacity:.25}
 .grid,.bar,.dash,.line,.bone,.joint{fill:none}.soft{opacity:.7}.dash{stroke-dasharray:5 3}
-.mark{stroke-width:1.2}.line{stroke-width:1.8}.bone{stroke-width:2}.dot{stroke-width:5.6}
+.mark,.dash{stroke-width:1.2}.line{stroke-width:1.8}.bone{stroke-width:2}.dot{stroke-width:5.6}
 .joint,.hole{stroke-width:5}.ring{stroke-width:8}.bar{stroke-width:12}
 .joint,.dot,.bone{stroke-linecap:round}"""
 PAGE = themed("body{color:#222;background:#fff}figcaption,h2 small{color:#666}") + """

@@ -462,6 +462,16 @@ class FigureTest(Case):
         self.refused("--table names no folder", f"{self.folder}/e", "--no-tsne", "--table",
                      f"{self.folder}/a-pre")
 
+    def test_names_at_medians(self):
+        """Where classes are more than the eight colours."""
+        for K in (8, 9):
+            names = {c: (f"{c}", f"name {c}") for c in range(K)}
+            points, classes = torch.rand(K, 1, 2).expand(K, 3, 2), torch.arange(K)[:, None]
+            points = points + 100 * classes[..., None]  # far apart
+            panel = visualize.scatter("a", points.flatten(0, 1), classes.expand(K, 3).flatten(),
+                                      names, ["x", "y"])
+            self.assertEqual(panel.body.count("halo"), 9 * (K == 9))
+
     def test_what_an_earlier_report_left_is_removed(self):
         self.make_run(self.folder)
         Path(self.folder, "own.svg").write_text("<svg/>")

@@ -279,7 +279,7 @@ def curves(runs: list, pretraining: dict | None) -> Figure:
             heights = [y for one in series for _, y in one.points]
             log = log if max(heights) > 30 * min(heights) else ""
             panels.append(plot(name, series, "epoch", y_label, 270, 130, log))
-    caption = "In legends: the last value. Learning rate: of the new layers." * bool(panels)
+    caption = "Numbers in legends: last values. Learning rate: of the new layers." * bool(panels)
     if panels and panels[-1].name == "pretrain-error":
         caption += (" Joint error: mean distance of masked test joints from their true places, in "
                     "the units of the data, as predicted by the model, by the mean pose of the "
@@ -346,7 +346,7 @@ def confusions(runs: list, labels: list, ids: list) -> Figure:
     caption = ("Percent of a true class's test sequences by predicted class, blank: none; "
                f"{sum(totals):,} sequences.")
     if labels[0].startswith("class "):
-        caption += " The data has no class names; --class-names gives them."
+        caption += " The data has no class names."
     if 0 in totals:
         caption += f" Empty rows: {totals.count(0)} without test sequences."
     return Figure("Confusion matrix", "supplement Fig. 4", caption, panels)
@@ -424,7 +424,7 @@ def scatter(name: str, points: Tensor, classes: Tensor, names: dict, axes: list)
     """points (N, 2) and their classes (N,); names: class -> (its id, its name)."""
     low, high = points.amin(0), points.amax(0)
     series = []
-    ids = {}  # of more classes than a legend holds: cell of a 20 x 20 grid -> the id shown there
+    words = {}  # of more classes than colours: cell of a 20 x 20 grid -> the word shown there
     for i, (c, (id, label)) in enumerate(names.items()):
         own = points[classes == c]
         if not len(own):
@@ -434,11 +434,12 @@ def scatter(name: str, points: Tensor, classes: Tensor, names: dict, axes: list)
         style = f"c{colour} dot" if mark == DOT else f"c{colour} mark"
         in_legend = label if len(names) <= 20 else ""
         series.append(Series(own.tolist(), style, mark, in_legend, clean(label)))
-        if len(names) > 20:
+        if len(names) > 8:  # then some share a colour
             middle = own.median(0).values
             cell = tuple(((middle - low) / (high - low) * 20).int().tolist())
-            ids.setdefault(cell, Series([middle.tolist()], "small bold mid halo", TEXT, tip=id))
-    return plot(name, [*series, *ids.values()], *axes)
+            words.setdefault(cell, Series([middle.tolist()], "small bold mid halo", TEXT,
+                                          tip=label if in_legend else id))
+    return plot(name, [*series, *words.values()], *axes)
 
 
 def axes_of(share: Tensor) -> list:
