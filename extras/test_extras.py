@@ -287,7 +287,7 @@ class FigureTest(Case):
         gain = [100 * (a - b) for a, b in zip(*(h.tolist() for h in hits))]
         half = 1.96 * statistics.stdev(gain) / math.sqrt(len(gain))
         mean = statistics.mean(gain)
-        told = f"{mean:+.2f} points ({mean - half:+.1f} to {mean + half:+.1f})".replace("-", "−")
+        told = f"{mean:+.2f} points ({mean - half:+.2f} to {mean + half:+.2f})".replace("-", "−")
         page = text_of(self.folder, "report.html")
         self.assertIn(told, page)
         self.assertRegex(page, ">from random weights mean [0-9.]+ %<")

@@ -234,7 +234,7 @@ def facts(runs: list) -> Figure:
         hits = [run.outputs["logits"].argmax(1) == run.outputs["labels"] for run in runs]
         gain = 100 * (hits[0].double() - hits[1].double())  # on the same sequences: paired
         mean, half = float(gain.mean()), 1.96 * float(gain.std()) / math.sqrt(len(gain))
-        points = f"{mean:+.2f} points ({mean - half:+.1f} to {mean + half:+.1f})"
+        points = f"{mean:+.2f} points ({mean - half:+.2f} to {mean + half:+.2f})"
         cells.append(["top-1, difference", points.replace("-", "−"), ""])
     caption = ("Last epoch, one seed, no test-time augmentation. In brackets: 95 % intervals over "
                "test sequences (Wilson's; normal ones of mean class accuracy and of the paired "
