@@ -1985,8 +1985,8 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
                                           test=[f"n{n:02}" for n in range(50, 60)]))
             self.finetune("--data all.pkl --layout five.json --epochs 1 --overwrite")
             expected = load("runs/finetune/test_outputs.pt")["logits"]
-            few = annotations[48:50] + annotations[50:52]
-            self.write("few.pkl", pickled(few, train=["n48", "n49"], test=["n50", "n51"]))
+            self.write("few.pkl", pickled(annotations[48:52], train=["n48", "n49"],
+                                          test=["n50", "n51"]))
             self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --data few.pkl --out few")
             close(load("few/test_outputs.pt")["logits"], expected[:2])
             if scores is None:

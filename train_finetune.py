@@ -29,8 +29,8 @@ import torch.nn.functional as F
 @dataclass
 class Settings(shared.CommonSettings):
     """Fine-tuning."""
-    ckpt: str = option("", "checkpoint to start from; without a value the newest in runs; else "
-                       "random weights", nargs="?", const="newest")
+    ckpt: str = option("", "checkpoint to start from; without a value the newest in runs; "
+                       "left out: random weights", nargs="?", const="newest")
     out: str = option("runs/finetune", "folder for checkpoint, log and test outputs")
     eval_only: bool = option(False, "test a fine-tuned --ckpt, train nothing")
     predict: str = option("", "print the classes of the sequences in this file, by a fine-tuned "
