@@ -248,8 +248,8 @@ def normalise(x, skeleton, channels, frames, marks=None, score=False, **view):
     if not torch.compiler.is_compiling() and not (x.isfinite().all() and seen.any()):
         raise ValueError(f"{expected}, with joints of scores above 0")
     x, seen, present, kept, _ = make_whole(x, seen, marks)
-    steps = sample_frames(kept.sum(1).clamp(min=1), frames)
-    steps = torch.searchsorted(kept.long().cumsum(1), steps + 1).clamp(max=x.shape[2] - 1)
+    nth = sample_frames(kept.sum(1).clamp(min=1), frames) + 1  # of the frames with anyone
+    steps = torch.searchsorted(kept.long().cumsum(1), nth).clamp(max=x.shape[2] - 1)
     here = torch.arange(len(x), device=x.device)[:, None]
     x, seen = (value.transpose(1, 2)[here, steps].transpose(1, 2) for value in (x, seen))
     return normalise_frames(x, seen, present, skeleton, C, **view)[0], present
@@ -415,9 +415,8 @@ def tidy(data: Sequences, marks, scored, repairs):
         x = data.frames[first:first + length].transpose(0, 1)[None]
         seen = data.seen[first:first + length].transpose(0, 1)[None]
         if not seen[0, present].all():
-            x, seen, kept_persons, kept, filled = make_whole(x, seen, marks)
-            ghosts = present & ~kept_persons[0]
-            present = kept_persons[0]
+            x, seen, there, kept, filled = make_whole(x, seen, marks)
+            ghosts, present = present & ~there[0], there[0]
             repairs["frames without anyone dropped"] += int((~kept).sum())
             repairs["persons seen in less than a tenth of the frames dropped"] += int(ghosts.sum())
             repairs["missing joints filled in"] += int(filled.sum())
@@ -754,8 +753,8 @@ def from_pt(path, channels, persons):
         splits[half] = [f"{half}[{i}]" for i in range(len(x))]
         labels = read_labels(content.get(f"y_{half}"), len(x)).tolist()
         annotations += [{"frame_dir": name, "label": label,
-                         "keypoint": array if array.dim() == 3 else array.transpose(0, 1)}
-                        for name, label, array in zip(splits[half], labels, x)]
+                         "keypoint": frames if frames.dim() == 3 else frames.transpose(0, 1)}
+                        for name, label, frames in zip(splits[half], labels, x)]
     return from_annotations(annotations, False, channels, persons, splits, content.get("classes"))
 
 def load_skeleton(layout):
@@ -801,13 +800,12 @@ def complete(content: Content, marks=None):
     if content.scored and not any(half.seen.any() for half in halves):
         raise DataError("no joint score is above 0; expected 1 for a joint that is there, 0 for a "
                         "missing one, or a confidence")
-    found = find_marks(halves[0], content.channels, content.scored)
+    found = content.marks = find_marks(halves[0], content.channels, content.scored)
     if marks:  # in a few sequences a missing joint looks like the origin
         found["origin"] = marks["origin"]
         found["places"] += [place for place in marks["places"] if place not in found["places"]]
-    content.marks = found
     for half in halves:
-        tidy(half, content.marks, content.scored, content.repairs)
+        tidy(half, found, content.scored, content.repairs)
     return content
 
 def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1600, score=False,

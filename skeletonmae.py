@@ -54,7 +54,7 @@ def make_skeleton(joints, edges, parts, centre, pairs=None):
                          f"0 to {len(names) - 1}, edges and pairs of two different joints, no "
                          "joint in two pairs, a body part, none empty, and a centre joint")
     return {"joints": names, "edges": edges, "pairs": pairs, "centre": centre,
-            "parts": {name: list(joints) for name, joints in parts.items()}}
+            "parts": {name: list(part) for name, part in parts.items()}}
 
 def built_in(joints, chains, parts, centre):
     """A layout of chains of bones, "0 1 3, 0 2 4", and of the body parts V0 to V5 (paper 3.1.2)."""
@@ -638,9 +638,8 @@ class STRLStack(nn.Module):
             raise ValueError(f"these STRL layers leave one of {self.stride} frames, and there are "
                              f"{frames}; expected fewer layers or a smaller stride")
         self.position = nn.Parameter(0.02 * torch.randn(frames, width))
-        strides = [stride] * (strl_layers - 1) + [1]
-        self.layers = nn.ModuleList(STRL(adjacency, width, hidden, persons, stride, **layer)
-                                    for stride in strides)
+        self.layers = nn.ModuleList(STRL(adjacency, width, hidden, persons, each, **layer)
+                                    for each in [stride] * (strl_layers - 1) + [1])
 
     def forward(self, h, packing: Packing):
         h, previous = h + at_frames(self.position, h.shape[2]), None
@@ -655,7 +654,7 @@ class SkeletonClassifier(nn.Module):
     def __init__(self, skeleton, channels, classes, persons=1, frames=64, width=64, hidden=128,
                  motion=False, bone=False, score=False, **strl):
         super().__init__()
-        self.skeleton, self.channels, self.persons = skeleton, channels, persons
+        self.persons = persons
         adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
         self.embedding.mask_token.requires_grad_(False)  # nothing is masked here
@@ -718,6 +717,4 @@ class LinearProbe(nn.Module):
         pooled = packing.pool(self.pretrained.encode(packing.pack(x), packing))
         return self.norm(pooled.float())
 
-    def forward(self, x, present=None):
-        """x and present as in SkeletonMAE.forward. Returns logits (N, K)."""
-        return self.head(self.features(x, present)).float()
+    forward = SkeletonClassifier.forward

@@ -109,9 +109,7 @@ def main(argv=None):
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     introduce(settings, data, model, train, device)
 
-    inputs = ("x", "seen", "target") if train.pose else ("x", "seen")  # fields of a Batch
-
-    def step(packing: Packing, mask, weight, x, seen, target=None):
+    def step(packing: Packing, mask, weight, x, seen, target):
         with autocast(device, settings.amp):
             loss = parallel(x, packing, mask, seen, target)[0]
         loss.backward(weight)
@@ -125,8 +123,9 @@ def main(argv=None):
         for batch in train.epoch(epoch):
             loss = 0
             pieces = math.ceil(len(batch.x) / settings.micro_batch)
-            split = (getattr(batch, name).tensor_split(pieces) for name in (*inputs, "present"))
-            for piece, (*values, present) in enumerate(zip(*split), 1):
+            split = (values.tensor_split(pieces)
+                     for values in (batch.present, batch.x, batch.seen, batch.target))
+            for piece, (present, *values) in enumerate(zip(*split), 1):
                 mask = model.draw(len(present)).to(device, non_blocking=True)
                 weight = torch.tensor(len(present) / len(batch.x)).to(device, non_blocking=True)
                 syncs = world == 1 or piece == pieces  # processes exchange gradients once a batch
@@ -154,8 +153,7 @@ def pretraining_arguments(settings, data: Dataset):
     arguments = encoder_arguments(settings, data)
     arguments |= pick(settings, "beta", "mask_parts", "mask_num_parts", "mask_ratio")
     if settings.pretrain == "stack":
-        arguments |= {"strl": {"persons": data.persons, "strl_layers": 3,
-                               **pick(settings, "frames", "blocks", "stride")}}
+        arguments["strl"] = {"persons": data.persons} | pick(settings, "frames", "blocks", "stride")
     return arguments
 
 # --------------------------------------------------------------------------------------- measuring
@@ -249,12 +247,12 @@ def convert(f, text):
     parts = text.split(",") if f.type is tuple else [text]
     try:
         values = tuple(kind(part.strip()) for part in parts)
-        valid = kind is str or all(low <= value <= high and value < math.inf for value in values)
+        if kind is not str and not all(low <= value <= high and value < math.inf
+                                       for value in values):
+            raise ValueError
     except ValueError:
-        valid = False
-    if not valid:
-        expected = f"{kind.__name__} from {low} to {high}"
-        raise argparse.ArgumentTypeError(f"got {text}, expected {expected}")
+        raise argparse.ArgumentTypeError(f"got {text}, expected {kind.__name__} from {low} to "
+                                         f"{high}") from None
     return values if f.type is tuple else values[0]
 
 def settle(settings_type, typed, source=None, fixed=(), brought=()):
@@ -461,10 +459,10 @@ def introduce(settings, data: Dataset, model, train: Loader, device):
     if steps < 2000 and settings.recipe != "small":
         print(f"note: {steps} steps are little training; for a small set try --recipe small")
 
-def doubts(data: Dataset, view):
+def doubts(data: Dataset, shown):
     """What may be a mistake in the data, by 300 training sequences."""
     found, C, hips = [], data.channels, data.skeleton["centre"]
-    batch = next(Loader(data.train, data.skeleton, C, 300, 32, view=view).epoch())
+    batch = next(Loader(data.train, data.skeleton, C, 300, 32, view=shown).epoch())
     place = batch.x[..., :C].mean(3)  # (N, M, T, C)
     path = place.amax(2) - place.amin(2)
     if path[:, 0].norm(dim=-1).median() > 2.6:  # in units of body and path
