@@ -242,8 +242,10 @@ def normalise(x, skeleton, channels, frames, marks=None, score=False, **view):
     if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[3] != V or x.shape[4] not in (C, C + 1):
         raise ValueError(f"{expected}; got {type(x).__name__} {tuple(getattr(x, 'shape', ()))}")
     marks = marks or {"places": [[0.0] * C], "origin": []}
-    seen = x[..., C] > 0 if x.shape[4] > C else (x != 0).any(-1)
-    seen[..., marks["origin"]] = seen.any(-1, keepdim=True)
+    scored = x.shape[4] > C
+    seen = x[..., C] > 0 if scored else (x != 0).any(-1)
+    if not scored:
+        seen[..., marks["origin"]] = seen.any(-1, keepdim=True)
     x = x[..., :C + score]
     if not torch.compiler.is_compiling() and not (x.isfinite().all() and seen.any()):
         raise ValueError(f"{expected}, with joints of scores above 0")
@@ -298,7 +300,7 @@ class Loader:
         return batches
 
     def epoch(self, epoch=0):
-        """The batches of one epoch: in training in its own order, in testing in the file's."""
+        """The batches of one epoch: in training in its own order, in testing in the data's."""
         order = torch.arange(len(self.data))
         if self.training:
             generator = torch.Generator().manual_seed(self._seed(epoch))
@@ -346,9 +348,9 @@ class Loader:
 
 def find_marks(data: Sequences, channels, scored):
     """How a file marks what is missing. `places`: where joints of score 0 stand that have no
-    position, 0 and each place that ten joints share to the last digit (a joint counts once a
-    sequence). `origin`: joints of data without scores that are 0 in the first frame of every
-    sequence because the data are centred there."""
+    position, 0 and each place that ten joints, and one in 10,000, share to the last digit (a joint
+    counts once a sequence). `origin`: joints of data without scores that are 0 in the first frame
+    of every sequence, of its first person, because the data are centred there."""
     position, places, origin = data.frames[..., :channels], [[0.0] * channels], []
     if scored:
         hidden = ~data.seen & (position != 0).any(-1)
@@ -744,7 +746,7 @@ def find_split(splits, wanted):
 
 # --------------------------------------------------------------------- readers: .pt, layouts, load
 
-def from_pt(path, channels, persons):
+def from_pt(path, score, channels, persons):
     """A dict saved by torch: x_train, x_test lists of tensors (T, M, V, C), or (T, V, C) of one
     person, or one tensor (N, T, M, V, C); y_train, y_test labels; classes their names."""
     content, annotations, splits = torch.load(path, "cpu", weights_only=True), [], {}
@@ -755,7 +757,7 @@ def from_pt(path, channels, persons):
         annotations += [{"frame_dir": name, "label": label,
                          "keypoint": frames if frames.dim() == 3 else frames.transpose(0, 1)}
                         for name, label, frames in zip(splits[half], labels, x)]
-    return from_annotations(annotations, False, channels, persons, splits, content.get("classes"))
+    return from_annotations(annotations, score, channels, persons, splits, content.get("classes"))
 
 def load_skeleton(layout):
     """A layout by name, or from a JSON file with the arguments of make_skeleton."""
@@ -768,13 +770,14 @@ def load_skeleton(layout):
 
 @contextlib.contextmanager
 def reading(path, expected="CTR-GCN's npz, PYSKL's pickle or a .pt dict"):
-    """Any reader's error becomes a DataError of one line that names the file; OSError stays."""
+    """Any reader's error becomes a DataError of one line that names the file, but for an OSError
+    that names it."""
     try:
         yield
     except DataError as error:
         raise DataError(f"{path or 'stick figures'}: {error}") from None
     except Exception as error:  # a damaged file can make its reader raise almost anything
-        if isinstance(error, MemoryError) or getattr(error, "filename", None):
+        if isinstance(error, MemoryError) or isinstance(error, OSError) and error.filename:
             raise
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch.load says it amid much advice
         why = f"asks for {asked[1]}" if asked else f"{type(error).__name__}: {error}"[:300]
@@ -785,7 +788,7 @@ def read(path, score=False, skeleton=None, channels=None, persons=None, marks=No
     """The sequences of a file, by the ending of its name. score: keep the scores as a last channel;
     skeleton, channels, persons, marks: where they are known, as of a checkpoint."""
     if path.endswith((".pt", ".pth")):
-        content = from_pt(path, channels, persons)
+        content = from_pt(path, score, channels, persons)
     elif path.endswith(".npz"):
         content = from_npz(path, skeleton, persons)
     elif path.endswith((".pkl", ".pickle")):

@@ -859,6 +859,7 @@ class ReaderTest(Case):
                 (ctr_gcn(x_train=npy(x)[:-4]), "a.npz.*damaged.*buffer"),
                 (ctr_gcn(x_train=npy(x, code="|O")), r"dtype '\|O'.*f2, f4"),
                 (ctr_gcn(x_train=npy(x).replace(b"{", b"[")), "a.npz.*damaged"),
+                (ctr_gcn(x_train=npy(x).replace(b"{'", b"{ ")), "a.npz.*damaged.*SyntaxError"),
                 (ctr_gcn(x_train=x.long()), "x_train.*int64.*floats"),
                 (ctr_gcn(x_train=1e10 * x), r"train\[0\].*absurd"),
                 (ctr_gcn(x_train=nan), r"train\[1\].*NaN"),
@@ -1233,7 +1234,8 @@ class BatchTest(Case):
             self.assertEqual(loaded.test.length.tolist(), [16, 30, 30, 30, 30, 21])
             view = {"box": box}
             batch, = Loader(loaded.test, loaded.skeleton, 2, 6, 7, view=view).epoch()
-            ours, there = data.normalise(x, loaded.skeleton, 2, 7, loaded.marks, score, **view)
+            marks = loaded.marks | {"origin": [3]}  # of data without scores, which these have
+            ours, there = data.normalise(x, loaded.skeleton, 2, 7, marks, score, **view)
             close(ours, batch.x)
             equal([there, batch.present], [present, present])
         for wrong in (x[0], x.tolist(), x[..., :1], x / 0, 0 * x):
@@ -1953,15 +1955,22 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             os.rename("five.json", "away.json")
             self.write("new.pkl", pickled([{k: a[k] for k in ("keypoint", "keypoint_score",
                                                               "frame_dir")} for a in annotations]))
-            with contextlib.redirect_stderr(io.StringIO()) as notes:
-                with contextlib.redirect_stdout(io.StringIO()) as printed:
-                    train_finetune.main("--ckpt own/finetune.pt --predict new.pkl".split())
-            lines = printed.getvalue().splitlines()
-            self.assertRegex(notes.getvalue(), "note: 5 frames .*dropped\nnote: 1 persons")
+            torch.save({"x_train": [a.transpose(0, 1) for a in arrays]}, "new.pt")
+            for new, name in (("new.pkl", "n{}"), ("new.pt", "train[{}]")):
+                with contextlib.redirect_stderr(io.StringIO()) as notes:
+                    with contextlib.redirect_stdout(io.StringIO()) as printed:
+                        train_finetune.main(f"--ckpt own/finetune.pt --predict {new}".split())
+                lines = printed.getvalue().splitlines()
+                self.assertRegex(notes.getvalue(), "note: 5 frames .*dropped\nnote: 1 persons")
+                rows = [f"{name.format(n)},{names[n]},{expected[n].max():.4f}" for n in range(8)]
+                self.assertEqual(lines, ["name,class,probability", *rows])
             os.rename("away.json", "five.json")
-            rows = [f"n{n},{names[n]},{expected[n].max():.4f}" for n in range(8)]
-            self.assertEqual(lines, ["name,class,probability", *rows])
             self.assertLessEqual(set(names), {"sit", "run", "eat"})
+        with patch("train_finetune.load_classifier", side_effect=DataError("stop")) as asked:
+            with self.assertRaises(DataError):
+                train_finetune.main("--ckpt own/finetune.pt --predict new.pkl --amp".split())
+        classify = train_finetune.load_classifier(*asked.call_args.args)
+        self.assertFalse(classify(arrays)[1].equal(found))  # in bfloat16, as --amp asks
         for wrong, words in ((x[0, ..., :1], "keypoint"),
                              (torch.rand(4, 6, 2), r"6, 2.*expected \(5"),
                              (torch.rand(4, 5, 3) - 2, "the last below 0"), ("text", "keypoint")):

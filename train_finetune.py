@@ -241,7 +241,7 @@ def learning_rate(epoch, base, warmup, milestones) -> float:
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Loader, device, amp):
     """Logits (N, K), features before the classifier and labels of every sequence, in the order of
-    the file, on the CPU."""
+    the data, on the CPU."""
     model.eval()
     parts = []
     for batch in batches.epoch():
@@ -255,7 +255,7 @@ def metrics(outputs):
     """Top-1, mean class accuracy (over the classes in the test set) and, of more than five classes,
     top-5, in percent."""
     logits, labels = outputs["logits"], outputs["labels"]
-    hit = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]  # (N, 5)
+    hit = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]  # (N, 5 or K)
     per_class = [hit[labels == c, 0].float().mean() for c in labels.unique()]
     found = {"top1": hit[:, 0].float().mean()}
     if logits.shape[1] > 5:
@@ -276,10 +276,11 @@ def report(outputs, settings: Settings, data: Dataset, what):
 
 # -------------------------------------------------------------------------------------- predicting
 
-def load_classifier(path, device="cpu"):
+def load_classifier(path, device="cpu", amp=None):
     """A checkpoint of fine-tuning as a function: names, probabilities = classify(arrays). arrays:
     one a sequence, (T, V, C) or (M, T, V, C), numpy's or torch's, C + 1 with the joint score last,
-    or the Content of a file; names: the class of each; probabilities: (N, K)."""
+    or the Content of a file; names: the class of each; probabilities: (N, K). amp: bfloat16, by
+    default as in training where the device has instructions for it."""
     saved = shared.read_checkpoint(path, ("finetune",))
     device = torch.device(device)
     C, view = saved["channels"], saved["normalisation"]
@@ -288,7 +289,8 @@ def load_classifier(path, device="cpu"):
                       len(saved["classes"]))
     model.load_state_dict(saved["model"])
     model.to(device)
-    amp = saved["settings"]["amp"] and shared.has_bfloat16(device)
+    if amp is None:
+        amp = saved["settings"]["amp"] and shared.has_bfloat16(device)
 
     def classify(arrays):
         content = arrays
@@ -312,11 +314,11 @@ def load_classifier(path, device="cpu"):
 def predict(settings: Settings, source):
     """A line of name,class,probability a sequence on stdout, what was mended on stderr."""
     form = source["normalisation"]
-    classify = load_classifier(settings.ckpt, shared.find_device(settings.device))
+    classify = load_classifier(settings.ckpt, shared.find_device(settings.device), settings.amp)
     with reading(settings.predict):
         content = read(settings.predict, form["score"], source["skeleton"], source["channels"],
                        source["persons"], form["marks"])
-        classes, probabilities = classify(content)
+    classes, probabilities = classify(content)
     names = [name for half in content.halves.values() for name in half.names]
     lines = csv.writer(sys.stdout, lineterminator="\n")
     lines.writerow(("name", "class", "probability"))

@@ -31,7 +31,7 @@ from torch import Tensor
 
 def option(default, help, **extra):
     """A setting and its flag. extra: its value for small or stack, its bounds (low, else 0; high),
-    keywords of argparse. A default of None depends on the data: see `suit`."""
+    keywords of argparse. A default of None depends on the data (`suit`) or the device."""
     return field(default=default, metadata={"help": help, **extra})
 
 @dataclass
@@ -284,7 +284,7 @@ def begin(settings_type, typed, kind):
     done = checkpoint["epoch"] + 1
     if settings.epochs < done:
         raise DataError(f"--epochs {settings.epochs}: {path} has {done} behind it; expected as "
-                        "many")
+                        "many or more")
     return settings, checkpoint, path
 
 def keep_unfinished(settings, path):
