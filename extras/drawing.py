@@ -197,6 +197,7 @@ def write_report(out: str, title: str, figures: list):
         wide = ' class="wide"' if sum(panel.width for panel in panels) > 420 or not where else ""
         where = f" <small>{where}</small>" if where else ""
         caption = f"<figcaption>{clean(caption, 900)}</figcaption>" if caption else ""
+        heading = clean(heading, 160)
         body += f"<figure{wide}><h2>{heading}{where}</h2><div>{content}</div>{caption}</figure>"
     page, title = Path(out, "report.html"), clean(title, 160).replace(" %", "&nbsp;%")
     page.write_text('<!doctype html><html lang="en"><meta charset="utf-8">'

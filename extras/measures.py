@@ -91,7 +91,7 @@ def interval(hits: float, count: float) -> tuple:
 
 def class_interval(counts: Tensor) -> tuple:
     """The 95 % interval of the mean class accuracy, in percent: each class's hits are binomial.
-    A class without an error has a variance, too: its share is taken as (hits + 1) / (count + 2)."""
+    A class without an error has a variance, too: a share is taken as (hits + 1) / (count + 2)."""
     total = counts.sum(1)
     tested = total > 0
     share = (counts.diagonal() + 1)[tested] / (total + 2)[tested]

@@ -15,9 +15,7 @@ def moving(loader: Loader) -> int:
     motions = []
     for batch in loader.epoch():
         x = batch.x[..., :loader.channels]
-        seen = batch.seen[..., None]
-        middle = (x * seen).sum(3, keepdim=True) / seen.sum(3, keepdim=True).clamp(min=1)
-        spread = ((x - middle) * seen).std(2).norm(dim=-1).mean(2)           # (N, M)
+        spread = (x - x.mean(3, keepdim=True)).std(2).norm(dim=-1).mean(2)   # (N, M)
         motions.append((spread * batch.seen.float().mean((2, 3))).amax(1))   # (N,)
     order = torch.cat(motions).argsort()
     return int(order[int(0.75 * (len(order) - 1))])
@@ -42,7 +40,7 @@ def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str
     numbers = [str(i) for i in range(len(names))]
     if wanted is None:
         drawn = draw(data.test, 500)
-        wanted = numbers[drawn[moving(loader(data.test, drawn))]]
+        wanted = names[drawn[moving(loader(data.test, drawn))]]
     if wanted not in names + numbers:
         raise DataError(f"no test sequence {wanted}; expected a number from 0 to "
                         f"{len(names) - 1} or a name such as {names[0]}")
@@ -68,8 +66,8 @@ def stick(places: Tensor, edges: Tensor, joints: Tensor, style: str) -> str:
 
 
 def pose(edges: Tensor, true: Tensor, guess: Tensor, known: Tensor, masked: Tensor) -> tuple:
-    """One frame as it is, as the encoder sees it, and as it is reconstructed. edges: (E, 2); true,
-    guess: (M, V, 2); known: (M, V); masked: (V,)."""
+    """One frame as it is, without the masked joints, and as it is reconstructed. edges: (E, 2);
+    true, guess: (M, V, 2); known: (M, V); masked: (V,)."""
     whole = seen = rebuilt = ""
     for m in known.any(1).nonzero().flatten().tolist():
         visible, hidden = known[m] & ~masked, known[m] & masked
@@ -85,8 +83,9 @@ def pose(edges: Tensor, true: Tensor, guess: Tensor, known: Tensor, masked: Tens
 
 def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str | None,
                    seed: int) -> Figure:
-    """Paper Fig. 6: a test sequence as it is, as the encoder sees it, and as it is reconstructed,
-    moving. A person is looked at from a little to the side where there is depth."""
+    """Paper Fig. 6: a test sequence as it is, without the masked joints, and as it is
+    reconstructed, moving: the target, which of STRL layers is the pose. A person is looked at from
+    a little to the side where there is depth."""
     found = reconstruct(checkpoint, model, data, wanted, seed)
     known, masked = found.known, found.masked
     _, T, V, C = found.x.shape
@@ -117,7 +116,7 @@ def reconstruction(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: 
             f"steps({n}) infinite}}@keyframes film{{from{{transform:none}}to{{transform:"
             f"translateX({-400 * n}px)}}}}@media print,(prefers-reduced-motion:reduce)"
             "{.film{animation:none}}</style>")
-    titles = {"input": "", "masked": "as rings", "reconstructed": "blue; grey: true"}
+    titles = {"true": "", "masked": "as rings", "reconstructed": "blue; grey: true"}
     for x, (title, key) in zip((68, 200, 332), titles.items()):
         body += text(x, 16, title, "bold mid") + text(x, height + 58, key, "small mid grey")
     body += '<g class="film">'

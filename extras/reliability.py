@@ -4,7 +4,7 @@
     python -m extras.reliability --kills 2 --count 100 --steps 500
 
 Training that is killed (kill -9) at random moments and resumed ends with the same bits. Damaged
-data files and checkpoints end in one line (DataError) or in a valid read, never in another
+data files and checkpoints end in one line (DataError, OSError) or in a valid read, never in another
 exception, a crash or a hang. Steps of training take no more and more memory.
 """
 import argparse

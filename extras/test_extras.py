@@ -18,6 +18,7 @@ import unittest
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from pathlib import Path
+from unittest.mock import patch
 
 import data  # before torch: it silences torch's one remark about numpy
 from extras import benchmark, drawing, measures, reconstruction, reliability, visualize
@@ -310,7 +311,7 @@ class FigureTest(Case):
         torch.save(outputs, f"{self.folder}/test_outputs.pt")
         self.draw(self.folder, "--no-tsne", "--classes", "3,0")
         sizes = text_of(self.folder, "class-sizes.svg")
-        self.assertEqual(re.findall(r">(class \d \*)<", sizes), ["class 3 *", "class 0 *"])
+        self.assertEqual(re.findall(r">(\* class \d)<", sizes), ["* class 3", "* class 0"])
 
     def test_names_are_escaped_and_clipped_in_well_formed_files(self):
         """5, 60 and 120 classes with bad names: XML that parses, nothing loaded from elsewhere."""
@@ -399,8 +400,28 @@ class FigureTest(Case):
             middle = test.frames[own].mean(0, keepdim=True)
             share = {3: 1.0, 4: 1.0, 5: 0.1, 6: 1.0}.get(i, 0.001)
             test.frames[own] = middle + share * (test.frames[own] - middle)
+            if i > 6:  # out of sight in every other frame: that is no movement
+                test.seen[own][::2] = False
         slow = Loader(test, checkpoint["skeleton"], 2, 100, 8)
         self.assertEqual(reconstruction.moving(slow), 5)  # three of twelve move more
+
+    def test_sequences_named_by_numbers(self):
+        """As in a pickle without frame_dir: that sequence is drawn which was chosen."""
+        model, data_set = visualize.read_model(load(self.pretrained))
+        names = list(data_set.test.names)
+        chosen = []
+        for data_set.test.names in (names, [str(len(names) - 1 - i) for i in range(len(names))]):
+            found = reconstruction.reconstruct(load(self.pretrained), model, data_set, None, 0)
+            chosen.append(data_set.test.names.index(found.name))
+        self.assertEqual(*chosen)
+
+    def test_a_pretraining_without_test_sequences(self):
+        """The report leaves the reconstruction out."""
+        model, data_set = visualize.read_model(load(self.pretrained))
+        data_set.test = data_set.test.subset([])
+        with patch("extras.visualize.read_model", return_value=(model, data_set)):
+            self.draw(self.trained, "--no-tsne", "--out", self.folder)
+        self.assertFalse(Path(self.folder, "reconstruction.svg").exists())
 
     def test_label_share(self):
         """A point a cell at the mean of its lines, an interval by Student; what is no such file is
@@ -440,6 +461,11 @@ class FigureTest(Case):
             outputs = self.make_run(folder, pretrained=pretrained)
             outputs["metrics"]["top1"] = 80.0 + i * i
             torch.save(outputs, f"{folder}/test_outputs.pt")
+        os.rename(f"{self.folder}/d-pre/pretrain.pt", f"{self.folder}/d/pretrain.pt")  # one --out
+        saved = load(f"{self.folder}/d", "finetune.pt")
+        saved["settings"]["ckpt"] = f"{self.folder}/d/pretrain.pt"
+        torch.save(saved, f"{self.folder}/d/finetune.pt")
+        os.rmdir(f"{self.folder}/d-pre")
         os.makedirs(f"{self.folder}/eval-only")
         torch.save(outputs, f"{self.folder}/eval-only/test_outputs.pt")
         other = self.make_run(f"{self.folder}/other")

@@ -49,7 +49,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--no-tsne", action="store_true", help="leave t-SNE out")
     add("--labels", metavar="CSV", help="draw label-share.svg alone, from lines of share,arm,"
                                         "accuracy: percent of the labels, a word, percent")
-    add("--out", help="folder for report.html and the .svg files; default: the run folder")
+    add("--out", help="folder for report.html and the .svg files; default: the run folder, with "
+                      "--labels that of the CSV")
     return parser.parse_args(argv)
 
 
@@ -404,7 +405,7 @@ def class_sizes(train_counts: Tensor, chosen: list, labels: list) -> Figure:
     """Training sequences of every class; a star marks those in `chosen`."""
     counts = train_counts.tolist()
     order = train_counts.argsort(descending=True, stable=True).tolist()
-    marked = [f"{label} *" if c in chosen else label for c, label in enumerate(labels)]
+    marked = [f"* {label}" if c in chosen else label for c, label in enumerate(labels)]
 
     def draw(c: int, y: float):
         tip = f"{clean(labels[c])}: {counts[c]}"
@@ -524,7 +525,7 @@ def table2(folders: list):
     for folder in folders:
         held = {name for name in ("pretrain.pt", "finetune.pt", "test_outputs.pt")
                 if os.path.isfile(os.path.join(folder, name))}
-        if "pretrain.pt" in held or held == {"test_outputs.pt"}:  # pre-trained, or --eval-only
+        if held and "finetune.pt" not in held:  # pre-trained, or --eval-only
             continue
         run = read_run(folder)
         outputs, checkpoint, settings = run.outputs, run.checkpoint, run.checkpoint["settings"]
@@ -615,7 +616,7 @@ def main(argv=None):
     if uneven(run):
         figures.append(class_sizes(sizes, chosen if asked.classes else [], labels))
     figures += features(runs, named, not asked.no_tsne, asked.seed)
-    if asked.classes or len(ids) > 5:  # five or fewer are all in the figure before
+    if asked.classes or len(named) > 5:  # five or fewer are all in the figure before
         rare = " from the half with the fewest training sequences" if uneven(run) else ""
         how = "" if asked.classes else f"Five classes, drawn at random{rare}."
         figures.append(chosen_classes(run, chosen, how, named))
@@ -629,7 +630,7 @@ def main(argv=None):
         figures.append(table("The chosen classes", "supplement Table 1", "", cells))
     if asked.table:
         figures += table2(asked.table)
-    if pretraining:
+    if pretraining and len(model_and_data[1].test):
         figures.append(reconstruction(pretraining, *model_and_data, asked.sequence, asked.seed))
     scores = [f"{one.outputs['metrics']['top1']:.2f} % top-1" for one in runs]
     title = f"SkeletonMAE on {data_name(run)}{share_of_labels(run)}: "
