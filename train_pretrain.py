@@ -153,7 +153,8 @@ def pretraining_arguments(settings, data: Dataset):
     arguments = encoder_arguments(settings, data)
     arguments |= pick(settings, "beta", "mask_parts", "mask_num_parts", "mask_ratio")
     if settings.pretrain == "stack":
-        arguments["strl"] = {"persons": data.persons} | pick(settings, "frames", "blocks", "stride")
+        arguments["strl"] = {"persons": data.persons, "strl_layers": 3,
+                             **pick(settings, "frames", "blocks", "stride")}
     return arguments
 
 # --------------------------------------------------------------------------------------- measuring
