@@ -242,9 +242,10 @@ def normalise(x, skeleton, channels, frames, marks=None, score=False, **view):
     if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[3] != V or x.shape[4] not in (C, C + 1):
         raise ValueError(f"{expected}; got {type(x).__name__} {tuple(getattr(x, 'shape', ()))}")
     marks = marks or {"places": [[0.0] * C], "origin": []}
-    scored = x.shape[4] > C
-    seen = x[..., C] > 0 if scored else (x != 0).any(-1)
-    if not scored:
+    if x.shape[4] > C:
+        seen = x[..., C] > 0
+    else:
+        seen = (x != 0).any(-1)
         seen[..., marks["origin"]] = seen.any(-1, keepdim=True)
     x = x[..., :C + score]
     if not torch.compiler.is_compiling() and not (x.isfinite().all() and seen.any()):
@@ -400,12 +401,12 @@ def make_whole(x, seen, marks):
     x = torch.cat([position, x[..., C:] * present[..., None, None, None]], -1)
     return x, seen, present, in_frame.any(1), in_frame[..., None] & ~known
 
-def tidy(data: Sequences, marks, scored, repairs):
+def tidy(data: Sequences, marks, repairs):
     """Checks the numbers, cuts the padding at the end of each sequence, makes whole in place those
     that need it, and says who is present."""
     data.present = torch.zeros(len(data), data.frames.shape[1], dtype=torch.bool)
-    if not scored:
-        data.seen[..., marks["origin"]] = data.seen.any(-1, keepdim=True)
+    for joint in marks["origin"]:
+        data.seen[..., joint] = data.seen.any(-1)
     for i, (first, length) in enumerate(zip(data.start.tolist(), data.length.tolist())):
         if not data.frames[first:first + length].abs().amax() < 1e9:  # nor is NaN
             raise DataError(f"sequence {data.names[i]} holds NaN, infinite or absurd numbers; "
@@ -418,7 +419,8 @@ def tidy(data: Sequences, marks, scored, repairs):
         seen = data.seen[first:first + length].transpose(0, 1)[None]
         if not seen[0, present].all():
             x, seen, there, kept, filled = make_whole(x, seen, marks)
-            ghosts, present = present & ~there[0], there[0]
+            ghosts = present & ~there[0]
+            present = there[0]
             repairs["frames without anyone dropped"] += int((~kept).sum())
             repairs["persons seen in less than a tenth of the frames dropped"] += int(ghosts.sum())
             repairs["missing joints filled in"] += int(filled.sum())
@@ -804,11 +806,12 @@ def complete(content: Content, marks=None):
         raise DataError("no joint score is above 0; expected 1 for a joint that is there, 0 for a "
                         "missing one, or a confidence")
     found = content.marks = find_marks(halves[0], content.channels, content.scored)
-    if marks:  # in a few sequences a missing joint looks like the origin
-        found["origin"] = marks["origin"]
+    if marks:
+        if not content.scored:  # in a few sequences a missing joint looks like the origin
+            found["origin"] = marks["origin"]
         found["places"] += [place for place in marks["places"] if place not in found["places"]]
     for half in halves:
-        tidy(half, found, content.scored, content.repairs)
+        tidy(half, found, content.repairs)
     return content
 
 def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1600, score=False,
