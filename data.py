@@ -62,30 +62,21 @@ class Sequences:
         return replace(self, **{field: getattr(self, field).to(device) for field in fields})
 
 @dataclass
-class Content:
-    """What a reader finds in a file."""
-    halves: dict                 # Sequences of "train", "test", or "" where they are to divide
-    channels: int                # C, the score not counted
-    scored: bool = False         # there are joint scores
-    splits: dict | None = None   # name of a split -> names of its sequences
-    classes: list | None = None  # names of the classes 0 to K - 1
-    marks: dict | None = None    # see find_marks
-    repairs: Counter = field(default_factory=Counter)  # what was mended or left out: how often
-
-@dataclass
 class Dataset:
-    train: Sequences
-    test: Sequences
-    layout: str      # name of the skeleton layout
-    skeleton: dict
-    channels: int    # C, 2 or 3, the score not counted
-    scored: bool     # the file has joint scores
-    classes: list    # names of the classes 0 to K - 1: of the file, or the labels that occur
-    split: str       # how training and test sequences were told apart
-    pair: list       # the names of the two splits, or empty
-    marks: dict      # see find_marks
-    repairs: Counter
-    digest: list     # of names and lengths in either half, in any order; their sum is of both
+    """What a reader finds in a file; `complete`, `divide` and `load` fill in the rest."""
+    train: Sequences             # all sequences, where a test half is yet to be divided off
+    test: Sequences | None
+    channels: int                # C, 2 or 3, the score not counted
+    scored: bool = False         # the file has joint scores
+    splits: dict | None = None   # name of a split -> names of its sequences
+    classes: list | None = None  # names of the classes 0 to K - 1: of the file, or its labels
+    repairs: Counter = field(default_factory=Counter)  # what was mended or left out: how often
+    marks: dict | None = None    # see find_marks
+    split: str = "x_train / x_test"  # how training and test sequences were told apart
+    pair: list | tuple = ()      # the names of the two splits, or empty
+    layout: str = ""             # name of the skeleton layout
+    skeleton: dict | None = None
+    digest: list | None = None   # of names and lengths in either half; their sum is of both
 
     @property
     def persons(self):
@@ -160,7 +151,7 @@ class Augmentation:
         return change, uniform(channels, reach=self.shift), mirrored
 
 def normalise_frames(x, seen, present, skeleton, channels, box=False, center="sequence", up="y",
-                     turn=None, augmentation=None, generator=None):
+                     turn=False, augmentation=None, generator=None):
     """Centres, scales and turns sampled frames x (N, M, T, V, C [+ score]) and changes them at
     random: one affine map a sequence. seen: bool (N, M, T, V), of persons out of sight nothing;
     present: bool (N, M), on the device of x; absent persons stay all zero.
@@ -196,9 +187,8 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
 
     linear = torch.eye(C, device=x.device).repeat(N, 1, 1)
     torso = skeleton["parts"].get("torso", ())
-    sides = [(left, right) for left, right in skeleton["pairs"] if left in torso]
-    turn = not box if turn is None else turn
-    if C == 3 and sides and turn:
+    sides = [pair for pair in skeleton["pairs"] if pair[0] in torso]
+    if C == 3 and sides and (turn or not box):
         left, right = (in_sight(joints).sum(3) for joints in zip(*sides))  # (N, C + 1, M)
         first_absent = ~in_frame[:, 0].any(1)
         leader = first_absent.long() * (x.shape[1] - 1)  # person 1 where person 0 never appears
@@ -210,12 +200,13 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
         change, shift, mirrored = augmentation.draw(N, C, generator, x.device)
         linear = product(change.to(precision), linear)
     planes = product(torch.cat([linear, shift[..., None]], 2), planes.flatten(2))
-    planes = planes.view(N, C, *x.shape[1:4]).float()
+    planes = planes.unflatten(2, x.shape[1:4]).float()
     x = torch.cat([planes, x[..., C:].movedim(4, 1).float()], 1) if x.shape[-1] > C else planes
     if augmentation and augmentation.flip:
-        swap = dict(skeleton["pairs"]) | {right: left for left, right in skeleton["pairs"]}
-        order = torch.tensor([swap.get(joint, joint) for joint in range(x.shape[4])])
-        order = order.to(x.device, non_blocking=True)
+        order = list(range(x.shape[4]))
+        for left, right in skeleton["pairs"]:
+            order[left], order[right] = right, left
+        order = torch.tensor(order).to(x.device, non_blocking=True)
         mirrored = mirrored.view(-1, 1, 1, 1)
         x = torch.where(mirrored[..., None], x.index_select(4, order), x)
         seen = torch.where(mirrored, seen.index_select(3, order), seen)
@@ -229,7 +220,7 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
         half = ((high - low) / 2).clamp(min=1e-6)
         middle = ((low + high) / 2).nan_to_num()  # of a sequence without anyone
         x[:, :C] = (x[:, :C] - middle) / half * present[:, None, :, None, None]
-        unit = unit[:, None] * half.view(N, C)
+        unit = unit[:, None] * half.flatten(1)
     return x.movedim(1, 4), seen, unit
 
 def normalise(x, skeleton, channels, frames, marks=None, score=False, **view):
@@ -239,13 +230,13 @@ def normalise(x, skeleton, channels, frames, marks=None, score=False, **view):
     (x (N, M, frames, V, C [+ score]), present (N, M)); raises ValueError."""
     V, C = len(skeleton["joints"]), channels
     expected = f"expected a tensor (N, M, T, {V}, {C} [+ score]) of finite numbers, not all zero"
-    if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[3] != V or x.shape[4] not in (C, C + 1):
+    if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[3:] not in ((V, C), (V, C + 1)):
         raise ValueError(f"{expected}; got {type(x).__name__} {tuple(getattr(x, 'shape', ()))}")
     marks = marks or {"places": [[0.0] * C], "origin": []}
     if x.shape[4] > C:
         seen = x[..., C] > 0
     else:
-        seen = (x != 0).any(-1)
+        seen = x.any(-1)
         seen[..., marks["origin"]] = seen.any(-1, keepdim=True)
     x = x[..., :C + score]
     if not torch.compiler.is_compiling() and not (x.isfinite().all() and seen.any()):
@@ -254,7 +245,7 @@ def normalise(x, skeleton, channels, frames, marks=None, score=False, **view):
     nth = sample_frames(kept.sum(1).clamp(min=1), frames) + 1  # of the frames with anyone
     steps = torch.searchsorted(kept.long().cumsum(1), nth).clamp(max=x.shape[2] - 1)
     here = torch.arange(len(x), device=x.device)[:, None]
-    x, seen = (value.transpose(1, 2)[here, steps].transpose(1, 2) for value in (x, seen))
+    x, seen = (value[here, :, steps].transpose(1, 2) for value in (x, seen))
     return normalise_frames(x, seen, present, skeleton, C, **view)[0], present
 
 @dataclass
@@ -288,16 +279,14 @@ class Loader:
 
     @property
     def steps(self):
-        """Batches an epoch."""
-        passes = self.repeat if self.training else 1
-        return len(self._batches(torch.arange(len(self.data) * passes)))
+        """Batches an epoch of training."""
+        return len(self._batches(torch.arange(len(self.data) * self.repeat)))
 
     def _batches(self, order):
         """No sequence is dropped: a last batch too small for batch norm joins its neighbour."""
         batches = list(order.split(self.batch_size))
         if len(batches) > 1 and len(batches[-1]) < 2 * self.world:
-            last = batches.pop()
-            batches[-1] = torch.cat([batches[-1], last])
+            batches[-2:] = [torch.cat(batches[-2:])]
         return batches
 
     def epoch(self, epoch=0):
@@ -309,11 +298,9 @@ class Loader:
                                for _ in range(self.repeat)])
         batches = [(index[self.rank::self.world], self._seed(epoch, step) + self.rank)
                    for step, index in enumerate(self._batches(order), 1)]
-        if not self.workers:
-            return map(self.batch, batches)
-        own = torch.Generator()  # the global one goes on as without workers
-        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers,
-                                           collate_fn=self.batch, generator=own)
+        own = torch.Generator()  # the global one goes on as without a DataLoader
+        return iter(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers,
+                                                collate_fn=self.batch, generator=own))
 
     def _seed(self, epoch, step=0):
         """A seed for every step of every epoch, the same in all processes; step 0 is the order."""
@@ -354,15 +341,14 @@ def find_marks(data: Sequences, channels, scored):
     of every sequence, of its first person, because the data are centred there."""
     position, places, origin = data.frames[..., :channels], [[0.0] * channels], []
     if scored:
-        hidden = ~data.seen & (position != 0).any(-1)
-        rows = [torch.empty(0, channels + 1, dtype=torch.float64)]
-        for first, length in zip(data.start.tolist(), data.length.tolist()):
-            frame, person, joint = hidden[first:first + length].nonzero().T
-            here = position[first + frame, person, joint].double()
-            rows.append(torch.cat([here, joint[:, None]], 1).unique(dim=0))
+        hidden = ~data.seen & position.any(-1)
+        rows, lengths = [], data.length.tolist()
+        for x, part in zip(position.split(lengths), hidden.split(lengths)):
+            joint = part.nonzero()[:, 2:]
+            rows.append(torch.cat([x[part].double(), joint], 1).unique(dim=0))
         rows = torch.cat(rows)[:, :channels].contiguous()
         factors = torch.tensor([1, 0x1F123BB5, 0x2545F491])[:channels]
-        hashed = (rows.view(torch.int64) * factors).sum(1)  # sorting rows would take much memory
+        hashed = rows.view(torch.int64) @ factors  # sorting rows would take much memory
         _, inverse, count = hashed.unique(return_inverse=True, return_counts=True)
         places += rows[count[inverse] >= max(10, len(rows) / 10_000)].unique(dim=0).tolist()
     else:
@@ -405,18 +391,18 @@ def tidy(data: Sequences, marks, repairs):
     """Checks the numbers, cuts the padding at the end of each sequence, makes whole in place those
     that need it, and says who is present."""
     data.present = torch.zeros(len(data), data.frames.shape[1], dtype=torch.bool)
-    for joint in marks["origin"]:
-        data.seen[..., joint] = data.seen.any(-1)
-    for i, (first, length) in enumerate(zip(data.start.tolist(), data.length.tolist())):
-        if not data.frames[first:first + length].abs().amax() < 1e9:  # nor is NaN
+    data.seen[..., marks["origin"]] = data.seen.any(-1, keepdim=True)
+    lengths = data.length.tolist()
+    parts = zip(data.frames.split(lengths), data.seen.split(lengths))
+    for i, (frames, frames_seen) in enumerate(parts):
+        if not frames.abs().amax() < 1e9:  # nor is NaN
             raise DataError(f"sequence {data.names[i]} holds NaN, infinite or absurd numbers; "
                             "expected finite ones below 1e9")
-        in_frame = data.seen[first:first + length].any(2)  # (T, M)
+        in_frame = frames_seen.any(2)  # (T, M)
         present = in_frame.any(0)
-        frames = in_frame.any(1).nonzero()
-        length = int(frames[-1]) + 1 if len(frames) else 1
-        x = data.frames[first:first + length].transpose(0, 1)[None]
-        seen = data.seen[first:first + length].transpose(0, 1)[None]
+        steps = in_frame.any(1).nonzero()
+        length = int(steps[-1]) + 1 if len(steps) else 1
+        x, seen = (part[:length].transpose(0, 1)[None] for part in (frames, frames_seen))
         if not seen[0, present].all():
             x, seen, there, kept, filled = make_whole(x, seen, marks)
             ghosts = present & ~there[0]
@@ -425,16 +411,16 @@ def tidy(data: Sequences, marks, repairs):
             repairs["persons seen in less than a tenth of the frames dropped"] += int(ghosts.sum())
             repairs["missing joints filled in"] += int(filled.sum())
             length = int(kept.sum())
-            data.frames[first:first + length] = x[0, :, kept[0]].transpose(0, 1)
-            data.seen[first:first + length] = seen[0, :, kept[0]].transpose(0, 1)
+            frames[:length] = x[0, :, kept[0]].transpose(0, 1)
+            frames_seen[:length] = seen[0, :, kept[0]].transpose(0, 1)
         repairs["sequences without anyone"] += int(not present.any())
         present[0] |= not present.any()  # an empty first person
         data.length[i] = length
         data.present[i] = present
 
 def flatten(sequences, labels, names, persons, score=False):
-    """A list of (x (T, M, V, C), scores (T, M, V) or None), T and M may differ, in the one flat
-    form. score: the scores are kept, as a last channel."""
+    """A list of (x (T, M, V, C), scores (T, M, V), above 0 where a joint is seen), T and M may
+    differ, in the one flat form. score: the scores are kept, as a last channel."""
     lengths = [len(x) for x, _ in sequences]
     V, C = sequences[0][0].shape[2:]
     dtype = reduce(torch.promote_types, {x.dtype for x, _ in sequences})
@@ -443,9 +429,9 @@ def flatten(sequences, labels, names, persons, score=False):
     for part, part_seen, (x, scores) in zip(frames.split(lengths), seen.split(lengths), sequences):
         M = x.shape[1]
         part[:, :M, :, :C] = x
-        part_seen[:, :M] = (x != 0).any(-1) if scores is None else scores > 0
+        part_seen[:, :M] = scores > 0
         if score:
-            part[:, :M, :, C] = 1 if scores is None else scores
+            part[:, :M, :, C] = scores
         part[:, ~part_seen.any(2).any(0)] = 0  # who is never seen
     length = torch.tensor(lengths)
     return Sequences(frames, seen, length.cumsum(0) - length, length, labels, names)
@@ -498,18 +484,14 @@ def read_labels(y, count):
     if y is None:
         return torch.full((count,), -1)
     y = torch.as_tensor(y)
-    if y.dim() == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.dim() == 2 and ((y != 0).sum(1) == 1).all():
+    if y.dim() == 2 and y.shape[1] > 1 and ((y != 0).sum(1) == 1).all():
         y = (y != 0).int().argmax(1)
-    if len(y) != count or y.dim() != 1 or (y != y.long()).any() or (y < 0).any():
+    if y.numel() != count or (y != y.long()).any() or (y < 0).any():
         raise DataError(f"labels {tuple(y.shape)} of {y.dtype} for {count} sequences; expected as "
                         "many integers from 0, or one-hot rows")
-    return y.long()
+    return y.long().flatten()
 
-def usual_channels(layout):
-    """C of the data of a layout as they usually come."""
-    return 3 if layout in ("ntu25", "kinect20", "sbu15", "h36m17", "smpl22", "mediapipe33") else 2
+USUALLY_3D = "ntu25", "kinect20", "sbu15", "h36m17", "smpl22", "mediapipe33"  # the others: 2D
 
 def divide_columns(columns, asked):
     """(M, V, C) of an npz row of M V C columns: that of the asked skeleton or of the known layouts,
@@ -517,33 +499,29 @@ def divide_columns(columns, asked):
     for C, M in ((3, 1), (3, 2), (2, 1), (2, 2)):
         for name, skeleton in ({"": asked} if asked else SKELETONS).items():
             V = len(skeleton["joints"])
-            if M * V * C == columns and (asked or C == usual_channels(name)):
+            if M * V * C == columns and (asked or C == 2 + (name in USUALLY_3D)):
                 return M, V, C
     raise DataError(f"{columns} columns are not persons x joints x coordinates of "
                     f"{'that' if asked else 'a known'} layout; name another with --layout")
 
 def from_npz(path, skeleton, persons):
     """CTR-GCN's npz: x_* (N, T, M V C) zero-padded at the end, y_* one-hot or integer."""
-    arrays, halves = read_npz(path), {}
+    arrays, halves = read_npz(path), []
     if "x_train" not in arrays:
         raise DataError("no x_train; expected x_train and, to fine-tune, x_test")
     for half in ("train", "test"):
-        if f"x_{half}" not in arrays:
-            continue
-        x = arrays[f"x_{half}"]
-        if x.dim() != 3 or not x.is_floating_point() or 0 in x.shape:
+        x = arrays.get(f"x_{half}", arrays["x_train"][:0])
+        if x.dim() != 3 or not x.is_floating_point() or 0 in x.shape[1:]:
             raise DataError(f"x_{half} {tuple(x.shape)} {x.dtype}; expected floats (N, T, M*V*C)")
         N, T, columns = x.shape
         frames = x.reshape(N * T, *divide_columns(columns, skeleton))
-        if persons:
-            if frames.shape[1] > persons:
-                raise DataError(f"{frames.shape[1]} persons a sequence; expected {persons} at most")
+        if persons and persons > frames.shape[1]:
             frames = F.pad(frames, (0, 0, 0, 0, 0, persons - frames.shape[1]))
-        seen = torch.cat([(part != 0).any(-1) for part in frames.split(4096)])
+        seen = torch.cat([part.any(-1) for part in frames.split(4096)])
         label = read_labels(arrays.get(f"y_{half}"), N)
-        halves[half] = Sequences(frames, seen, torch.arange(N) * T, torch.full((N,), T), label,
-                                 [f"{half}[{i}]" for i in range(N)])
-    return Content(halves, frames.shape[3])
+        halves.append(Sequences(frames, seen, torch.arange(N) * T, torch.full((N,), T), label,
+                                [f"{half}[{i}]" for i in range(N)]))
+    return Dataset(*halves, frames.shape[3])
 
 class _DType:
     """Stands in for numpy.dtype."""
@@ -583,23 +561,24 @@ class _Unpickler(pickle.Unpickler):
                             "numbers, strings, lists and dicts alone")
         return found
 
-def numbers(value, what):
-    """A tensor of floats from what a pickle or a caller holds as an array."""
+def numbers(value, what, dims):
+    """A tensor of floats from what a pickle or a caller holds as an array, of (1, T, V, ...) where
+    the person is left out."""
     if isinstance(value, _Array):
         value = value.tensor
     elif not hasattr(value, "__array__"):  # numpy's or torch's
         raise DataError(f"{what} is {type(value).__name__}; expected an array of numbers")
     value = torch.as_tensor(value).detach()
-    return value if value.is_floating_point() else value.float()
+    value = value if value.is_floating_point() else value.float()
+    return value[None] if value.dim() < dims else value
 
 def read_annotation(annotation, channels, persons, repairs):
-    """(x (T, M, V, C), scores (T, M, V) or None) of a dict with `keypoint`. channels: C, or None;
-    one more is then the score. Of more persons than `persons` stay those with the highest mean
-    score, without scores those that move most."""
+    """(x (T, M, V, C), scores (T, M, V)) of a dict with `keypoint`; without scores, bool: which
+    joints are not 0. channels: C, or None; one more is then the score. Of more persons than
+    `persons` stay those with the highest mean score, without scores those that move most."""
     if "keypoint" not in annotation:
         raise DataError(f"no keypoint; got {', '.join(map(str, annotation))}")
-    x = numbers(annotation["keypoint"], "keypoint")
-    x = x[None] if x.dim() == 3 else x
+    x = numbers(annotation["keypoint"], "keypoint", 4)
     sizes = (channels, channels + 1) if channels else (2, 3)
     if (x.dim() != 4 or x.shape[3] not in sizes or 0 in x.shape
             or len(x) > 5 and len(x) > x.shape[1]):  # frames before persons
@@ -612,25 +591,23 @@ def read_annotation(annotation, channels, persons, repairs):
         if (score < 0).any():
             raise DataError(f"{channels + 1} numbers a joint, the last below 0; expected {channels}"
                             ", or the joint score as one more")
-    if score is not None:
-        score = numbers(score, "keypoint_score")
-        score = score[None] if score.dim() == 2 else score
+    if score is None:
+        score = x.any(3)
+    else:
+        score = numbers(score, "keypoint_score", 3)
         if score.shape != x.shape[:3] or not score.isfinite().all():
             raise DataError(f"keypoint_score {tuple(score.shape)}; expected {tuple(x.shape[:3])} "
                             "finite numbers")
     if len(x) > persons:
-        there = (x != 0).any(3)  # (M, T, V)
-        if score is None:
-            in_frame = there.any(2)  # who comes or goes does not move by that
+        rank = (score * x.any(3)).float().mean((1, 2))
+        if score.dtype == torch.bool:
+            in_frame = score.any(2)  # who comes or goes does not move by that
             moved = x.diff(dim=1).abs().float().sum((2, 3)) * in_frame[:, 1:] * in_frame[:, :-1]
             rank = torch.where(in_frame.any(1), moved.sum(1), -1)
-        else:
-            rank = (score * there).float().mean((1, 2))
         kept = rank.topk(persons).indices.sort().values
         repairs[f"persons beyond {persons} a sequence left out"] += len(x) - persons
-        x = x[kept]
-        score = None if score is None else score[kept]
-    return x.transpose(0, 1), None if score is None else score.transpose(0, 1)
+        x, score = x[kept], score[kept]
+    return x.transpose(0, 1), score.transpose(0, 1)
 
 def from_annotations(annotations, score=False, channels=None, persons=None, splits=None,
                      classes=None):
@@ -659,9 +636,9 @@ def from_annotations(annotations, score=False, channels=None, persons=None, spli
         labels.append(label)
         names.append(name)
     persons = persons or max(x.shape[1] for x, _ in sequences)
-    scored = any(scores is not None for _, scores in sequences)
+    scored = any(scores.is_floating_point() for _, scores in sequences)
     data = flatten(sequences, torch.tensor(labels), names, persons, score and scored)
-    return Content({"": data}, shape[1], scored, splits, classes, repairs=repairs)
+    return Dataset(data, None, shape[1], scored, splits, classes, repairs)
 
 def from_pyskl(path, score=False, channels=None, persons=None):
     """PYSKL's pickle, {"split": {name: [frame_dir]}, "annotations": [...]}, the bare list of
@@ -676,44 +653,41 @@ def from_pyskl(path, score=False, channels=None, persons=None):
     return from_annotations(content.get("annotations"), score, channels, persons,
                             content.get("split"), content.get("classes"))
 
-def divide(content: Content, wanted, preferred, test_fraction):
-    """Training half, test half, how they were told apart, the names of the splits: by the splits of
-    the file or, where it has none, at random, the same for every seed."""
-    if wanted and not content.splits:
+def divide(data: Dataset, wanted, preferred, test_fraction):
+    """Divides training and test half by the splits of the file or, where it has none, at random,
+    the same for every seed."""
+    if wanted and not data.splits:
         raise DataError(f"no splits, so --split {wanted} cannot be found; leave it out")
-    if "train" in content.halves:
-        train = content.halves["train"]
-        return train, content.halves.get("test") or train.subset([]), "x_train / x_test", ()
-    data = content.halves[""]
-    if not content.splits:
-        return *divide_at_random(data, test_fraction), ()
-    splits = {str(name): list(map(str, names)) for name, names in content.splits.items()}
+    if data.test is not None:
+        return
+    if not data.splits:
+        data.split = f"a random {test_fraction:g} of each class"
+        data.train, data.test = divide_at_random(data.train, test_fraction)
+        return
+    splits = {str(name): list(map(str, names)) for name, names in data.splits.items()}
     if not wanted and preferred and splits.keys() >= set(filter(None, preferred)):
         wanted = ",".join(preferred)
-    pair = find_split(splits, wanted)
+    pair = data.pair = find_split(splits, wanted)
     rows = {}  # name -> indices of its sequences
-    for i, name in enumerate(data.names):
+    for i, name in enumerate(data.train.names):
         rows.setdefault(name, []).append(i)
     train, test = (splits.get(half, []) for half in pair)
-    halves = [data.subset([i for name in names for i in rows.get(name, ())])
-              for names in (train, test)]
-    if not len(halves[0]):
+    data.train, data.test = (data.train.subset([i for name in names for i in rows.get(name, ())])
+                             for names in (train, test))
+    if not len(data.train):
         raise DataError(f"the split {pair[0]} names no annotation; expected a list of frame_dir")
-    named = {*train, *test}
-    note = " / ".join(filter(None, pair))
-    for count, what in ((len(named - rows.keys()), "names without an annotation"),
-                        (len(train) - len({*train}) + len(test) - len({*test}), "names twice"),
-                        (len({*train} & {*test}), "names in both")):
-        if count:
-            note += f", {count} {what}"
+    data.split = " / ".join(filter(None, pair))
     unused = pair[0].removesuffix("train") + "val"
     if unused in splits and unused not in pair:
-        note += f", {unused} unused"
-    return *halves, note, pair
+        data.split += f", {unused} unused"
+    data.repairs["names without an annotation"] = len({*train, *test} - rows.keys())
+    data.repairs["names twice"] = len(train) - len({*train}) + len(test) - len({*test})
+    data.repairs["names in both halves"] = len({*train} & {*test})
 
 def divide_at_random(data: Sequences, test_fraction):
-    """Of every class the same share tests, at least one of two or more. Drawn by a fixed seed
-    from the sorted names, so that other classes and their order do not matter."""
+    """(training half, test half). Of every class the same share tests, at least one of two or more.
+    Drawn by a fixed seed from the sorted names, so that other classes and their order do not
+    matter."""
     if not 0 < test_fraction < 1:
         raise DataError(f"test fraction {test_fraction}; expected a share between 0 and 1")
     tests = torch.zeros(len(data), dtype=torch.bool)
@@ -723,13 +697,13 @@ def divide_at_random(data: Sequences, test_fraction):
         order = torch.randperm(len(members), generator=torch.Generator().manual_seed(0))
         count = min(max(round(test_fraction * len(members)), 1), len(members) - 1)
         tests[members[order[:count]]] = True
-    return data.subset(~tests), data.subset(tests), f"a random {test_fraction:g} of each class"
+    return data.subset(~tests), data.subset(tests)
 
 def find_split(splits, wanted):
     """(training split, test split). wanted: None for the obvious pair, "xsub" (or a name of the
     pair) for xsub_train and xsub_test or xsub_val, or "a,b" for two names as they stand."""
     pairs = [(name, other) for name in splits if name.endswith("train")
-             for other in (name[:-5] + "test", name[:-5] + "val") if other in splits]
+             for other in (f"{name[:-5]}test", f"{name[:-5]}val") if other in splits]
     if wanted and "," in wanted:
         pair = tuple(map(str.strip, wanted.split(",", 1)))
         fits = [pair] if set(filter(None, pair)) <= splits.keys() else []
@@ -756,8 +730,7 @@ def from_pt(path, score, channels, persons):
         x = content.get(f"x_{half}", ())
         splits[half] = [f"{half}[{i}]" for i in range(len(x))]
         labels = read_labels(content.get(f"y_{half}"), len(x)).tolist()
-        annotations += [{"frame_dir": name, "label": label,
-                         "keypoint": frames if frames.dim() == 3 else frames.transpose(0, 1)}
+        annotations += [{"frame_dir": name, "label": label, "keypoint": frames.movedim(-3, 0)}
                         for name, label, frames in zip(splits[half], labels, x)]
     return from_annotations(annotations, score, channels, persons, splits, content.get("classes"))
 
@@ -790,29 +763,29 @@ def read(path, score=False, skeleton=None, channels=None, persons=None, marks=No
     """The sequences of a file, by the ending of its name. score: keep the scores as a last channel;
     skeleton, channels, persons, marks: where they are known, as of a checkpoint."""
     if path.endswith((".pt", ".pth")):
-        content = from_pt(path, score, channels, persons)
+        data = from_pt(path, score, channels, persons)
     elif path.endswith(".npz"):
-        content = from_npz(path, skeleton, persons)
+        data = from_npz(path, skeleton, persons)
     elif path.endswith((".pkl", ".pickle")):
-        content = from_pyskl(path, score, channels, persons)
+        data = from_pyskl(path, score, channels, persons)
     else:
         raise DataError("its name ends in neither .npz, .pkl nor .pt")
-    return complete(content, marks)
+    return complete(data, marks)
 
-def complete(content: Content, marks=None):
+def complete(data: Dataset, marks=None):
     """Finds the marks, beside those of a checkpoint, and makes the sequences whole."""
-    halves = list(content.halves.values())
-    if content.scored and not any(half.seen.any() for half in halves):
+    if data.scored and not data.train.seen.any():
         raise DataError("no joint score is above 0; expected 1 for a joint that is there, 0 for a "
                         "missing one, or a confidence")
-    found = content.marks = find_marks(halves[0], content.channels, content.scored)
+    found = data.marks = find_marks(data.train, data.channels, data.scored)
     if marks:
-        if not content.scored:  # in a few sequences a missing joint looks like the origin
+        if not data.scored:  # in a few sequences a missing joint looks like the origin
             found["origin"] = marks["origin"]
         found["places"] += [place for place in marks["places"] if place not in found["places"]]
-    for half in halves:
-        tidy(half, found, content.repairs)
-    return content
+    for half in (data.train, data.test):
+        if half is not None:
+            tidy(half, found, data.repairs)
+    return data
 
 def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1600, score=False,
          skeleton=None, pair=(), marks=None):
@@ -823,48 +796,46 @@ def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1
     skeleton = skeleton or (load_skeleton(layout) if layout else None)
     with reading(path):
         if path:
-            content = read(str(path), score, skeleton, marks=marks)
+            data = read(str(path), score, skeleton, marks=marks)
         else:
-            figures = stick_figures(synthetic_size)
-            content = complete(Content({"": figures}, 2, classes=list(ACTIONS)))
-        train, test, note, pair = divide(content, split, pair, test_fraction)
-        V, C = train.frames.shape[2], content.channels
-        if train.frames.shape[1:] != test.frames.shape[1:] or not train.seen.any():
+            data = complete(Dataset(stick_figures(synthetic_size), None, 2, classes=list(ACTIONS)))
+        divide(data, split, pair, test_fraction)
+        shape = data.train.frames.shape[1:]
+        if shape != data.test.frames.shape[1:] or not data.train.seen.any():
             raise DataError("expected anyone in the training sequences, and the same persons, "
                             "joints and coordinates in the test sequences")
-        if skeleton is None:
-            layout = find_layout(V, C)
-            skeleton = SKELETONS[layout]
-        if len(skeleton["joints"]) != V:
-            raise DataError(f"{V} joints; {layout} has {len(skeleton['joints'])}; try another "
-                            "--layout")
-        classes = number_labels(train, test, content.classes)
-        digest = [sum(int(hashlib.sha256(ascii(key).encode()).hexdigest()[:12], 16)
-                      for key in zip(half.names, half.length.tolist())) for half in (train, test)]
-    return Dataset(train, test, layout, skeleton, C, content.scored, classes, note, list(pair),
-                   content.marks, content.repairs, digest)
+        data.layout = layout if skeleton else find_layout(shape[1], data.channels)
+        data.skeleton = skeleton or SKELETONS[data.layout]
+        if len(data.skeleton["joints"]) != shape[1]:
+            raise DataError(f"{shape[1]} joints; {layout} has {len(data.skeleton['joints'])}; try "
+                            "another --layout")
+        number_labels(data)
+        data.digest = [sum(int(hashlib.sha256(ascii(key).encode()).hexdigest()[:12], 16)
+                           for key in zip(half.names, half.length.tolist()))
+                       for half in (data.train, data.test)]
+    return data
 
 def find_layout(V, C):
     """The name of the only known layout of V joints whose data usually have C coordinates."""
     fits = [name for name, known in SKELETONS.items()
-            if len(known["joints"]) == V and C == usual_channels(name)]
+            if len(known["joints"]) == V and C == 2 + (name in USUALLY_3D)]
     if len(fits) != 1:
         raise DataError(f"{V} joints in {C}D fit {' and '.join(fits) or 'no layout'}; name one "
                         f"with --layout ({', '.join(SKELETONS)}, or a JSON file)")
     return fits[0]
 
-def number_labels(train, test, classes):
-    """The names of the classes: those in the file, which the labels number, or else the labels that
+def number_labels(data: Dataset):
+    """Names the classes: as the file does, whose labels number them, or else by the labels that
     occur, which then become 0 to K - 1."""
-    label = torch.cat([train.label, test.label])
-    if not classes:
+    label = torch.cat([data.train.label, data.test.label])
+    if not data.classes:
         values = label[label >= 0].unique()
         label = torch.where(label < 0, -1, torch.searchsorted(values, label))
-        classes = values.tolist()
-    elif int(label.max()) >= len(classes):
-        raise DataError(f"label {int(label.max())}, and {len(classes)} names in `classes`")
-    train.label, test.label = label.split([len(train), len(test)])
-    return list(map(str, classes))
+        data.classes = values.tolist()
+    elif int(label.max()) >= len(data.classes):
+        raise DataError(f"label {int(label.max())}, and {len(data.classes)} names in `classes`")
+    data.train.label, data.test.label = label.split([len(data.train), len(data.test)])
+    data.classes = list(map(str, data.classes))
 
 # -------------------------------------------------------------------------- built-in stick figures
 
@@ -901,7 +872,7 @@ def stick_figures(size):
             for angle, *numbers in map(str.split, terms.split(",")):
                 table[k, person, angles.index(angle)] = torch.tensor(list(map(float, numbers)))
     label = torch.arange(size) % len(ACTIONS)
-    of_two = torch.tensor(["|" in action for action in ACTIONS.values()])[label]
+    of_two = table[label, 1].flatten(1).any(1)
     amplitude, cycles, phase = table[label][..., None, :].unbind(-1)  # (n, 2, angles, 1)
     time = torch.arange(T) / (30 * torch.exp(normal(1, 1, 1, std=0.12))) + normal(1, 1, 1, std=1)
     wave = torch.sin(2 * math.pi * (cycles * time + phase))           # (n, 2, angles, T)
@@ -911,7 +882,7 @@ def stick_figures(size):
     arm, elbow, leg, knee = angle[:, :, :8].unflatten(2, (4, 2)).unbind(2)  # (n, 2, sides, T)
     lean, up, along = angle[:, :, 8:].split(1, 2)                           # (n, 2, 1, T)
     sides = torch.tensor([[1.0], [-1.0]])                                   # left, right
-    outward = torch.stack([sides, torch.zeros(2, 1)], -1)
+    outward = F.pad(sides[..., None], (0, 1))
 
     def limb(length, turn, side=1):
         """A bone that hangs down, raised sideways by `turn`: (n, 2, sides, T, 2)."""
@@ -926,9 +897,8 @@ def stick_figures(size):
     hips = middle + 0.11 * outward
     knees = hips + limb(0.42, leg, sides)
     ankles = knees + limb(0.4, leg - knee, sides)
-    eyes = head + 0.05 * outward
-    ears = head + 0.08 * outward
-    body = torch.cat([head, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles], 2)
+    body = torch.cat([head, head + 0.05 * outward, head + 0.08 * outward,  # nose, eyes, ears
+                      shoulders, elbows, wrists, hips, knees, ankles], 2)
     body = body.transpose(2, 3)  # in the order of coco17
     body = body * (1 + normal(2, 1, 1, 2, std=0.25)) * torch.tensor([1, -1])  # y grows downwards
     body[..., 0] -= 0.5 * of_two[:, None, None, None]  # (n, 2, T, 17, 2): two stand apart ...
@@ -937,5 +907,5 @@ def stick_figures(size):
     pixels = place + 120 * body + normal(*body.shape[1:], std=1.5)
     pixels[~of_two, 1] = 0
     length = torch.randint(40, T + 1, (size,), generator=generator).tolist()
-    sequences = [(frames[:n], None) for frames, n in zip(pixels.transpose(1, 2), length)]
+    sequences = [(x[:n], x[:n].any(-1)) for x, n in zip(pixels.transpose(1, 2), length)]
     return flatten(sequences, label, [f"stick[{i:06}]" for i in range(size)], 2)

@@ -22,6 +22,7 @@ Inside, joints come first, (V, P, T, D): the aggregation A X of S Eq. 1 is then 
 without a copy. A mask is True where a joint is masked (hidden from the encoder).
 """
 import warnings
+from functools import reduce
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # before torch, which warns
 import torch
@@ -40,15 +41,14 @@ def make_skeleton(joints, edges, parts, centre, pairs=None):
     off names "left_x" and "right_x". Raises ValueError."""
     names = joints.split() if isinstance(joints, str) else list(joints)
     if pairs is None:
-        pairs = [(i, names.index("right_" + name[5:])) for i, name in enumerate(names)
-                 if name.startswith("left_") and "right_" + name[5:] in names]
+        pairs = [(i, names.index(f"right_{name[5:]}")) for i, name in enumerate(names)
+                 if name.startswith("left_") and f"right_{name[5:]}" in names]
     centre = [centre] if isinstance(centre, int) else list(centre)
     edges = [[i, j] for i, j in edges]
     pairs = [[left, right] for left, right in pairs]
-    used = [j for group in (*edges, *parts.values(), *pairs, centre) for j in group]
-    paired = [j for pair in pairs for j in pair]
-    repeats = any(len(set(group)) < len(group) for group in (names, paired, *edges))
-    inside = all(j in range(len(names)) for j in used)
+    repeats = any(len(set(group)) < len(group) for group in (names, sum(pairs, []), *edges))
+    inside = all(j in range(len(names))
+                 for group in (*edges, *parts.values(), *pairs, centre) for j in group)
     if repeats or not inside or not parts or not all(parts.values()) or not centre:
         raise ValueError(f"a skeleton of {len(names)} joints needs names that differ, indices from "
                          f"0 to {len(names) - 1}, edges and pairs of two different joints, no "
@@ -136,25 +136,25 @@ SKELETONS = {
         "0 14 15 16 17, 1 2 5 8 11, 6 7, 3 4, 12 13, 9 10", centre=[8, 11]),
 }
 
-def normalized_adjacency(edges, num_joints):
+def normalized_adjacency(skeleton):
     """D^-1/2 (A + I) D^-1/2 of S Eq. 1, (V, V), with D the degrees of A + I."""
-    adjacency = torch.eye(num_joints)
-    for i, j in edges:
+    adjacency = torch.eye(len(skeleton["joints"]))
+    for i, j in skeleton["edges"]:
         adjacency[i, j] = adjacency[j, i] = 1
     inverse_root = adjacency.sum(1).rsqrt()
     return inverse_root[:, None] * adjacency * inverse_root[None, :]
 
 def bone_parents(skeleton):
     """The parent of every joint in the tree of bones, (V,), breadth first; without one, itself."""
-    root = skeleton["centre"][0]
-    parents, queue = {root: root}, [root]
+    parents = list(range(len(skeleton["joints"])))
+    queue = skeleton["centre"][:1]
     for joint in queue:  # grows on the way
         for i, j in skeleton["edges"]:
             other = i + j - joint
-            if joint in (i, j) and other not in parents:
+            if joint in (i, j) and other not in queue:
                 parents[other] = joint
                 queue.append(other)
-    return [parents.get(joint, joint) for joint in range(len(skeleton["joints"]))]
+    return parents
 
 # ------------------------------------------------------------------------------------ graph layers
 
@@ -213,8 +213,8 @@ class Attention(nn.Module):
     def forward(self, g):
         split = self.query_key_value(g).unflatten(-1, (3, self.heads, -1))  # (P, T, 3, heads, d)
         query, key, value = split.permute(2, 0, 3, 1, 4)                    # each (P, heads, T, d)
-        dropout = self.dropout if self.training else 0.0
-        g = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        g = F.scaled_dot_product_attention(query, key, value,
+                                           dropout_p=self.dropout * self.training)
         return self.project(g.transpose(1, 2).flatten(2))
 
 class AttentionBlock(nn.Module):
@@ -260,8 +260,7 @@ class TemporalPooling(nn.Module):
         near, far, largest, same = F.relu_(self.reduce_norm(self.reduce(h))).chunk(4, -1)
         near = self.near(torch.cat(three_frames(near, 1, self.stride), -1))
         far = self.far(torch.cat(three_frames(far, 2, self.stride), -1))
-        before, middle, after = three_frames(largest, 1, self.stride)
-        largest = torch.maximum(torch.maximum(before, middle), after)
+        largest = reduce(torch.maximum, three_frames(largest, 1, self.stride))
         same = same[:, :, ::self.stride]
         x = torch.cat([near, far, largest, same], -1)  # (V, P, T / stride, D)
         return F.relu_(self.norm(x) + h[:, :, ::self.stride])
@@ -281,10 +280,9 @@ class Packing:
             raise ValueError("a sequence of the batch has no person present")
         self.persons = present.shape[1]
         rows = present.flatten().nonzero()[:, 0]
-        sequence = rows // self.persons
+        sequence, person = rows // self.persons, rows % self.persons
         has_partner = (present.sum(1) == 2)[sequence]
-        beside = torch.arange(len(rows)) + 1 - 2 * (rows % self.persons)  # 0's partner is next
-        partner = torch.where(has_partner, beside, 0)
+        partner = (torch.arange(len(rows)) + 1 - 2 * person) * has_partner  # 0's is the next
 
         tensors = rows, sequence, partner, has_partner, present.sum(1).float()
         self.tensors = [x.to(device, non_blocking=True) for x in tensors]
@@ -334,7 +332,6 @@ class JointEmbedding(nn.Module):
         self.register_buffer("parents", torch.tensor(bone_parents(skeleton)), persistent=False)
 
     def forward(self, x, mask=None):
-        V, P, T, _ = x.shape
         x = x.to(self.joint.dtype)
         position, score = x[..., :self.channels], x[..., self.channels:]
         streams = []
@@ -346,7 +343,7 @@ class JointEmbedding(nn.Module):
             else:
                 stream = position if name == "position" else score
             stream = norm(stream.permute(1, 2, 0, 3).flatten(2))  # (P, T, V C): per joint, channel
-            stream = stream.view(P, T, V, -1).permute(2, 0, 1, 3)
+            stream = stream.unflatten(2, (len(x), -1)).permute(2, 0, 1, 3)
             if mask is not None and name == "bone":
                 stream = stream.masked_fill(mask[self.parents][..., None, None], 0)
             streams.append(stream)
@@ -367,9 +364,9 @@ def packing_of(x, embedding: JointEmbedding, present: Tensor | Packing | None,
     if isinstance(present, Packing):
         return present
     if present is None:
-        present = (x[..., :embedding.channels] != 0).flatten(2).any(2)
-        if not x.isfinite().all() or not present.any(1).all():
-            raise ValueError(f"{expected}, finite and none all zero")
+        present = x[..., :embedding.channels].flatten(2).any(2)
+        if not x.isfinite().all():
+            raise ValueError(f"{expected} of finite numbers")
     if present.shape != x.shape[:2] or present.dtype != torch.bool:
         raise ValueError(f"expected present as bool (N, M), got {present.dtype} {present.shape}")
     return Packing(present.cpu(), x.device)
@@ -382,29 +379,22 @@ def draw_mask(num, skeleton, parts=("right_arm", "right_leg"), num_parts=0, rati
     (paper 3.1.2 and Table 5b, S Table 2): `ratio` > 0 masks that share of the joints, drawn for
     each sequence; else `num_parts` > 0 masks as many whole body parts, drawn for each sequence;
     else the named `parts` are masked. Never all joints and never none: ValueError."""
-    V, names = len(skeleton["joints"]), list(skeleton["parts"])
+    V, known = len(skeleton["joints"]), skeleton["parts"]
+    members = torch.tensor([[j in part for j in range(V)] for part in known.values()])  # (parts, V)
     if ratio:
-        count = round(ratio * V)
-        if not 0 < count < V:
-            raise ValueError(f"a mask ratio of {ratio} hides {count} of {V} joints; expected at "
-                             "least one and not all")
-        return torch.rand(num, V, generator=generator).argsort(1) < count  # a random order a row
-    members = torch.tensor([[joint in part for joint in range(V)]
-                            for part in skeleton["parts"].values()])  # (parts, V)
-    if num_parts:
-        if not 0 < num_parts <= len(names):
-            raise ValueError(f"cannot mask {num_parts} of {len(names)} body parts")
-        chosen = torch.rand(num, len(names), generator=generator).argsort(1)[:, :num_parts]
+        mask = torch.rand(num, V, generator=generator).argsort(1) < round(ratio * V)
+    elif num_parts:
+        order = torch.rand(num, len(known), generator=generator).argsort(1)
+        mask = members[order[:, :num_parts]].any(1)
+    elif known.keys() >= set(parts):
+        mask = members[[name in parts for name in known]].any(0).expand(num, -1)
     else:
-        unknown = [part for part in parts if part not in names]
-        if unknown or not parts:
-            raise ValueError(f"no body part {', '.join(unknown) or 'named'}; this skeleton has "
-                             f"{', '.join(names)}: choose with mask_parts, mask_num_parts or "
-                             "mask_ratio")
-        chosen = torch.tensor([[names.index(part) for part in parts]]).expand(num, -1)
-    mask = members[chosen].any(1)
-    if mask.all(1).any():
-        raise ValueError("these body parts are all joints; at least one joint must stay visible")
+        raise ValueError(f"no body parts {', '.join(parts)}; this skeleton has {', '.join(known)}: "
+                         "choose with mask_parts, mask_num_parts or mask_ratio")
+    hidden = mask.sum(1)
+    if not ((0 < hidden) & (hidden < V)).all():
+        raise ValueError(f"a mask of {int(hidden.max())} of {V} joints; expected one at least and "
+                         "not all: mend mask_parts, mask_num_parts or mask_ratio")
     return mask
 
 def selected_mean(error, selected):
@@ -474,9 +464,9 @@ class SkeletonMAE(nn.Module):
         self.skeleton, self.channels, self.beta = skeleton, channels, beta
         self.masking = {"parts": mask_parts, "num_parts": mask_num_parts, "ratio": mask_ratio}
         self.draw(1, torch.Generator())  # refuses early
-        adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
-        self.register_buffer("mean", torch.zeros(len(skeleton["joints"]), channels))
-        self.register_buffer("spread", torch.ones(len(skeleton["joints"])))
+        adjacency = normalized_adjacency(skeleton)
+        self.register_buffer("mean", torch.zeros(len(adjacency), channels))
+        self.register_buffer("spread", torch.ones(len(adjacency)))
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
         self.stacked = strl is not None
         if self.stacked:
@@ -540,12 +530,12 @@ class SkeletonMAE(nn.Module):
         Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1), as
         the target has them, float32, zero for absent persons; the mask (N, V)."""
         packing = packing_of(x, self.embedding, present)
-        N, _, T, V, _ = x.shape
+        N, _, T = x.shape[:3]
         if seen is None:
-            seen = (x[..., :self.channels] != 0).any(-1).any(3, keepdim=True).expand(x.shape[:4])
+            seen = x[..., :self.channels].any(-1).any(3, keepdim=True).expand(x.shape[:4])
         mask = self.draw(N) if mask is None else mask
-        if mask.dtype != torch.bool or mask.shape != (N, V):
-            raise ValueError(f"expected a bool mask ({N}, {V}), got {mask.dtype} "
+        if mask.dtype != torch.bool or mask.shape != (N, len(self.mean)):
+            raise ValueError(f"expected a bool mask ({N}, {len(self.mean)}), got {mask.dtype} "
                              f"{tuple(mask.shape)}")
         mask = mask.to(x.device, non_blocking=True)
         packed = packing.pack(x)            # (V, P, T, C)
@@ -620,8 +610,6 @@ class STRL(nn.Module):
 
 def at_frames(table, T):
     """A learnable table of frames (frames, D) at T frames, interpolated linearly, ends on ends."""
-    if len(table) == T:
-        return table
     return F.interpolate(table.T[None], T, mode="linear", align_corners=True)[0].T
 
 class STRLStack(nn.Module):
@@ -655,7 +643,7 @@ class SkeletonClassifier(nn.Module):
                  motion=False, bone=False, score=False, **strl):
         super().__init__()
         self.persons = persons
-        adjacency = normalized_adjacency(skeleton["edges"], len(skeleton["joints"]))
+        adjacency = normalized_adjacency(skeleton)
         self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
         self.embedding.mask_token.requires_grad_(False)  # nothing is masked here
         self.strl = STRLStack(adjacency, width, hidden, persons, frames, **strl)
@@ -679,18 +667,15 @@ class SkeletonClassifier(nn.Module):
         targets = [f"strl.layers.{i}.encoder." for i in range(len(self.strl.layers))]
         if "encoder.position" in state:
             targets = ["strl."]
-        loaded = {name: value for name, value in state.items() if name.startswith("embedding.")}
-        for target in targets:
-            loaded |= {name.replace("encoder.", target, 1): value for name, value in state.items()
-                       if name.startswith("encoder.")}
-        own = {name: value for name, value in self.state_dict().items()
-               if name.startswith(("embedding.", *targets))}
-        for name in sorted(own.keys() | loaded.keys()):
-            shapes = [tuple(d[name].shape) if name in d else "absent" for d in (own, loaded)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"the pre-trained weights do not fit: {name} is {shapes[0]} here "
-                                 f"and {shapes[1]} there; expected the same skeleton, streams, "
-                                 "widths and layers, of STRL layers the same persons and frames")
+        loaded = {name.replace("encoder.", target, 1): value for target in targets
+                  for name, value in state.items() if name.startswith(("embedding.", "encoder."))}
+        own, their = ({name: tuple(value.shape) for name, value in tensors.items()
+                       if name.startswith(("embedding.", *targets))}
+                      for tensors in (self.state_dict(), loaded))
+        for name, _ in sorted(own.items() ^ their.items()):
+            raise ValueError(f"the pre-trained weights do not fit: {name} is {own.get(name)} here "
+                             f"and {their.get(name)} there; expected the same skeleton, streams, "
+                             "widths and layers, of STRL layers the same persons and frames")
         self.load_state_dict(loaded, strict=False)
         return sorted(loaded)
 

@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 
 import train_pretrain as shared
-from data import Content, DataError, Dataset, Loader, complete, from_annotations, read, reading
+from data import DataError, Dataset, Loader, Sequences, complete, from_annotations, read, reading
 from skeletonmae import LinearProbe, Packing, SkeletonClassifier, SkeletonMAE
 from train_pretrain import option
 import torch
@@ -74,12 +74,11 @@ def main(argv=None):
     torch.manual_seed(settings.seed)
     model, arguments, loaded = shared.build(make_model, settings, data, source)
     model.to(device)
-    described = "linear probe, " * settings.linear_probe
-    described += f"from {settings.ckpt}" if settings.ckpt else "from random weights"
+    described = f"from {settings.ckpt or 'random weights'}"
+    if settings.linear_probe:
+        described = f"linear probe, {described}"
     if settings.eval_only:
-        if rank == 0:
-            report(evaluate(model, test, device, settings.amp), settings, data, described)
-        return
+        return report(evaluate(model, test, device, settings.amp), settings, data, described)
 
     pretrained = source["pretrained"] if settings.resume else loaded
     optimizer = shared.build(make_optimizer, settings, model, pretrained)
@@ -120,7 +119,7 @@ def main(argv=None):
             log.append(row)
             shared.save(path, "finetune", model, optimizer, epoch, log, settings, arguments, data,
                         pretrained=pretrained)
-        progress.show(row)
+        progress.show()
     if rank == 0:
         outputs = outputs or evaluate(model, test, device, settings.amp)
         report(outputs, settings, data, f"last epoch ({len(log)}), {described}")
@@ -135,19 +134,19 @@ STRL_SHAPE = ("frames", "blocks", "stride")
 def start(typed):
     """(settings, the checkpoint to start from or None, the path of this run's checkpoint). A
     checkpoint decides the shape of the model and, where nothing else is typed, the data."""
-    tests = typed.get("eval_only") or typed.get("predict")
-    if tests and not typed.get("ckpt"):
+    ckpt, tests = typed.get("ckpt"), typed.get("eval_only") or typed.get("predict")
+    if tests and not ckpt:
         raise DataError("--eval-only and --predict need --ckpt, as in --ckpt "
                         "runs/finetune/finetune.pt")
     kinds = ("finetune",) if tests else ("pretrain", "finetune")
-    if typed.get("ckpt") == "newest" and typed.get("resume"):
-        del typed["ckpt"]  # the run to resume names the one that was newest when it began
-    elif typed.get("ckpt") == "newest":
-        typed["ckpt"] = max(glob.glob(f"runs/*/{kinds[0]}.pt"), key=os.path.getmtime,
-                            default=f"runs/{kinds[0]}/{kinds[0]}.pt")
-    if typed.get("resume") or not typed.get("ckpt"):
+    if typed.get("resume") or not ckpt:
+        if ckpt == "newest":
+            del typed["ckpt"]  # the run to resume names the one that was newest when it began
         return shared.begin(Settings, typed, "finetune")
-    source = shared.read_checkpoint(typed["ckpt"], kinds)
+    if ckpt == "newest":
+        ckpt = typed["ckpt"] = max(glob.glob(f"runs/*/{kinds[0]}.pt"), key=os.path.getmtime,
+                                   default=f"runs/{kinds[0]}/{kinds[0]}.pt")
+    source = shared.read_checkpoint(ckpt, kinds)
     fixed = SHAPE
     if source["kind"] == "finetune":
         fixed += (*STRL_SHAPE, "strl_layers", "linear_probe")
@@ -155,12 +154,13 @@ def start(typed):
         fixed += STRL_SHAPE
     brought = ("test_fraction", "layout") if "data" in typed else DATA
     if typed.get("eval_only"):
-        typed.setdefault("out", os.path.dirname(typed["ckpt"]) or ".")
+        typed.setdefault("out", os.path.dirname(ckpt) or ".")
         brought += ("label_fraction", "label_seed")
         if not source["settings"]["amp"]:
             typed.setdefault("amp", False)
-    settings = shared.settle(Settings, typed, source, fixed, brought)
-    return settings, source, os.path.join(settings.out, "finetune.pt")
+    kept = {name: source["settings"][name] for name in (*fixed, *brought)}
+    settings = shared.settle(Settings, typed, kept, brought)
+    return settings, source, f"{settings.out}/finetune.pt"
 
 def check_data(settings, source, data: Dataset):
     """The data must fit the checkpoint and have labels; classes without training are noted."""
@@ -210,7 +210,7 @@ def make_model(settings: Settings, data: Dataset, source):
     if source["kind"] == "pretrain":
         if not settings.linear_probe:
             return model, arguments, model.load_pretrained(state)
-        state = {"pretrained." + name: value for name, value in state.items()}
+        state = {f"pretrained.{name}": value for name, value in state.items()}
     elif source["classes"] != data.classes:  # a new head
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
     model.load_state_dict(state, strict=False)
@@ -218,16 +218,14 @@ def make_model(settings: Settings, data: Dataset, source):
 
 def make_optimizer(settings: Settings, model: nn.Module, pretrained):
     """Loaded weights form a group of their own, at encoder_lr_scale of the learning rate."""
-    new = {"lr_scale": 1.0, "params": []}
-    loaded = {"lr_scale": settings.encoder_lr_scale, "params": []}
+    groups = [{"lr_scale": scale, "params": []} for scale in (1.0, settings.encoder_lr_scale)]
     for name, parameter in model.named_parameters():
-        group = loaded if name in pretrained else new
-        group["params"].append(parameter)
+        groups[name in pretrained]["params"].append(parameter)
+    decay = settings.weight_decay
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW([new, loaded], settings.lr, weight_decay=settings.weight_decay,
-                                 fused=True)
-    return torch.optim.SGD([new, loaded], settings.lr, settings.momentum,
-                           weight_decay=settings.weight_decay, nesterov=settings.nesterov)
+        return torch.optim.AdamW(groups, settings.lr, weight_decay=decay, fused=True)
+    return torch.optim.SGD(groups, settings.lr, settings.momentum, weight_decay=decay,
+                           nesterov=settings.nesterov)
 
 def learning_rate(epoch, base, warmup, milestones) -> float:
     """The rate of zero-based epoch e: base (e + 1) / warmup while e < warmup, then base, divided by
@@ -272,14 +270,14 @@ def report(outputs, settings: Settings, data: Dataset, what):
     counts = torch.bincount(data.train.label, minlength=len(data.classes)).cpu()
     outputs |= {"classes": data.classes, "names": data.test.names, "train_counts": counts,
                 "metrics": result}
-    shared.save_torch(outputs, os.path.join(settings.out, "test_outputs.pt"))
+    shared.save_torch(outputs, f"{settings.out}/test_outputs.pt")
 
 # -------------------------------------------------------------------------------------- predicting
 
 def load_classifier(path, device="cpu", amp=None):
     """A checkpoint of fine-tuning as a function: names, probabilities = classify(arrays). arrays:
     one a sequence, (T, V, C) or (M, T, V, C), numpy's or torch's, C + 1 with the joint score last,
-    or the Content of a file; names: the class of each; probabilities: (N, K). amp: bfloat16, by
+    or Sequences of a file; names: the class of each; probabilities: (N, K). amp: bfloat16, by
     default as in training where the device has instructions for it."""
     saved = shared.read_checkpoint(path, ("finetune",))
     device = torch.device(device)
@@ -293,20 +291,17 @@ def load_classifier(path, device="cpu", amp=None):
         amp = saved["settings"]["amp"] and shared.has_bfloat16(device)
 
     def classify(arrays):
-        content = arrays
-        if not isinstance(content, Content):
+        half = arrays
+        if not isinstance(half, Sequences):
             with reading("arrays"):
-                content = from_annotations(list(arrays), score, C, saved["persons"])
-                content = complete(content, marks)
-        expected = len(saved["skeleton"]["joints"]), C + score
-        logits = []
-        for half in content.halves.values():
-            if half.frames.shape[2:] != expected:
-                raise DataError(f"{tuple(half.frames.shape[2:])} joints and coordinates (and the "
-                                f"score); expected {expected}")
-            batches = Loader(half, saved["skeleton"], C, 64, frames, view=view)
-            logits.append(evaluate(model, batches, device, amp)["logits"])
-        probabilities = torch.cat(logits).softmax(1)
+                data = from_annotations(list(arrays), score, C, saved["persons"])
+                half = complete(data, marks).train
+        shape = saved["persons"], len(saved["skeleton"]["joints"]), C + score
+        if half.frames.shape[1:] != shape:
+            raise DataError(f"{tuple(half.frames.shape[1:])} persons, joints and coordinates (and "
+                            f"the score); expected {shape}")
+        batches = Loader(half, saved["skeleton"], C, 64, frames, view=view)
+        probabilities = evaluate(model, batches, device, amp)["logits"].softmax(1)
         return [saved["classes"][k] for k in probabilities.argmax(1).tolist()], probabilities
 
     return classify
@@ -316,14 +311,14 @@ def predict(settings: Settings, source):
     form = source["normalisation"]
     classify = load_classifier(settings.ckpt, shared.find_device(settings.device), settings.amp)
     with reading(settings.predict):
-        content = read(settings.predict, form["score"], source["skeleton"], source["channels"],
-                       source["persons"], form["marks"])
-    classes, probabilities = classify(content)
-    names = [name for half in content.halves.values() for name in half.names]
-    lines = csv.writer(sys.stdout, lineterminator="\n")
-    lines.writerow(("name", "class", "probability"))
-    lines.writerows(zip(names, classes, (f"{p:.4f}" for p in probabilities.amax(1).tolist())))
-    for what, count in (+content.repairs).items():  # those above 0
+        data = read(settings.predict, form["score"], source["skeleton"], source["channels"],
+                    source["persons"], form["marks"])
+    rows = [("name", "class", "probability")]
+    for half in filter(None, (data.train, data.test)):
+        classes, found = classify(half)
+        rows += zip(half.names, classes, (f"{p:.4f}" for p in found.amax(1).tolist()))
+    csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
+    for what, count in (+data.repairs).items():  # those above 0
         print(f"note: {count} {what}", file=sys.stderr)
 
 if __name__ == "__main__":

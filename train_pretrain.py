@@ -25,7 +25,7 @@ from datetime import timedelta
 from functools import partial
 
 from data import Augmentation, DataError, Dataset, Loader, load, reading
-from skeletonmae import Packing, SkeletonMAE
+from skeletonmae import Packing, SkeletonMAE, normalized_adjacency
 import torch
 from torch import Tensor
 
@@ -101,9 +101,8 @@ def main(argv=None):
     torch.manual_seed(settings.seed)
     arguments = pretraining_arguments(settings, data)
     model = build(SkeletonMAE, **arguments).to(device)
-    mean, spread, mean_pose = measure_target(loader(settings, data, data.train, forward_size))
-    model.mean.copy_(mean)
-    model.spread.copy_(spread)
+    measured = measure_target(loader(settings, data, data.train, forward_size))
+    model.mean[:], model.spread[:], mean_pose = measured
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, fused=True)
     first_epoch, log = restore(checkpoint, model, optimizer)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -131,8 +130,8 @@ def main(argv=None):
                 weight = torch.tensor(len(present) / len(batch.x)).to(device, non_blocking=True)
                 syncs = world == 1 or piece == pieces  # processes exchange gradients once a batch
                 with contextlib.nullcontext() if syncs else parallel.no_sync():
-                    loss = loss + step(Packing(present, device), mask, weight,
-                                       *(value.to(device) for value in values))
+                    loss += step(Packing(present, device), mask, weight,
+                                 *(value.to(device) for value in values))
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)  # a CUDA graph adds to the gradients in place
             progress.step(loss, len(batch.x) * world)
@@ -143,11 +142,11 @@ def main(argv=None):
                 row |= reconstruction_error(model, held_out, mean_pose)
             log.append(row)
             save(path, "pretrain", model, optimizer, epoch, log, settings, arguments, data)
-        progress.show(row)
-    small = settings.recipe == "small"
-    rates = " --lr 1e-3 --encoder-lr-scale 0.3" * (small and settings.pretrain == "stack")
-    print(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}"
-          + " --recipe small" * small + rates)
+        progress.show()
+    flags = f" --recipe {settings.recipe}"
+    if settings.recipe == "small" and settings.pretrain == "stack":
+        flags += " --lr 1e-3 --encoder-lr-scale 0.3"
+    print(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}{flags}")
 
 def pretraining_arguments(settings, data: Dataset):
     """What SkeletonMAE takes."""
@@ -165,10 +164,11 @@ def measure_target(batches: Loader):
     root mean square distance from it, 0.01 at least; and each person's mean pose (M, V, C)."""
     square = pose = count = 0
     for batch in batches.epoch():
-        joints, seen = batch.target[..., :batches.channels].double(), batch.seen[..., None]
-        square = square + (joints * seen).square().sum((0, 1, 2, 4))
-        pose = pose + (joints * seen).sum((0, 2))
-        count = count + seen.sum((0, 2))  # (M, V, 1)
+        seen = batch.seen[..., None]
+        joints = batch.target[..., :batches.channels].double() * seen
+        square += joints.square().sum((0, 1, 2, 4))
+        pose += joints.sum((0, 2))
+        count += seen.sum((0, 2))  # (M, V, 1)
     total = count.sum(0).clamp(min=1)
     mean = pose.sum(0) / total
     spread = (square / total[:, 0] - mean.square().sum(-1)).clamp(min=1e-4).sqrt()
@@ -176,12 +176,12 @@ def measure_target(batches: Loader):
 
 def joint_distances(skeleton):
     """Edges on the shortest path between every two joints, (V, V); V where there is none."""
-    V = len(skeleton["joints"])
-    distance = torch.full((V, V), float(V)).fill_diagonal_(0)
-    for i, j in skeleton["edges"]:
-        distance[i, j] = distance[j, i] = 1
-    for k in range(V):  # Floyd and Warshall: paths through the first k joints
-        distance = torch.minimum(distance, distance[:, k:k + 1] + distance[k:k + 1])
+    adjacency = normalized_adjacency(skeleton)
+    reached = torch.eye(len(adjacency))
+    distance = torch.zeros_like(reached)
+    for _ in adjacency:
+        distance += reached == 0  # by paths of so many edges
+        reached = (adjacency @ reached).sign()
     return distance
 
 def neighbour_mean(x, mask, distance):
@@ -205,10 +205,10 @@ def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose):
         counted = batch.seen.to(device) & mask[:, None, None]  # (N, M, T, V)
         true = target[..., :C]
         guesses = (model.reconstruct(x, batch.present, mask, target)[0],
-                   mean_pose.to(device)[None, :, None].expand_as(true),
+                   mean_pose.to(device)[:, None],
                    neighbour_mean(true, mask, distance))
         errors = [(((guess - true) * unit).norm(dim=-1) * counted).sum() for guess in guesses]
-        sums = sums + torch.stack([*errors, counted.sum()]).cpu().double()
+        sums += torch.stack([*errors, counted.sum()]).cpu().double()
     means = (sums[:3] / sums[3].clamp(min=1)).tolist()
     return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), means))
 
@@ -257,37 +257,29 @@ def convert(f, text):
                                          f"{high}") from None
     return values if f.type is tuple else values[0]
 
-def settle(settings_type, typed, source=None, fixed=(), brought=()):
-    """Settings as a union: defaults, the recipe, what the checkpoint `source` brings, what was
-    typed. A typed flag that contradicts a `fixed` setting of the checkpoint is refused."""
+def settle(settings_type, typed, kept={}, free=()):
+    """Settings as a union: defaults, the recipe, `kept` ones of a checkpoint, what was typed. A
+    typed flag that contradicts one that is kept and not `free` is refused."""
     chosen = typed.get("recipe"), typed.get("pretrain")
     recipe = {f.name: f.metadata[name] for f in fields(settings_type) for name in chosen
               if name in f.metadata}
     if typed.keys() & {"mask_parts", "mask_num_parts"}:
         recipe.pop("mask_ratio", None)
-    kept = {name: source["settings"][name] for name in (*fixed, *brought)} if source else {}
-    for name in fixed:
-        if typed.get(name, kept[name]) != kept[name]:
+    for name in sorted(typed.keys() & kept.keys() - set(free)):
+        if typed[name] != kept[name]:
             raise DataError(f"{flag(name)} {typed[name]} differs from {kept[name]} of the "
                             "checkpoint; leave it out or start anew")
     return settings_type(**recipe | kept | typed)
 
 def begin(settings_type, typed, kind):
     """A new run, or with --resume the one in --out: (settings, checkpoint or None, its path)."""
-    path = os.path.join(typed.get("out", settings_type.out), f"{kind}.pt")
+    path = f"{typed.setdefault('out', settings_type.out)}/{kind}.pt"
     if not typed.get("resume"):
         return settle(settings_type, typed), None, path
     checkpoint = read_checkpoint(path, (kind,))
-    may_change = {"epochs", "eval_every", "workers", "device", "amp", "graphs"}
-    fixed = {f.name for f in fields(settings_type)} - may_change - {"resume", "out", "overwrite"}
-    if "data" in typed:
-        fixed.remove("data")  # it may have moved: check_fit compares the names of the sequences
-    settings = settle(settings_type, typed, checkpoint, sorted(fixed), may_change)
-    done = checkpoint["epoch"] + 1
-    if settings.epochs < done:
-        raise DataError(f"--epochs {settings.epochs}: {path} has {done} behind it; expected as "
-                        "many or more")
-    return settings, checkpoint, path
+    free = ("epochs", "eval_every", "workers", "device", "amp", "graphs", "resume", "out",
+            "overwrite", "data")  # that may have moved: check_fit compares the sequences' names
+    return settle(settings_type, typed, checkpoint["settings"], free), checkpoint, path
 
 def keep_unfinished(settings, path):
     """A new run does not replace an unfinished one unasked."""
@@ -421,16 +413,15 @@ def read_data(settings, source, tests=False):
     return data
 
 def to_device(data: Dataset, device, settings):
-    """Frames that fit into half of a GPU's free memory move there, and batches are built there."""
+    """Frames that fill less than half of a GPU's free memory, those of a pickle counted twice, move
+    there, and batches are built there."""
     if device.type != "cuda" or settings.workers:  # workers cannot use a GPU
         return data
-    train, test = data.train, data.test
-    shared = test.frames is train.frames  # of a pickle both halves are one tensor
-    size = train.frames.nbytes if shared else train.frames.nbytes + test.frames.nbytes
-    if size > torch.cuda.mem_get_info(device)[0] / 2:
+    test = data.test
+    if data.train.frames.nbytes + test.frames.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return data
-    train = train.to(device)
-    if shared:
+    train = data.train.to(device)
+    if test.frames is data.train.frames:  # of a pickle both halves are one tensor
         test = replace(test, frames=train.frames, seen=train.seen)
     return replace(data, train=train, test=test.to(device))
 
@@ -463,39 +454,37 @@ def introduce(settings, data: Dataset, model, train: Loader, device):
 
 def doubts(data: Dataset, shown):
     """What may be a mistake in the data, by 300 training sequences."""
-    found, C, hips = [], data.channels, data.skeleton["centre"]
+    C, hips = data.channels, data.skeleton["centre"]
     batch = next(Loader(data.train, data.skeleton, C, 300, 32, view=shown).epoch())
     place = batch.x[..., :C].mean(3)  # (N, M, T, C)
     path = place.amax(2) - place.amin(2)
     if path[:, 0].norm(dim=-1).median() > 2.6:  # in units of body and path
-        found.append("people travel far beyond their size; where the path is not the action, try "
-                     "--center frame")
+        yield ("people travel far beyond their size; where the path is not the action, try "
+               "--center frame")
     if C == 3:
         raw = data.train.frames[:10_000, ..., :3]
         pose = batch.x[:, 0, ..., :3].mean((0, 1))  # of the first person, (V, 3)
         head = data.skeleton["parts"].get("head", hips)
         height = (pose[head].mean(0) - pose[hips[0]]).abs()
         if 0 <= raw[..., 2].min() and raw[..., 2].max() <= 1 and raw.max() > 10:
-            found.append("the third coordinate lies between 0 and 1, the others do not: a score is "
-                         "no coordinate; in a pickle it is the keypoint_score")
+            yield ("the third coordinate lies between 0 and 1, the others do not: a score is no "
+                   "coordinate; in a pickle it is the keypoint_score")
         elif height[2] > 2 * height[1]:
-            found.append("head and hips differ along z; where z is vertical, give --up z")
+            yield "head and hips differ along z; where z is vertical, give --up z"
     if data.persons == 2:
         both = place[batch.present.all(1)]
         stay = both.diff(dim=2).norm(dim=3).sum(1)
         swap = (both.flip(1)[:, :, 1:] - both[:, :, :-1]).norm(dim=3).sum(1)
         share = (swap < stay / 2).double().mean()
         if share > 0.02:
-            found.append(f"the two persons change places in {100 * share:.0f} % of the frames; "
-                         "give each the same place in all frames of a sequence")
-    return found
+            yield (f"the two persons change places in {100 * share:.0f} % of the frames; give each "
+                   "the same place in all frames of a sequence")
 
 # ----------------------------------------------------------- shared: checkpoints, progress, graphs
 
 def write_atomically(path, content: bytes):
     """Into a new file beside path, synced, then renamed: path is whole at every moment."""
     beside = f"{path}.{os.getpid()}.tmp"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         with open(beside, "wb") as file:
             file.write(content)
@@ -519,15 +508,15 @@ def save(path, kind, model, optimizer, epoch, log, settings, arguments, data: Da
                         "kept, try a lower --lr")
     save_torch({"kind": kind, "model": state, "optimizer": optimizer.state_dict(), "epoch": epoch,
                 "log": log, "settings": asdict(settings), "model_settings": arguments,
-                **pick(data, "skeleton", "layout", "channels", "persons", "classes", "scored",
-                       "pair", "digest"),
+                **pick(data, "skeleton", "layout", "channels", "persons", "classes", "pair",
+                       "digest"),
                 "normalisation": {"frames": settings.frames, "marks": data.marks,
                                   "score": arguments["score"], **view(settings)}, **more}, path)
     text = io.StringIO()
     writer = csv.DictWriter(text, dict.fromkeys(name for row in log for name in row))
     writer.writeheader()
     writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in log)
-    write_atomically(os.path.join(os.path.dirname(path), "log.csv"), text.getvalue().encode())
+    write_atomically(f"{settings.out}/log.csv", text.getvalue().encode())
 
 def read_checkpoint(path, kinds):
     """A checkpoint of one of these kinds ("pretrain", "finetune"), on the CPU."""
@@ -567,7 +556,8 @@ def check_fit(checkpoint, data: Dataset, settings):
         print(f"note: the checkpoint is of {found}")
 
 class Progress:
-    """One epoch: a live line on a terminal, a line at its end. A loss that is not finite stops."""
+    """One epoch: a live line on a terminal, a line at its end. A loss that is not finite stops.
+    row: the epoch's row of the log, to which its measurements are added."""
     def __init__(self, epoch, epochs, steps, lr):
         self.row = {"epoch": epoch + 1, "loss": math.nan, "lr": lr}
         self.epochs, self.total = epochs, (epochs - epoch) * steps
@@ -580,7 +570,8 @@ class Progress:
         self.now = time.monotonic()
         if sys.stdout.isatty() and self.now - self.drawn > 0.5:  # reading a loss makes a GPU wait
             self.drawn = self.now
-            self.show({**self.row, "loss": float(loss)}, end="")
+            self.row["loss"] = float(loss)
+            self.show(end="")
 
     def end(self):
         """The epoch's row of the log."""
@@ -590,14 +581,16 @@ class Progress:
             raise DataError(f"loss is not finite in epoch {self.row['epoch']}, step "
                             f"{int(finite.int().argmin()) + 1}; the checkpoint before is kept, try "
                             "a lower --lr")
-        return {**self.row, "loss": float(losses.mean())}
+        self.row["loss"] = float(losses.mean())
+        return self.row
 
-    def show(self, row, end="\n"):
-        values = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
+    def show(self, end="\n"):
+        values = "  ".join(f"{name} {value:.4g}" for name, value in self.row.items()
+                           if name != "epoch")
         spent = self.now - self.begin
         left = timedelta(seconds=round(spent * (self.total / len(self.losses) - 1)))
-        speed = f"{self.sequences / spent:.0f} seq/s"
-        line = f"epoch {row['epoch']}/{self.epochs}  {values}  {speed}  {left} left"
+        line = (f"epoch {self.row['epoch']}/{self.epochs}  {values}  "
+                f"{self.sequences / spent:.0f} seq/s  {left} left")
         print("\r\033[K" * sys.stdout.isatty() + line, end=end, flush=True)
 
 class Replay:
