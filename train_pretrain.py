@@ -62,7 +62,8 @@ class CommonSettings:
     dropout: float = option(0.2, "input feature dropout, supplement A: 0.2", high=0.99)
     blocks: int = option(2, "attention blocks in each STRL layer", small=1)
     stride: int = option(2, "temporal stride between STRL layers", low=1)
-    repeat: int = option(None, "passes an epoch (1; small: for 4,000 steps or more in all)", low=1)
+    repeat: int = option(None, "passes an epoch (1; small: for 4,000 steps or more in all, "
+                         "stack 100 passes at most)", low=1)
     workers: int = option(0, "loader processes (supplement A: 4; measured slower)")
     eval_every: int = option(10, "epochs between measurements on the test split", low=1)
     seed: int = option(0, "of weights, order, masks and augmentation", high=2**31)
@@ -296,12 +297,15 @@ def suit(settings, data: Dataset):
     """Fills in the settings that depend on the data."""
     small, is_3d = settings.recipe == "small", data.channels == 3
     steps = len(data.train) * settings.epochs / settings.batch_size
+    repeat = math.ceil(4000 / steps) if small else 1
+    if getattr(settings, "pretrain", "") == "stack":
+        repeat = min(repeat, max(1, 100 // settings.epochs))
     box = small and is_3d if settings.box is None else settings.box
     reach = 0.1 * (not box)  # a box undoes scaling and shift
     suiting = {"rotation": (60.0 if small else 30.0) if is_3d else 0.0, "box": box,
                "scaling": reach, "shift": reach, "noise": 0.0 if is_3d else 0.01,
                "flip": 0.5 if data.skeleton["pairs"] and not is_3d else 0.0,
-               "repeat": math.ceil(4000 / steps) if small else 1}
+               "repeat": repeat}
     return replace(settings, **{name: value for name, value in suiting.items()
                                 if getattr(settings, name) is None})
 
