@@ -111,9 +111,8 @@ def sample_frames(length, frames, training=False, crop=1.0, generator=None):
     position = (first + share * (steps + within) / frames) * length
     return torch.minimum(position.long(), length.long() - 1)
 
-def rotation(angle, axis):
-    """Rotations by angle (N,), in radians, about a coordinate axis of 3D space, (N, 3, 3)."""
-    a, b = [k for k in range(3) if k != axis]
+def rotation(angle, a, b):
+    """Rotations by angle (N,), in radians, from axis b of 3D space towards axis a, (N, 3, 3)."""
     matrix = torch.eye(3, device=angle.device).repeat(len(angle), 1, 1)
     matrix[:, a, a] = matrix[:, b, b] = angle.cos()
     matrix[:, a, b] = angle.sin()
@@ -144,8 +143,8 @@ class Augmentation:
         change = torch.eye(channels, device=device).repeat(num, 1, 1)
         if self.rotation and channels == 3:
             reach = math.radians(self.rotation)
-            tilt = rotation(uniform(reach=reach / 2), axis=0)
-            change = product(tilt, rotation(uniform(reach=reach), axis=1))
+            tilt = rotation(uniform(reach=reach / 2), 1, 2)
+            change = product(tilt, rotation(uniform(reach=reach), 0, 2))
         change[:, 0] *= torch.where(mirrored, -1.0, 1.0)[:, None]
         change = change * (1 + uniform(channels, 1, reach=self.scaling))
         return change, uniform(channels, reach=self.shift), mirrored
@@ -190,10 +189,10 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     sides = [pair for pair in skeleton["pairs"] if pair[0] in torso]
     if C == 3 and sides and (turn or not box):
         left, right = (in_sight(joints).sum(3) for joints in zip(*sides))  # (N, C + 1, M)
-        first_absent = ~in_frame[:, 0].any(1)
-        leader = first_absent.long() * (x.shape[1] - 1)  # person 1 where person 0 never appears
-        across = (left - right).gather(2, leader[:, None, None].expand(-1, C + 1, 1))[..., 0]
-        linear = rotation(torch.atan2(across[:, 2], across[:, 0]), axis=1)
+        across = left - right
+        appears = in_frame[:, 0].any(1)[:, None]  # person 0; else it is person 1 who leads
+        across = torch.where(appears, across[..., 0], across[..., -1])
+        linear = rotation(torch.atan2(across[:, 2], across[:, 0]), 0, 2)
     linear = linear / unit[:, None, None]
     shift = torch.zeros(N, C, device=x.device)
     if augmentation:
@@ -609,8 +608,7 @@ def read_annotation(annotation, channels, persons, repairs):
         x, score = x[kept], score[kept]
     return x.transpose(0, 1), score.transpose(0, 1)
 
-def from_annotations(annotations, score=False, channels=None, persons=None, splits=None,
-                     classes=None):
+def from_annotations(annotations, score, channels, persons, splits=None, classes=None):
     """The sequences of PYSKL's annotations, or of arrays. persons: M, by default the most that
     occur, 2 at most."""
     if not annotations:
@@ -640,7 +638,7 @@ def from_annotations(annotations, score=False, channels=None, persons=None, spli
     data = flatten(sequences, torch.tensor(labels), names, persons, score and scored)
     return Dataset(data, None, shape[1], scored, splits, classes, repairs)
 
-def from_pyskl(path, score=False, channels=None, persons=None):
+def from_pyskl(path, score, channels, persons):
     """PYSKL's pickle, {"split": {name: [frame_dir]}, "annotations": [...]}, the bare list of
     annotations, or one of them: a dict (docs/data.md) or an array."""
     with open(path, "rb") as file:

@@ -295,9 +295,9 @@ class Packing:
 
     def unpack(self, h):
         """(V, P, T, C) -> (N, M, T, V, C), absent persons zero."""
-        N, (V, _, T, C) = len(self.count), h.shape
-        x = h.new_zeros(N * self.persons, T, V, C).index_copy(0, self.rows, h.permute(1, 2, 0, 3))
-        return x.unflatten(0, (N, self.persons))
+        h = h.permute(1, 2, 0, 3)
+        x = h.new_zeros(len(self.count) * self.persons, *h.shape[1:]).index_copy(0, self.rows, h)
+        return x.unflatten(0, (-1, self.persons))
 
     def other(self, h):
         """What belongs to the other person, (V, P, T, D) -> the same shape, zero without one."""
