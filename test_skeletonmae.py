@@ -1877,6 +1877,9 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             expected = load("runs/finetune/test_outputs.pt")["logits"]
             self.finetune("--ckpt runs/finetune/finetune.pt --eval-only --data few.pkl --out few")
             close(load("few/test_outputs.pt")["logits"], expected[:2])
+            printed = self.finetune("--ckpt runs/finetune/finetune.pt --predict few.pkl")
+            for row in expected[:2]:
+                self.assertIn(f"{row.softmax(0).max():.4f}", printed)
             if scores is None:
                 classify = train_finetune.load_classifier("runs/finetune/finetune.pt")
                 close(classify([x[50]])[1], expected[:1].softmax(1))
