@@ -297,9 +297,11 @@ class Loader:
                                for _ in range(self.repeat)])
         batches = [(index[self.rank::self.world], self._seed(epoch, step) + self.rank)
                    for step, index in enumerate(self._batches(order), 1)]
-        own = torch.Generator()  # the global one goes on as without a DataLoader
-        return iter(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers,
-                                                collate_fn=self.batch, generator=own))
+        if not self.workers:
+            return map(self.batch, batches)
+        own = torch.Generator()  # the global one goes on as without workers
+        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers,
+                                           collate_fn=self.batch, generator=own)
 
     def _seed(self, epoch, step=0):
         """A seed for every step of every epoch, the same in all processes; step 0 is the order."""
@@ -485,7 +487,7 @@ def read_labels(y, count):
     y = torch.as_tensor(y)
     if y.dim() == 2 and y.shape[1] > 1 and ((y != 0).sum(1) == 1).all():
         y = (y != 0).int().argmax(1)
-    if y.numel() != count or (y != y.long()).any() or (y < 0).any():
+    if len(y) != count or y.numel() != count or (y != y.long()).any() or (y < 0).any():
         raise DataError(f"labels {tuple(y.shape)} of {y.dtype} for {count} sequences; expected as "
                         "many integers from 0, or one-hot rows")
     return y.long().flatten()

@@ -384,6 +384,8 @@ def draw_mask(num, skeleton, parts=("right_arm", "right_leg"), num_parts=0, rati
     if ratio:
         mask = torch.rand(num, V, generator=generator).argsort(1) < round(ratio * V)
     elif num_parts:
+        if not 0 < num_parts <= len(known):
+            raise ValueError(f"cannot mask {num_parts} of {len(known)} body parts")
         order = torch.rand(num, len(known), generator=generator).argsort(1)
         mask = members[order[:, :num_parts]].any(1)
     elif known.keys() >= set(parts):
@@ -610,6 +612,8 @@ class STRL(nn.Module):
 
 def at_frames(table, T):
     """A learnable table of frames (frames, D) at T frames, interpolated linearly, ends on ends."""
+    if len(table) == T:
+        return table
     return F.interpolate(table.T[None], T, mode="linear", align_corners=True)[0].T
 
 class STRLStack(nn.Module):

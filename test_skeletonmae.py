@@ -305,6 +305,7 @@ class MaskTest(Case):
                     dict(parts=list(COCO["parts"])), dict(parts=())):
             with self.subTest(how), self.assertRaises(ValueError):
                 draw_mask(2, COCO, **how)
+        self.assertRaisesRegex(ValueError, "mask 7 of 6", draw_mask, 2, COCO, num_parts=7)
         with self.assertRaisesRegex(ValueError, "right_arm, right_leg.*trunk, head, left, right"):
             draw_mask(2, STAR)
 
@@ -830,6 +831,7 @@ class ReaderTest(Case):
                 (ctr_gcn(61), "61 columns.*--layout"),
                 (ctr_gcn(y_train=torch.zeros(3)), r"labels \(3,\).*for 2 sequences"),
                 (ctr_gcn(y_train=torch.ones(2, 2)), r"labels \(2, 2\).*one-hot"),
+                (ctr_gcn(x_train=torch.ones(4, 3, 60), y_train=torch.ones(2, 2)), "for 4 sequ"),
                 (ctr_gcn(x_test=torch.ones(1, 3, 150)), "same persons.*in the test")):
             self.refused("a.npz", content, words)
 
@@ -880,6 +882,10 @@ class ReaderTest(Case):
             x = torch.stack(persons)[:, :, None, None].expand(2, 3, 6, 13, 2)
             loaded = self.read("a.pkl", pickled(pyskl(x), train=["a0"], test=["a1"]))
             equal(loaded.train.frames[:6, :, 0, 0].T, torch.stack([persons[k] for k in kept]))
+        x = torch.stack([nobody, nobody, more])[:, :, None, None].expand(1, 3, 6, 13, 2)
+        scored = dict(pyskl(2)[1], keypoint_score=torch.full((1, 2, 13), 0.5))  # beside them
+        loaded = self.read("a.pkl", pickled([*pyskl(x), scored], train=["a0"], test=["a1"]))
+        equal(loaded.train.frames[:6, :, 0, 0].amax(1), more)
 
     def test_splits(self):
         """Test before val, which is named; twice counts twice; the checkpoint's pair holds."""
@@ -2052,6 +2058,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             ("--device tpu", "device.*tpu"), ("--eval-only", "--ckpt"), ("--predict a", "--ckpt"),
             ("--mask-ratio 0.3", "--mask-ratio"), ("--momentum 2", "expected float from 0 to 1"),
             ("--scaling 1", "--scaling.*0.9"), ("--dropout 1", "--dropout.*0.99"),
+            ("--resume --epochs 1", "--epochs 1: runs/finetune/finetune.pt has 2 behind it"),
             ("--clip -1", "expected float from 0 to inf"))
         for script, lines in ((self.pretrain, pretraining), (self.finetune, finetuning)):
             for line, words in lines:

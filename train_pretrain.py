@@ -280,7 +280,12 @@ def begin(settings_type, typed, kind):
     checkpoint = read_checkpoint(path, (kind,))
     free = ("epochs", "eval_every", "workers", "device", "amp", "graphs", "resume", "out",
             "overwrite", "data")  # that may have moved: check_fit compares the sequences' names
-    return settle(settings_type, typed, checkpoint["settings"], free), checkpoint, path
+    settings = settle(settings_type, typed, checkpoint["settings"], free)
+    done = checkpoint["epoch"] + 1
+    if settings.epochs < done:
+        raise DataError(f"--epochs {settings.epochs}: {path} has {done} behind it; expected as "
+                        "many or more")
+    return settings, checkpoint, path
 
 def keep_unfinished(settings, path):
     """A new run does not replace an unfinished one unasked."""
@@ -417,15 +422,16 @@ def read_data(settings, source, tests=False):
     return data
 
 def to_device(data: Dataset, device, settings):
-    """Frames that fill less than half of a GPU's free memory, those of a pickle counted twice, move
-    there, and batches are built there."""
+    """Frames that fit into half of a GPU's free memory move there, and batches are built there."""
     if device.type != "cuda" or settings.workers:  # workers cannot use a GPU
         return data
-    test = data.test
-    if data.train.frames.nbytes + test.frames.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+    train, test = data.train, data.test
+    shared = test.frames is train.frames  # of a pickle both halves are one tensor
+    size = train.frames.nbytes if shared else train.frames.nbytes + test.frames.nbytes
+    if size > torch.cuda.mem_get_info(device)[0] / 2:
         return data
-    train = data.train.to(device)
-    if test.frames is data.train.frames:  # of a pickle both halves are one tensor
+    train = train.to(device)
+    if shared:
         test = replace(test, frames=train.frames, seen=train.seen)
     return replace(data, train=train, test=test.to(device))
 
