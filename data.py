@@ -134,23 +134,20 @@ class Augmentation:
     crop: float = 1.0       # see sample_frames
 
     def draw(self, num, channels, generator, device):
-        """Of `num` sequences (linear maps (num, C, C), shifts (num, C), which are mirrored)."""
+        """Of `num` sequences linear maps (num, C, C) and shifts (num, C)."""
         def uniform(*shape, reach):
             return reach * (2 * torch.rand(num, *shape, generator=generator, device=device) - 1)
 
-        # first, whatever else is drawn: Loader.batch draws it again
-        mirrored = torch.rand(num, generator=generator, device=device) < self.flip
         change = torch.eye(channels, device=device).repeat(num, 1, 1)
         if self.rotation and channels == 3:
             reach = math.radians(self.rotation)
             tilt = rotation(uniform(reach=reach / 2), 1, 2)
             change = product(tilt, rotation(uniform(reach=reach), 0, 2))
-        change[:, 0] *= torch.where(mirrored, -1.0, 1.0)[:, None]
         change = change * (1 + uniform(channels, 1, reach=self.scaling))
-        return change, uniform(channels, reach=self.shift), mirrored
+        return change, uniform(channels, reach=self.shift)
 
 def normalise_frames(x, seen, present, skeleton, channels, box=False, center="sequence", up="y",
-                     turn=False, augmentation=None, generator=None):
+                     turn=False, mirrored=None, augmentation=None, generator=None):
     """Centres, scales and turns sampled frames x (N, M, T, V, C [+ score]) and changes them at
     random: one affine map a sequence. seen: bool (N, M, T, V), of persons out of sight nothing;
     present: bool (N, M), on the device of x; absent persons stay all zero.
@@ -160,7 +157,7 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     distance of the seen joints from it. up "z": z-up data are turned to y-up first. 3D sequences
     are turned about the vertical so that the first person's left and right shoulders and hips lie
     along x on average, the left at larger x. box: instead (with turn: too) each axis is stretched
-    to -1 to 1 at the end, as in CTR-GCN's feeder.
+    to -1 to 1 at the end, as in CTR-GCN's feeder. mirrored: bool (N,), or None for none.
     Returns (x, seen, unit (N,), or (N, C) for the axes of a box, in units of the file)."""
     C, N = channels, len(x)
     precision = torch.promote_types(x.dtype, torch.float32)
@@ -196,12 +193,14 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     linear = linear / unit[:, None, None]
     shift = torch.zeros(N, C, device=x.device)
     if augmentation:
-        change, shift, mirrored = augmentation.draw(N, C, generator, x.device)
+        change, shift = augmentation.draw(N, C, generator, x.device)
         linear = product(change.to(precision), linear)
+    if mirrored is not None:
+        linear[:, 0] *= torch.where(mirrored, -1.0, 1.0)[:, None]
     planes = product(torch.cat([linear, shift[..., None]], 2), planes.flatten(2))
     planes = planes.unflatten(2, x.shape[1:4]).float()
     x = torch.cat([planes, x[..., C:].movedim(4, 1).float()], 1) if x.shape[-1] > C else planes
-    if augmentation and augmentation.flip:
+    if mirrored is not None:
         order = list(range(x.shape[4]))
         for left, right in skeleton["pairs"]:
             order[left], order[right] = right, left
@@ -321,16 +320,15 @@ class Loader:
         x, seen = (flat.index_select(0, rows).unflatten(0, steps.shape).transpose(1, 2)
                    for flat in (data.frames, data.seen))
         present = data.present[index]
-        normalised = partial(normalise_frames, x, seen, present.to(device, non_blocking=True),
-                             self.skeleton, self.channels, **self.view)
         change = self.augmentation if self.training else None
-        twin = generator.clone_state() if self.pose else None  # draws the same mirror images
+        mirrored = torch.rand(len(x), generator=generator, device=device) < self.augmentation.flip
+        mirrored = mirrored if change and change.flip else None
+        normalised = partial(normalise_frames, x, seen, present.to(device, non_blocking=True),
+                             self.skeleton, self.channels, mirrored=mirrored, **self.view)
         x, seen, unit = normalised(augmentation=change, generator=generator)
         target = x
         if self.pose:
-            mirror = change and Augmentation(flip=change.flip)
-            target, _, unit = normalised(augmentation=mirror, generator=twin, turn=True,
-                                         center="frame")
+            target, _, unit = normalised(turn=True, center="frame")
         return Batch(x, data.label[here], present, seen, index, target, unit)
 
 # ------------------------------------------------------------ readers: presence and missing joints

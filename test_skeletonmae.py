@@ -1358,8 +1358,9 @@ class AugmentationTest(Case):
         """x normalised, which leaves what is normalised already, and augmented."""
         generator = torch.Generator().manual_seed(0)
         seen = self.there[..., None].expand(x.shape[:4])
+        mirrored = torch.rand(len(x), generator=generator) < settings.get("flip", 0)
         return data.normalise_frames(x, seen, self.present, skeleton, C, generator=generator,
-                                     augmentation=Augmentation(**settings))[0]
+                                     mirrored=mirrored, augmentation=Augmentation(**settings))[0]
 
     def test_zeros_and_scores_stay(self):
         close(self.change(self.x), self.x)
