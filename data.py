@@ -663,9 +663,8 @@ def divide(data: Dataset, wanted, preferred, test_fraction):
         data.train, data.test = divide_at_random(data.train, test_fraction)
         return
     splits = {str(name): list(map(str, names)) for name, names in data.splits.items()}
-    if not wanted and preferred and splits.keys() >= set(filter(None, preferred)):
-        wanted = ",".join(preferred)
-    pair = data.pair = find_split(splits, wanted)
+    keeps = not wanted and preferred and splits.keys() >= set(filter(None, preferred))
+    pair = data.pair = preferred if keeps else find_split(splits, wanted)
     rows = {}  # name -> indices of its sequences
     for i, name in enumerate(data.train.names):
         rows.setdefault(name, []).append(i)
@@ -777,7 +776,7 @@ def complete(data: Dataset, marks=None):
                         "missing one, or a confidence")
     found = data.marks = find_marks(data.train, data.channels, data.scored)
     if marks:
-        if not data.scored:  # in a few sequences a missing joint looks like the origin
+        if "origin" in marks and not data.scored:  # a few sequences do not show where it is
             found["origin"] = marks["origin"]
         found["places"] += [place for place in marks["places"] if place not in found["places"]]
     for half in (data.train, data.test):
@@ -789,7 +788,7 @@ def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1
          skeleton=None, pair=(), marks=None):
     """Reads a data set, divides it, and finds its layout. Without a path: the built-in stick
     figures. score: keep the scores as a last channel; skeleton, pair: those of a checkpoint, where
-    layout and split name no others; marks: those of a checkpoint to test. Raises DataError for what
+    layout and split name no others; marks: those of a checkpoint. Raises DataError for what
     is in a file, OSError for the file."""
     skeleton = skeleton or (load_skeleton(layout) if layout else None)
     with reading(path):

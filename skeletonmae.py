@@ -241,7 +241,7 @@ def three_frames(x, dilation, stride):
 
 class TemporalPooling(nn.Module):
     """Multi-scale temporal pooling in four branches like the dilated multi-branch temporal
-    convolution of CTR-GCN, whose kernels span 5 frames where these span 3. A convolution over
+    convolution of CTR-GCN, whose kernels take 5 frames where these take 3. A convolution over
     frames is one matrix product: cuDNN would plan anew for every number of persons.
     Shape: (V, P, T, D) -> (V, P, ceil(T / stride), D)."""
     def __init__(self, width, stride=1):

@@ -1867,7 +1867,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             self.assertRaisesRegex(DataError, words, classify, [wrong])
 
     def test_one_sequence_alone(self):
-        """Origin and placeholders are the checkpoint's: in a few sequences they look otherwise."""
+        """Placeholders and, in tests, the origin are the checkpoint's: a few may not show them."""
         names = [f"a{n}" for n in range(60)]
         x = torch.randn(60, 1, 8, 5, 2)
         x -= x[:, :, :1, :1]
@@ -1890,6 +1890,12 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             if scores is None:
                 classify = train_finetune.load_classifier("runs/finetune/finetune.pt")
                 close(classify([x[50]])[1], expected[:1].softmax(1))
+            self.finetune("--ckpt runs/finetune/finetune.pt --data few.pkl --epochs 1 --out few "
+                          "--overwrite")  # the placeholders are the checkpoint's, the origin not
+            marks = {"places": [[0, 0]], "origin": [0, 4]}
+            if scores is not None:
+                marks = {"places": [[0, 0], [7, 7]], "origin": []}
+            self.assertEqual(load("few/finetune.pt")["normalisation"]["marks"], marks)
 
     def test_export(self):
         """normalise and classifier in one program, any number of frames, exact."""
@@ -1920,6 +1926,8 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             torch.save(saved, f"run/{name}.pt")
             message = script(f"{self.data} --epochs 2 --out run", 2)
             self.assertRegex(message, r"unfinished run \(2 of 5.*--resume.*--out.*--overwrite")
+            printed = self.finetune(f"--ckpt run/{name}.pt --epochs 1")
+            self.assertIn(f"note: run/{name}.pt is of an unfinished run", printed)
             script(f"{self.data} --epochs 1 --out run --overwrite")
             shutil.rmtree("run")
 
@@ -1944,6 +1952,19 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         self.finetune("--resume --epochs 3")
         message = self.finetune("--resume --data other.pkl --epochs 4", 2)
         self.assertIn("of other data; --resume", message)
+        self.write("two.pkl", pickled(annotations, **{"a, b_train": names[:6], "a, b_val": names}))
+        self.finetune("--data two.pkl --epochs 1 --overwrite")
+        self.assertIn("a, b_train / a, b_val", self.finetune("--resume --epochs 2"))
+
+    def test_scores_that_pre_training_lacked(self):
+        """--score had no effect on data without scores: the classifier has none either."""
+        printed = self.pretrain(f"{self.data} --epochs 1 --score")
+        self.assertIn("note: these data have no joint scores", printed)
+        x = torch.rand(12, 2, 6, 5, 3)
+        self.write("scored.pkl", pickled(pyskl(x, torch.ones(12, 2, 6, 5))))
+        for flags in ("", "--linear-probe"):
+            printed = self.finetune(f"--ckpt --data scored.pkl --epochs 1 --overwrite {flags}")
+            self.assertRegex(printed, "[1-9][0-9]* of .* tensors loaded")
 
     def test_labels_and_tests_are_optional(self):
         """In pre-training; fine-tuning asks for both, and another set of classes has a new head."""
@@ -1982,7 +2003,8 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
                 self.assertEqual(list(train_pretrain.doubts(loaded, mended)), [])
 
     def test_notes(self):
-        """A guessed layout, a score among the coordinates, few steps; else none."""
+        """A guessed layout, a score among the coordinates, few steps, a rate that does not fall or
+        falls too early; else none."""
         x = 100 + torch.rand(10, 4, 1, 17, 3)
         x[..., 2] -= 100
         x[:, 1, :, 5] = 0
@@ -1994,9 +2016,12 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             self.assertRegex(printed, f"note: .*{words}")
         self.assertEqual(printed.count("note:"), 3)
         self.assertIn("20 missing joints filled in", printed)
-        for script in (self.pretrain, self.finetune):
-            printed = script(f"{self.data} --epochs 1 --recipe small --repeat 2 --out new")
-            self.assertNotIn("note:", printed)
+        small = f"{self.data} --recipe small --repeat 2 --out new --epochs"
+        self.assertNotIn("note:", self.pretrain(f"{small} 1"))
+        self.assertNotIn("note:", self.finetune(f"{small} 3 --milestones 1,2"))
+        for milestones in ("1,2", "4,5"):
+            printed = self.finetune(f"{small} 4 --milestones {milestones}")
+            self.assertRegex(printed, r"note: the rate falls .* of 4; try --milestones 3,4")
 
     def test_odd_surroundings(self):
         """A terminal that lacks a character of the path; WORLD_SIZE without torchrun."""

@@ -48,7 +48,7 @@ class Settings(shared.CommonSettings):
     label_smoothing: float = option(0.1, "supplement A: 0.1", high=1)
     encoder_lr_scale: float = option(1.0, "learning-rate multiplier of the pre-trained weights")
     label_fraction: float = option(1.0, "share of the labels, at least one a class", high=1)
-    label_seed: int = option(0, "which labels --label-fraction keeps")
+    label_seed: int = option(0, "which labels --label-fraction keeps", high=2**31)
     linear_probe: bool = option(False, "train one linear layer on the frozen encoder's features")
     strl_layers: int = option(3, "M_l, STRL layers", low=1)
     attention_dropout: float = option(0.1, "supplement A: 0.1", high=0.99)
@@ -75,6 +75,8 @@ def main(argv=None):
     model, arguments, loaded = shared.build(make_model, settings, data, source)
     model.to(device)
     described = f"from {settings.ckpt or 'random weights'}"
+    if source and not settings.resume and source["epoch"] + 1 < source["settings"]["epochs"]:
+        print(f"note: {settings.ckpt} is of an unfinished run")
     if settings.linear_probe:
         described = f"linear probe, {described}"
     if settings.eval_only:
@@ -86,6 +88,10 @@ def main(argv=None):
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     print(f"{described}: {len(pretrained)} of {len(model.state_dict())} tensors loaded")
     shared.introduce(settings, data, model, train, device)
+    if not settings.epochs / 2 < max(settings.milestones) < settings.epochs:
+        early, late = round(settings.epochs * 90 / 110), round(settings.epochs * 100 / 110)
+        print(f"note: the rate falls at epochs {settings.milestones} of {settings.epochs}; try "
+              f"--milestones {early},{late}")
 
     def step(packing: Packing, x, label):
         with shared.autocast(device, settings.amp):
@@ -159,6 +165,7 @@ def start(typed):
         if not source["settings"]["amp"]:
             typed.setdefault("amp", False)
     kept = {name: source["settings"][name] for name in (*fixed, *brought)}
+    kept["score"] = source["model_settings"]["score"]  # False where its data had none
     settings = shared.settle(Settings, typed, kept, brought)
     return settings, source, f"{settings.out}/finetune.pt"
 

@@ -339,8 +339,8 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on after the last whole epoch",
-              file=sys.stderr)
+        print("\nstopped; the same command with --resume goes on after the last whole epoch, if "
+              "there is one", file=sys.stderr)
         sys.exit(130)
 
 def set_up(settings):
@@ -405,11 +405,12 @@ def seed_epoch(settings, epoch, rank):
 
 def read_data(settings, source, tests=False):
     """source: a checkpoint, whose skeleton and splits hold where no other layout or split is typed,
-    or None; tests: it is tested, so that what is missing is marked as in its own data."""
+    or None. Its placeholders hold for these data too, and where they test it, its origin."""
     layout, skeleton, pair, marks = settings.layout, None, (), None
     if source:
         pair = source["pair"]
-        marks = source["normalisation"]["marks"] if tests else None
+        marks = source["normalisation"]["marks"]
+        marks = marks if tests else {"places": marks["places"]}
         if settings.layout == source["settings"]["layout"]:
             layout, skeleton = source["layout"], source["skeleton"]
     data = load(settings.data, settings.split, layout, settings.test_fraction,
