@@ -149,15 +149,16 @@ class Augmentation:
 def normalise_frames(x, seen, present, skeleton, channels, box=False, center="sequence", up="y",
                      turn=False, mirrored=None, augmentation=None, generator=None):
     """Centres, scales and turns sampled frames x (N, M, T, V, C [+ score]) and changes them at
-    random: one affine map a sequence. seen: bool (N, M, T, V), of persons out of sight nothing;
+    random: one affine map a sequence. seen: bool (N, M, T, V), False for a person out of sight;
     present: bool (N, M), on the device of x; absent persons stay all zero.
 
     The origin is the mean of the centre joints over frames and persons in sight, one for both;
     center "frame": one for each frame, which drops the path. The unit is the root mean square
     distance of the seen joints from it. up "z": z-up data are turned to y-up first. 3D sequences
     are turned about the vertical so that the first person's left and right shoulders and hips lie
-    along x on average, the left at larger x. box: instead (with turn: too) each axis is stretched
-    to -1 to 1 at the end, as in CTR-GCN's feeder. mirrored: bool (N,), or None for none.
+    along x on average, the left at larger x. box: each axis is stretched to -1 to 1 at the end, as
+    in CTR-GCN's feeder, and only with `turn` the sequence is turned too. mirrored: bool (N,), which
+    become mirror images, or None.
     Returns (x, seen, unit (N,), or (N, C) for the axes of a box, in units of the file)."""
     C, N = channels, len(x)
     precision = torch.promote_types(x.dtype, torch.float32)
@@ -271,8 +272,8 @@ class Loader:
     view: dict = field(default_factory=dict)     # box, center and up of normalise_frames
     repeat: int = 1                              # passes over the data an epoch, in training
     workers: int = 0                             # loader processes; 0: in this one
-    rank: int = 0                                # of torchrun: this process takes every world-th
-    world: int = 1                               # sequence of each batch
+    rank: int = 0                                # of torchrun: this process takes sequences rank,
+    world: int = 1                               # rank + world, ... of each batch
     pose: bool = False                           # Batch.target is the pose alone: see batch
 
     @property

@@ -147,7 +147,7 @@ def start(typed):
     kinds = ("finetune",) if tests else ("pretrain", "finetune")
     if typed.get("resume") or not ckpt:
         if ckpt == "newest":
-            del typed["ckpt"]  # the run to resume names the one that was newest when it began
+            del typed["ckpt"]  # the settings of the run name the one that was newest then
         return shared.begin(Settings, typed, "finetune")
     if ckpt == "newest":
         ckpt = typed["ckpt"] = max(glob.glob(f"runs/*/{kinds[0]}.pt"), key=os.path.getmtime,

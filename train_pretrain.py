@@ -279,7 +279,7 @@ def begin(settings_type, typed, kind):
         return settle(settings_type, typed), None, path
     checkpoint = read_checkpoint(path, (kind,))
     free = ("epochs", "eval_every", "workers", "device", "amp", "graphs", "resume", "out",
-            "overwrite", "data")  # that may have moved: check_fit compares the sequences' names
+            "overwrite", "data")  # data may have moved: check_fit compares the sequences' names
     settings = settle(settings_type, typed, checkpoint["settings"], free)
     done = checkpoint["epoch"] + 1
     if settings.epochs < done:
@@ -536,7 +536,7 @@ def read_checkpoint(path, kinds):
     expected = f"a {' or '.join(kinds)} checkpoint of this version"
     with reading(path, expected):
         checkpoint = torch.load(path, "cpu", weights_only=True)
-        if checkpoint["kind"] not in kinds or not checkpoint["digest"]:
+        if checkpoint["kind"] not in kinds or not checkpoint["digest"]:  # earlier ones lack it
             raise DataError(f"it holds a {checkpoint['kind']} run; expected {expected}")
     return checkpoint
 
