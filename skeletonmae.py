@@ -282,7 +282,7 @@ class Packing:
         rows = present.flatten().nonzero()[:, 0]
         sequence, person = rows // self.persons, rows % self.persons
         has_partner = (present.sum(1) == 2)[sequence]
-        partner = (torch.arange(len(rows)) + 1 - 2 * person) * has_partner  # the row after or before
+        partner = (torch.arange(len(rows)) + 1 - 2 * person) * has_partner  # next or last
 
         tensors = rows, sequence, partner, has_partner, present.sum(1).float()
         self.tensors = [x.to(device, non_blocking=True) for x in tensors]
