@@ -86,7 +86,7 @@ class Settings(CommonSettings):
     beta: float = option(2.0, "power of the encoder's cosine error (paper Eq. 2)", low=1)
     mask_parts: tuple = option(("right_arm", "right_leg"), "body parts to mask, as head,torso")
     mask_num_parts: int = option(0, "or: mask this many parts, drawn per sequence")
-    mask_ratio: float = option(0.0, "or: mask this share of the joints", stack=0.5, high=1)
+    mask_ratio: float = option(0.0, "or: mask this share of the joints", stack=0.2, high=1)
 
 def main(argv=None):
     settings, checkpoint, path = begin(Settings, parse(Settings, __doc__, argv), "pretrain")
