@@ -830,8 +830,12 @@ def number_labels(data: Dataset):
         values = label[label >= 0].unique()
         label = torch.where(label < 0, -1, torch.searchsorted(values, label))
         data.classes = values.tolist()
+    elif not isinstance(data.classes, (list, tuple)):
+        raise DataError(f"classes is {type(data.classes).__name__}; expected a list of names, that "
+                        "of label 0 first")
     elif int(label.max()) >= len(data.classes):
-        raise DataError(f"label {int(label.max())}, and {len(data.classes)} names in `classes`")
+        raise DataError(f"label {int(label.max())}, and {len(data.classes)} names in `classes`; "
+                        f"expected labels from 0 to {len(data.classes) - 1}")
     data.train.label, data.test.label = label.split([len(data.train), len(data.test)])
     data.classes = list(map(str, data.classes))
 

@@ -936,6 +936,9 @@ class ReaderTest(Case):
                                (pickled([dict(keypoints=x)]), "no keypoint; got keypoints"),
                                (pickled([torch.rand(1, 5, 20, 2)]), "20 joints in 2D")):
             self.refused("a.pkl", content, words)
+        for classes, words in (({"run": 1, "sit": 0}, "classes is dict.*list of names"),
+                               (["sit"], "label 1, and 1 names.*from 0 to 0")):
+            self.refused("a.pkl", pickled(pyskl(), classes, train=["a0"], test=["a1"]), words)
 
     @unittest.skipUnless(sys.platform == "linux", "getrusage counts in kilobytes there")
     def test_memory(self):
