@@ -753,7 +753,8 @@ def reading(path, expected="CTR-GCN's npz, PYSKL's pickle or a .pt dict"):
         if isinstance(error, MemoryError) or isinstance(error, OSError) and error.filename:
             raise
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch.load says it amid much advice
-        why = f"asks for {asked[1]}" if asked else f"{type(error).__name__}: {error}"[:300]
+        told = str(error).rpartition("WeightsUnpickler error:")[2]
+        why = f"asks for {asked[1]}" if asked else f"{type(error).__name__}: {told}"[:300]
         raise DataError(f"{path} is damaged or of another format ({why}); expected {expected}"
                         ) from None
 

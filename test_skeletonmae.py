@@ -968,6 +968,7 @@ print(-peak("small.pkl") + peak("large.pkl"))
         self.refused("a.pt", run, "os.system")
         with self.assertRaisesRegex(DataError, r"\A.*os.system.*\Z"):
             train_pretrain.read_checkpoint("a.pt", ("pretrain",))
+        self.refused("a.pt", pickled(pyskl()), "UnpicklingError: Unsupported")  # no unsafe advice
         self.assertFalse(os.path.exists("ran"))
         self.assertEqual(len(self.read("a.pkl", pickled(pyskl())).train), 2)  # it is unharmed
         pickle.loads(run)
