@@ -2023,6 +2023,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         small = f"{self.data} --recipe small --repeat 2 --out new --epochs"
         self.assertNotIn("note:", self.pretrain(f"{small} 1"))
         self.assertNotIn("note:", self.finetune(f"{small} 3 --milestones 1,2"))
+        self.assertNotIn("note:", self.finetune(f"{small} 2 --out two"))
         for milestones in ("1,2", "4,5"):
             printed = self.finetune(f"{small} 4 --milestones {milestones}")
             self.assertRegex(printed, r"note: the rate falls .* of 4; try --milestones 3,4")

@@ -88,8 +88,9 @@ def main(argv=None):
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     print(f"{described}: {len(pretrained)} of {len(model.state_dict())} tensors loaded")
     shared.introduce(settings, data, model, train, device)
-    if not settings.epochs / 2 < max(settings.milestones) < settings.epochs:
-        early, late = round(settings.epochs * 90 / 110), round(settings.epochs * 100 / 110)
+    early, late = (round(settings.epochs * epoch / 110) for epoch in (90, 100))
+    falls = settings.epochs / 2 < max(settings.milestones) < settings.epochs
+    if early < settings.epochs and not falls:  # else it is a try of an epoch or two
         print(f"note: the rate falls at epochs {settings.milestones} of {settings.epochs}; try "
               f"--milestones {early},{late}")
 
