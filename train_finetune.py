@@ -59,7 +59,7 @@ def main(argv=None):
         return predict(settings, source)
     device, rank, world = shared.set_up(settings)
     data = shared.read_data(settings, source, settings.eval_only)
-    check_data(settings, source, data)
+    check_start(settings, source, data)
     if not settings.eval_only:
         shared.keep_unfinished(settings, path)
     if settings.label_fraction < 1:
@@ -75,8 +75,6 @@ def main(argv=None):
     model, arguments, loaded = shared.build(make_model, settings, data, source)
     model.to(device)
     described = f"from {settings.ckpt or 'random weights'}"
-    if source and not settings.resume and source["epoch"] + 1 < source["settings"]["epochs"]:
-        print(f"note: {settings.ckpt} is of an unfinished run")
     if settings.linear_probe:
         described = f"linear probe, {described}"
     if settings.eval_only:
@@ -88,11 +86,6 @@ def main(argv=None):
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     print(f"{described}: {len(pretrained)} of {len(model.state_dict())} tensors loaded")
     shared.introduce(settings, data, model, train, device)
-    early, late = (round(settings.epochs * epoch / 110) for epoch in (90, 100))
-    falls = settings.epochs / 2 < max(settings.milestones) < settings.epochs
-    if early < settings.epochs and not falls:  # else it is a try of an epoch or two
-        print(f"note: the rate falls at epochs {settings.milestones} of {settings.epochs}; try "
-              f"--milestones {early},{late}")
 
     def step(packing: Packing, x, label):
         with shared.autocast(device, settings.amp):
@@ -170,8 +163,9 @@ def start(typed):
     settings = shared.settle(Settings, typed, kept, brought)
     return settings, source, f"{settings.out}/finetune.pt"
 
-def check_data(settings, source, data: Dataset):
-    """The data must fit the checkpoint and have labels; classes without training are noted."""
+def check_start(settings, source, data: Dataset):
+    """The data must fit the checkpoint and have labels. What may be a mistake is noted: classes
+    without training, an unfinished checkpoint, a rate that does not fall or falls too early."""
     if (settings.resume or settings.eval_only) and source["classes"] != data.classes:
         raise DataError(f"the checkpoint knows the classes {str(source['classes']):.80}, the data "
                         f"have {str(data.classes):.80}; expected the same")
@@ -185,6 +179,13 @@ def check_data(settings, source, data: Dataset):
     if unknown.any():
         print(f"note: {int(unknown.sum())} test sequences are of classes without a training "
               "sequence; they count as wrong")
+    if source and not settings.resume and source["epoch"] + 1 < source["settings"]["epochs"]:
+        print(f"note: {settings.ckpt} is of an unfinished run")
+    early, late = (round(settings.epochs * epoch / 110) for epoch in (90, 100))
+    falls = settings.epochs / 2 < max(settings.milestones) < settings.epochs
+    if early < settings.epochs and not falls:  # else it is a try of an epoch or two
+        print(f"note: the rate falls at epochs {settings.milestones} of {settings.epochs}; try "
+              f"--milestones {early},{late}")
 
 def label_subset(labels, fraction, seed):
     """Indices of a stratified share of the sequences: of every class round(fraction x its size),
