@@ -620,7 +620,7 @@ def from_annotations(annotations, score, channels, persons, splits=None, classes
         if not isinstance(annotation, dict):
             annotation = {"keypoint": annotation}
         name = str(annotation.get("frame_dir", i))
-        label = annotation.get("label", -1)  # -1: none
+        label = -1 if annotation.get("label") is None else annotation["label"]  # -1: none
         try:
             if type(label) is not int or label < -1:
                 raise DataError(f"label {label!r}; expected an integer from 0, or none")

@@ -1971,7 +1971,8 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             self.assertRegex(printed, "[1-9][0-9]* of .* tensors loaded")
 
     def test_labels_and_tests_are_optional(self):
-        """In pre-training; fine-tuning asks for both, and another set of classes has a new head."""
+        """In pre-training; fine-tuning leaves out what has no label, and asks for one of each half.
+        Another set of classes has a new head."""
         def line(annotations, **split):
             self.write("a.pkl", pickled(annotations, **split))
             return "--data a.pkl --layout five.json --epochs 1"
@@ -1980,8 +1981,14 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         bare = [dict(keypoint=each, frame_dir=f"a{n}") for n, each in enumerate(x)]
         self.assertIn("epoch 1/1", self.pretrain(line(bare, train=["a0", "a1", "a2"])))
         self.assertIn("joint_error", self.pretrain(line(bare)))
-        self.assertIn("sequence a", self.finetune(line(bare), 2))
-        self.assertIn("no test sequences", self.finetune(line(pyskl(x[:1])), 2))
+        self.assertIn("none of 10 train sequences", self.finetune(line(bare), 2))
+        self.assertIn("none of 0 test sequences", self.finetune(line(pyskl(x[:1])), 2))
+        some = [dict(each, label=n % 2 if n in (1, 4, 5, 9) else None)
+                for n, each in enumerate(bare)]
+        printed = self.finetune(line(some, train=[f"a{n}" for n in range(8)], test=["a8", "a9"]))
+        self.assertIn("note: 5 train sequences without a label left out", printed)
+        self.assertIn("note: 1 test sequences without a label left out", printed)
+        self.assertIn("on 1 test sequences", printed)
         printed = self.finetune(line(pyskl(x), train=["a0", "a2"], test=["a4", "a1", "a3"]))
         self.assertIn("note: 2 test sequences are of classes without a training sequence", printed)
         self.finetune(f"--ckpt runs/finetune/finetune.pt --out new {line(pyskl(x, classes=3))}")

@@ -164,17 +164,20 @@ def start(typed):
     return settings, source, f"{settings.out}/finetune.pt"
 
 def check_start(settings, source, data: Dataset):
-    """The data must fit the checkpoint and have labels. What may be a mistake is noted: classes
-    without training, an unfinished checkpoint, a rate that does not fall or falls too early."""
+    """The data must fit the checkpoint; sequences without a label are left out. What may be a
+    mistake is noted: classes without training, an unfinished checkpoint, a rate that does not fall
+    or falls too early."""
     if (settings.resume or settings.eval_only) and source["classes"] != data.classes:
         raise DataError(f"the checkpoint knows the classes {str(source['classes']):.80}, the data "
                         f"have {str(data.classes):.80}; expected the same")
-    for name, half in (("training", data.train), ("test", data.test)):
-        if not len(half):
-            raise DataError(f"no {name} sequences; expected one at least")
-        for sequence, label in zip(half.names, half.label.tolist()):
-            if label < 0:
-                raise DataError(f"{name} sequence {sequence} has no label; expected one for each")
+    for name, half in (("train", data.train), ("test", data.test)):
+        labelled = half.subset(half.label >= 0)
+        if not len(labelled):
+            raise DataError(f"none of {len(half)} {name} sequences ({data.split}) has a label; "
+                            "expected one at least, from another --split or --data")
+        if len(labelled) < len(half):
+            print(f"note: {len(half) - len(labelled)} {name} sequences without a label left out")
+        setattr(data, name, labelled)
     unknown = ~torch.isin(data.test.label, data.train.label)
     if unknown.any():
         print(f"note: {int(unknown.sum())} test sequences are of classes without a training "
