@@ -397,7 +397,7 @@ def tidy(data: Sequences, marks, repairs):
     for i, (frames, frames_seen) in enumerate(parts):
         if not frames.abs().amax() < 1e9:  # nor is NaN
             raise DataError(f"sequence {data.names[i]} holds NaN, infinite or absurd numbers; "
-                            "expected finite ones below 1e9")
+                            "expected finite ones below 1e9, 0 for a missing joint")
         in_frame = frames_seen.any(2)  # (T, M)
         present = in_frame.any(0)
         steps = in_frame.any(1).nonzero()
@@ -536,6 +536,9 @@ class _Array:
     def __setstate__(self, state):
         _, shape, dtype, fortran, data = state
         self.tensor = array(data, dtype.code, shape, fortran)
+
+    def __iter__(self):  # names of a split
+        return iter(self.tensor.tolist())
 
 def _scalar(dtype, data):
     if dtype.code[:2] == "<U":  # a string
@@ -685,12 +688,12 @@ def divide(data: Dataset, wanted, preferred, test_fraction):
 def divide_at_random(data: Sequences, test_fraction):
     """(training half, test half). Of every class the same share tests, at least one of two or more.
     Drawn by a fixed seed from the sorted names, so that other classes and their order do not
-    matter."""
+    matter; sequences without a label train, where others have one."""
     if not 0 < test_fraction < 1:
         raise DataError(f"test fraction {test_fraction}; expected a share between 0 and 1")
     tests = torch.zeros(len(data), dtype=torch.bool)
     by_name = torch.tensor(sorted(range(len(data)), key=data.names.__getitem__))
-    for label in data.label.unique():
+    for label in data.label[data.label >= 0].unique().tolist() or [-1]:
         members = by_name[data.label[by_name] == label]
         order = torch.randperm(len(members), generator=torch.Generator().manual_seed(0))
         count = min(max(round(test_fraction * len(members)), 1), len(members) - 1)
@@ -769,10 +772,15 @@ def read(path, score=False, skeleton=None, channels=None, persons=None, marks=No
         data = from_pyskl(path, score, channels, persons)
     else:
         raise DataError("its name ends in neither .npz, .pkl nor .pt")
-    return complete(data, marks)
+    return complete(data, marks, skeleton)
 
-def complete(data: Dataset, marks=None):
+def complete(data: Dataset, marks=None, skeleton=None):
     """Finds the marks, beside those of a checkpoint, and makes the sequences whole."""
+    V, C = data.train.frames.shape[2], data.channels
+    expected = (len(skeleton["joints"]) if skeleton else V, len(marks["places"][0]) if marks else C)
+    if (V, C) != expected:
+        raise DataError(f"{V} joints in {C}D; expected {expected[0]} in {expected[1]}D, as --layout "
+                        "or the checkpoint has them")
     if data.scored and not data.train.seen.any():
         raise DataError("no joint score is above 0; expected 1 for a joint that is there, 0 for a "
                         "missing one, or a confidence")
@@ -797,7 +805,8 @@ def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1
         if path:
             data = read(str(path), score, skeleton, marks=marks)
         else:
-            data = complete(Dataset(stick_figures(synthetic_size), None, 2, classes=list(ACTIONS)))
+            figures = Dataset(stick_figures(synthetic_size), None, 2, classes=list(ACTIONS))
+            data = complete(figures, marks, skeleton)
         divide(data, split, pair, test_fraction)
         shape = data.train.frames.shape[1:]
         if shape != data.test.frames.shape[1:] or not data.train.seen.any():
@@ -805,9 +814,6 @@ def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1
                             "joints and coordinates in the test sequences")
         data.layout = layout if skeleton else find_layout(shape[1], data.channels)
         data.skeleton = skeleton or SKELETONS[data.layout]
-        if len(data.skeleton["joints"]) != shape[1]:
-            raise DataError(f"{shape[1]} joints; {layout} has {len(data.skeleton['joints'])}; try "
-                            "another --layout")
         number_labels(data)
         data.digest = [sum(int(hashlib.sha256(ascii(key).encode()).hexdigest()[:12], 16)
                            for key in zip(half.names, half.length.tolist()))

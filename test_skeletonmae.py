@@ -849,7 +849,8 @@ class ReaderTest(Case):
                 self.assertTrue((x[..., 2] == 0.5).all())
 
     def test_random_split(self):
-        """The same share of each class, whatever the order and the other classes; never all."""
+        """The same share of each class, whatever the order and the other classes; never all. What
+        has no label trains, beside others that have one."""
         def test_names(*sizes, step=1):
             annotations = [dict(pyskl(1)[0], frame_dir=f"{label}_{i:02}", label=label)
                            for label, size in enumerate(sizes) for i in range(size)]
@@ -862,6 +863,11 @@ class ReaderTest(Case):
         self.assertEqual(test_names(20, 10, 2, 1, step=-1), drawn)
         self.assertEqual(test_names(20, 10), {n for n in drawn if n < "2"})
         self.assertNotEqual(test_names(20), {f"0_{i:02}" for i in range(6)})  # not the first ones
+        bare = [dict(a, label=a["label"] if n < 10 else None) for n, a in enumerate(pyskl(30))]
+        loaded = self.read("a.pkl", pickled(bare), test_fraction=0.3)
+        self.assertEqual((len(loaded.test), loaded.test.label.min()), (4, 0))
+        loaded = self.read("a.pkl", pickled(bare[10:]), test_fraction=0.3)
+        self.assertEqual(len(loaded.test), 6)
         for fraction in (0.0, 1.0):
             with self.assertRaisesRegex(DataError, f"test fraction {fraction}"):
                 data.load("a.pkl", test_fraction=fraction)
@@ -902,6 +908,9 @@ class ReaderTest(Case):
         self.assertEqual(split(pair=("xsub_train", "xsub_val"), **three).test.names, ["a3", "a4"])
         alone = split(train=["a0", "a5"])
         self.assertEqual((len(alone.train), len(alone.test)), (2, 0))
+        numbered = [dict(a, frame_dir=float(n)) for n, a in enumerate(pyskl(6))]
+        arrays = pickled(numbered, train=torch.arange(4), test=torch.arange(4, 6))
+        self.assertEqual(self.read("a.pkl", arrays).test.names, ["4.0", "5.0"])
 
     def test_shapes_and_labels(self):
         """(T, V, C) and bare arrays are read; labels with gaps are numbered, unless named."""
@@ -1857,13 +1866,14 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             for new, name in (("new.pkl", "a{}"), ("new.pt", "train[{}]")):
                 line = f"--ckpt own/finetune.pt --device cpu --predict {new}"
                 printed = self.script(train_finetune, line, 0)
-                self.assertRegex("; ".join(self.notes), "note: 5 frames .*dropped; note: 1 persons")
+                self.assertRegex("; ".join(self.notes), "note: by own/finetune.pt; note: 5 frames "
+                                                        ".*dropped; note: 1 persons")
                 rows = [f"{name.format(n)},{names[n]},{expected[n].max():.4f}" for n in range(8)]
                 self.assertEqual(printed.splitlines(), ["name,class,probability", *rows])
             os.rename("away.json", "five.json")
         self.assertNotEqual(self.script(train_finetune, f"{line} --amp", 0), printed)
         self.write("new.npz", ctr_gcn(5 * 3 * 2))
-        with self.assertRaisesRegex(DataError, r"5, 3.*expected \(2, 5, 2"):
+        with self.assertRaisesRegex(DataError, "5 joints in 3D; expected 5 in 2D"):
             train_finetune.main("--ckpt own/finetune.pt --predict new.npz".split())
         for wrong, words in ((x[0, ..., :1], "keypoint"),
                              (torch.rand(4, 6, 2), r"6, 2.*expected \(2, 5"),
@@ -2085,9 +2095,9 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
         fine = "--ckpt runs/finetune/finetune.pt --eval-only"
         finetuning = (
             (f"{pre} --motion", "--motion True differs from False"),
-            (f"{pre} --data named.pkl --split a", "13 joints; five.json has 5"),
+            (f"{pre} --data named.pkl --split a", "13 joints in 2D; expected 5 in 3D"),
             (f"{fine} --data four.pt --layout five.json", "'1', '2'.*'1', '3'"),
-            (f"{pre} --data flat.pt --layout five.json", r"five.json \(2, 2"),
+            (f"{pre} --data flat.pt --layout five.json", "5 joints in 2D; expected 5 in 3D"),
             (f"{pre} --eval-only", "pretrain"), (f"{fine} --linear-probe", "--linear"),
             ("--nesterov --momentum 0", "Nesterov"), (f"{fine} --width 16", "--width"),
             (f"{fine} --strl-layers 3", "--strl-layers 3"), ("--milestones 3,-1", "--milestones"),

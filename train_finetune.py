@@ -330,6 +330,7 @@ def predict(settings: Settings, source):
         classes, found = classify(half)
         rows += zip(half.names, classes, (f"{p:.4f}" for p in found.amax(1).tolist()))
     csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
+    print(f"note: by {settings.ckpt}", file=sys.stderr)
     for what, count in (+data.repairs).items():  # those above 0
         print(f"note: {count} {what}", file=sys.stderr)
 
