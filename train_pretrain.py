@@ -549,15 +549,15 @@ def restore(checkpoint, model, optimizer):
     return checkpoint["epoch"] + 1, checkpoint["log"]
 
 def check_fit(checkpoint, data: Dataset, settings):
-    """The data must have the skeleton, coordinates, scores and persons of the checkpoint, and to
-    resume the same sequences; others are noted."""
+    """The data must have the skeleton, persons and scores of the checkpoint, and to resume the
+    same sequences; others are noted."""
     shape = checkpoint["model_settings"]
     persons = (shape.get("strl") or shape).get("persons", data.persons)
-    theirs = checkpoint["skeleton"], checkpoint["channels"], persons, shape["score"]
-    ours = data.skeleton, data.channels, data.persons, shape["score"] and data.scored
+    theirs = checkpoint["skeleton"], persons, shape["score"]
+    ours = data.skeleton, data.persons, shape["score"] and data.scored
     if theirs != ours:
-        raise DataError(f"the checkpoint is of {checkpoint['layout']} {theirs[1:]} (coordinates, "
-                        f"persons, scores), got {data.layout} {ours[1:]}; expected the same")
+        raise DataError(f"the checkpoint is of {checkpoint['layout']} {theirs[1:]} (persons, "
+                        f"scores), got {data.layout} {ours[1:]}; expected the same")
     if checkpoint["digest"] != data.digest:
         found = "other data"
         if sum(checkpoint["digest"]) == sum(data.digest):
