@@ -779,8 +779,8 @@ def complete(data: Dataset, marks=None, skeleton=None):
     V, C = data.train.frames.shape[2], data.channels
     expected = (len(skeleton["joints"]) if skeleton else V, len(marks["places"][0]) if marks else C)
     if (V, C) != expected:
-        raise DataError(f"{V} joints in {C}D; expected {expected[0]} in {expected[1]}D, as --layout "
-                        "or the checkpoint has them")
+        raise DataError(f"{V} joints in {C}D; expected {expected[0]} in {expected[1]}D, as "
+                        "--layout or the checkpoint has them")
     if data.scored and not data.train.seen.any():
         raise DataError("no joint score is above 0; expected 1 for a joint that is there, 0 for a "
                         "missing one, or a confidence")

@@ -583,10 +583,12 @@ class STRL(nn.Module):
     Paper Eq. 3: SM(H) = Concat(Repeat(SumPool_joints(G_E(H)); V), H), with attention over the frame
     tokens before Repeat. S Eq. 2 and paper Eq. 4: H'_p = ReLU(BN(W_own SM(H_p^l) + W_other
     SM(H_q^(l-1))) + residual), q the other person; without q the W_other term is exactly 0, and
-    with one person a sequence there is no W_other. Then multi-scale temporal pooling."""
+    with one person a sequence there is no W_other. Then multi-scale temporal pooling. drop_path
+    (ours): the share of persons who in training pass by the residual alone."""
     def __init__(self, adjacency, width, hidden, persons, stride, layers=3, blocks=2, heads=4,
-                 ratio=4, dropout=0.2, attention_dropout=0.1):
+                 ratio=4, dropout=0.2, attention_dropout=0.1, drop_path=0.0):
         super().__init__()
+        self.drop_path = drop_path
         self.encoder = GraphEncoder(adjacency, width, hidden, layers, dropout)
         self.token_norm = nn.LayerNorm(hidden)
         self.attention = nn.Sequential(*(AttentionBlock(hidden, heads, ratio, attention_dropout)
@@ -606,7 +608,10 @@ class STRL(nn.Module):
         if self.other is not None:                                        # S Eq. 2
             other_tokens, other_h = previous or (tokens, h)
             mixed = mixed + packing.other(concat_linear(other_tokens, other_h, self.other.weight))
-        out = self.pool(F.relu_(self.norm(mixed) + self.residual(h)))     # paper Eq. 4
+        mixed = self.norm(mixed)
+        if self.training and self.drop_path:
+            mixed = mixed * F.dropout(mixed.new_ones(mixed.shape[1], 1, 1), self.drop_path)
+        out = self.pool(F.relu_(mixed + self.residual(h)))                # paper Eq. 4
         stride = self.pool.stride
         return out, (tokens[:, ::stride], h[:, :, ::stride])
 

@@ -585,6 +585,23 @@ class FinetuningTest(Case):
         equal(model(x)[1], logits[1])
         self.assertGreater((model(x)[0] - logits[0]).abs().max(), 1e-3)
 
+    def test_drop_path(self):
+        """In training a person passes by the residual alone, or with the branch scaled up."""
+        how = dict(dropout=0, attention_dropout=0, drop_path=0.5)
+        layer = tiny_classifier(STAR, 2, 3, **how).strl.layers[0]
+        layer.pool = torch.nn.Identity()
+        layer.pool.stride = 1
+        branch = []
+        layer.norm.register_forward_hook(lambda norm, inputs, output: branch.append(output))
+        h, packing = torch.randn(5, 40, 4, SMALL["width"]), Packing(torch.ones(40, 1).bool(), "cpu")
+        found = layer(h, None, packing)[0]
+        alone, scaled = (F.relu(scale * branch[0] + layer.residual(h)) for scale in (0, 2))
+        dropped = (found == alone).transpose(0, 1).flatten(1).all(1)
+        close(found, torch.where(dropped[:, None, None], alone, scaled))
+        self.assertTrue(8 < dropped.sum() < 32)
+        tested = layer.eval()(h, None, packing)[0]
+        close(tested, F.relu(branch[1] + layer.residual(h)))
+
     def test_absent_persons_leave_no_trace(self):
         """Three persons in two sequences equal three sequences of one, loss and statistics."""
         mae = tiny_mae(dropout=0, motion=True)

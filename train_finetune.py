@@ -52,6 +52,8 @@ class Settings(shared.CommonSettings):
     linear_probe: bool = option(False, "train one linear layer on the frozen encoder's features")
     strl_layers: int = option(3, "M_l, STRL layers", low=1)
     attention_dropout: float = option(0.1, "supplement A: 0.1", high=0.99)
+    drop_path: float = option(0.0, "share of persons whom an STRL layer passes by its residual "
+                              "alone, in training", high=0.99)
 
 def main(argv=None):
     settings, source, path = start(shared.parse(Settings, __doc__, argv))
@@ -214,7 +216,8 @@ def make_model(settings: Settings, data: Dataset, source):
             arguments["strl"] = source["model_settings"]["strl"]
     else:
         arguments |= {"classes": len(data.classes), "persons": data.persons,
-                      **shared.pick(settings, *STRL_SHAPE, "strl_layers", "attention_dropout")}
+                      **shared.pick(settings, *STRL_SHAPE, "strl_layers", "attention_dropout",
+                                    "drop_path")}
     model = new_model(arguments, settings.linear_probe, len(data.classes))
     if not source:
         return model, arguments, []
