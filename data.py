@@ -166,7 +166,8 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     # (N, C + 1, M, T, V): a plane a coordinate, and one that is 1 where someone is present
     planes = x.new_empty(N, C + 1, *x.shape[1:4], dtype=precision)
     planes[:, :C] = x[..., :C].movedim(4, 1)
-    planes[:, C] = present[..., None, None]
+    here = present[:, None, :, None, None]
+    planes[:, C:] = here
     if up == "z" and C == 3:
         planes[:, 1:3] = torch.stack([planes[:, 2], -planes[:, 1]], 1)
 
@@ -211,14 +212,14 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
         seen = torch.where(mirrored, seen.index_select(3, order), seen)
     if augmentation and augmentation.noise:
         noise = torch.randn(planes.shape, generator=generator, device=x.device)
-        x[:, :C] += augmentation.noise * noise * present[:, None, :, None, None]
+        x[:, :C] += augmentation.noise * noise * here
     if box:
-        there = in_frame[:, None, ..., None]
-        low = x[:, :C].masked_fill(~there, math.inf).amin((2, 3, 4), keepdim=True)
-        high = x[:, :C].masked_fill(~there, -math.inf).amax((2, 3, 4), keepdim=True)
+        away = ~in_frame[:, None, ..., None]
+        low = x[:, :C].masked_fill(away, math.inf).amin((2, 3, 4), keepdim=True)
+        high = x[:, :C].masked_fill(away, -math.inf).amax((2, 3, 4), keepdim=True)
         half = ((high - low) / 2).clamp(min=1e-6)
         middle = ((low + high) / 2).nan_to_num()  # of a sequence without anyone
-        x[:, :C] = (x[:, :C] - middle) / half * present[:, None, :, None, None]
+        x[:, :C] = (x[:, :C] - middle) / half * here
         unit = unit[:, None] * half.flatten(1)
     return x.movedim(1, 4), seen, unit
 
@@ -278,30 +279,32 @@ class Loader:
 
     @property
     def steps(self):
-        """Batches an epoch of training."""
-        return len(self._batches(torch.arange(len(self.data) * self.repeat)))
+        """Batches an epoch."""
+        return len(self.plan(0))
 
-    def _batches(self, order):
-        """No sequence is dropped: a last batch too small for batch norm joins its neighbour."""
-        batches = list(order.split(self.batch_size))
-        if len(batches) > 1 and len(batches[-1]) < 2 * self.world:
-            batches[-2:] = [torch.cat(batches[-2:])]
-        return batches
-
-    def epoch(self, epoch=0):
-        """The batches of one epoch: in training in its own order, in testing in the data's."""
+    def plan(self, epoch):
+        """Which sequences are in each batch of an epoch, and its seed: in training in an order of
+        its own, in testing in the data's. No sequence is dropped: a last batch too small for batch
+        norm joins its neighbour."""
         order = torch.arange(len(self.data))
         if self.training:
             generator = torch.Generator().manual_seed(self._seed(epoch))
             order = torch.cat([torch.randperm(len(self.data), generator=generator)
                                for _ in range(self.repeat)])
-        batches = [(index[self.rank::self.world], self._seed(epoch, step) + self.rank)
-                   for step, index in enumerate(self._batches(order), 1)]
+        batches = list(order.split(self.batch_size))
+        if len(batches) > 1 and len(batches[-1]) < 2 * self.world:
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return [(index[self.rank::self.world], self._seed(epoch, step) + self.rank)
+                for step, index in enumerate(batches, 1)]
+
+    def epoch(self, epoch=0):
+        """The batches of one epoch."""
         if not self.workers:
-            return map(self.batch, batches)
+            return map(self.batch, self.plan(epoch))
         own = torch.Generator()  # the global one goes on as without workers
-        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers,
-                                           collate_fn=self.batch, generator=own)
+        return torch.utils.data.DataLoader(self.plan(epoch), batch_size=None,
+                                           num_workers=self.workers, collate_fn=self.batch,
+                                           generator=own)
 
     def _seed(self, epoch, step=0):
         """A seed for every step of every epoch, the same in all processes; step 0 is the order."""
@@ -404,15 +407,15 @@ def tidy(data: Sequences, marks, repairs):
         length = int(steps[-1]) + 1 if len(steps) else 1
         x, seen = (part[:length].transpose(0, 1)[None] for part in (frames, frames_seen))
         if not seen[0, present].all():
-            x, seen, there, kept, filled = make_whole(x, seen, marks)
-            ghosts = present & ~there[0]
-            present = there[0]
+            x, seen, there, kept, filled = (value[0] for value in make_whole(x, seen, marks))
+            ghosts = present & ~there
+            present = there
             repairs["frames without anyone dropped"] += int((~kept).sum())
             repairs["persons seen in less than a tenth of the frames dropped"] += int(ghosts.sum())
             repairs["missing joints filled in"] += int(filled.sum())
             length = int(kept.sum())
-            frames[:length] = x[0, :, kept[0]].transpose(0, 1)
-            frames_seen[:length] = seen[0, :, kept[0]].transpose(0, 1)
+            frames[:length] = x[:, kept].transpose(0, 1)
+            frames_seen[:length] = seen[:, kept].transpose(0, 1)
         repairs["sequences without anyone"] += int(not present.any())
         present[0] |= not present.any()  # an empty first person
         data.length[i] = length
@@ -518,8 +521,8 @@ def from_npz(path, skeleton, persons):
         if persons and persons > frames.shape[1]:
             frames = F.pad(frames, (0, 0, 0, 0, 0, persons - frames.shape[1]))
         seen = torch.cat([part.any(-1) for part in frames.split(4096)])
-        label = read_labels(arrays.get(f"y_{half}"), N)
-        halves.append(Sequences(frames, seen, torch.arange(N) * T, torch.full((N,), T), label,
+        halves.append(Sequences(frames, seen, torch.arange(N) * T, torch.full((N,), T),
+                                read_labels(arrays.get(f"y_{half}"), N),
                                 [f"{half}[{i}]" for i in range(N)]))
     return Dataset(*halves, frames.shape[3])
 
@@ -567,9 +570,8 @@ class _Unpickler(pickle.Unpickler):
 def numbers(value, what, dims):
     """A tensor of floats from what a pickle or a caller holds as an array, of (1, T, V, ...) where
     the person is left out."""
-    if isinstance(value, _Array):
-        value = value.tensor
-    elif not hasattr(value, "__array__"):  # numpy's or torch's
+    value = getattr(value, "tensor", value)  # of an _Array
+    if not hasattr(value, "__array__"):  # numpy's or torch's
         raise DataError(f"{what} is {type(value).__name__}; expected an array of numbers")
     value = torch.as_tensor(value).detach()
     value = value if value.is_floating_point() else value.float()
@@ -761,7 +763,7 @@ def reading(path, expected="CTR-GCN's npz, PYSKL's pickle or a .pt dict"):
         raise DataError(f"{path} is damaged or of another format ({why}); expected {expected}"
                         ) from None
 
-def read(path, score=False, skeleton=None, channels=None, persons=None, marks=None):
+def read(path, score, skeleton, channels=None, persons=None, marks=None):
     """The sequences of a file, by the ending of its name. score: keep the scores as a last channel;
     skeleton, channels, persons, marks: where they are known, as of a checkpoint."""
     if path.endswith((".pt", ".pth")):
@@ -888,8 +890,8 @@ def stick_figures(size):
     rest = torch.tensor(list(ANGLES.values()))[:, None] + normal(2, len(angles), 1, std=0.35)
     amplitude = amplitude * (1 + normal(1, 1, 1, std=0.3))
     angle = rest + amplitude * wave
-    arm, elbow, leg, knee = angle[:, :, :8].unflatten(2, (4, 2)).unbind(2)  # (n, 2, sides, T)
-    lean, up, along = angle[:, :, 8:].split(1, 2)                           # (n, 2, 1, T)
+    # (n, 2, sides, T) each, and of lean, up, along (n, 2, 1, T)
+    arm, elbow, leg, knee, lean, up, along = angle.split((2, 2, 2, 2, 1, 1, 1), 2)
     sides = torch.tensor([[1.0], [-1.0]])                                   # left, right
     outward = F.pad(sides[..., None], (0, 1))
 

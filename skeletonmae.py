@@ -142,7 +142,7 @@ def normalized_adjacency(skeleton):
     for i, j in skeleton["edges"]:
         adjacency[i, j] = adjacency[j, i] = 1
     inverse_root = adjacency.sum(1).rsqrt()
-    return inverse_root[:, None] * adjacency * inverse_root[None, :]
+    return inverse_root[:, None] * adjacency * inverse_root
 
 def bone_parents(skeleton):
     """The parent of every joint in the tree of bones, (V,), breadth first; without one, itself."""
@@ -198,38 +198,29 @@ class GraphEncoder(nn.Module):
 
 # --------------------------------------------------------------------- attention, temporal pooling
 
-class Attention(nn.Module):
-    """Multi-head self-attention over the T frames of each person, softmax(Q K^T / sqrt(d)) V.
-    Shape: (P, T, H) -> (P, T, H)."""
-    def __init__(self, width, heads=4, dropout=0.1):
-        super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"{heads} attention heads do not divide a width of {width}")
-        self.heads = heads
-        self.dropout = dropout
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-
-    def forward(self, g):
-        split = self.query_key_value(g).unflatten(-1, (3, self.heads, -1))  # (P, T, 3, heads, d)
-        query, key, value = split.permute(2, 0, 3, 1, 4)                    # each (P, heads, T, d)
-        g = F.scaled_dot_product_attention(query, key, value,
-                                           dropout_p=self.dropout * self.training)
-        return self.project(g.transpose(1, 2).flatten(2))
-
 class AttentionBlock(nn.Module):
-    """Pre-norm attention and feed-forward, each with its residual; dropout 0.1 (S A) in both.
+    """Multi-head self-attention over the T frames of each person, softmax(Q K^T / sqrt(d)) V, and
+    feed-forward, each pre-norm with its residual; dropout 0.1 (S A) in both.
     Shape: (P, T, H) -> (P, T, H)."""
     def __init__(self, width, heads=4, ratio=4, dropout=0.1):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, dropout)
+        if width % heads:
+            raise ValueError(f"{heads} attention heads do not divide a width of {width}")
+        self.heads = heads
+        self.dropout = dropout
+        self.norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
         self.feed_forward = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, ratio * width), nn.GELU(),
             nn.Linear(ratio * width, width), nn.Dropout(dropout))
 
     def forward(self, g):
-        g = g + self.attention(self.attention_norm(g))
+        split = self.query_key_value(self.norm(g)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = split.permute(2, 0, 3, 1, 4)  # (P, heads, T, d) each
+        attended = F.scaled_dot_product_attention(query, key, value,
+                                                  dropout_p=self.dropout * self.training)
+        g = g + self.project(attended.transpose(1, 2).flatten(2))
         return g + self.feed_forward(g)
 
 def three_frames(x, dilation, stride):
@@ -244,7 +235,7 @@ class TemporalPooling(nn.Module):
     convolution of CTR-GCN, whose kernels take 5 frames where these take 3. A convolution over
     frames is one matrix product: cuDNN would plan anew for every number of persons.
     Shape: (V, P, T, D) -> (V, P, ceil(T / stride), D)."""
-    def __init__(self, width, stride=1):
+    def __init__(self, width, stride):
         super().__init__()
         if width % 4:
             raise ValueError(f"a width of {width} does not divide into four branches")
@@ -333,15 +324,15 @@ class JointEmbedding(nn.Module):
 
     def forward(self, x, mask=None):
         x = x.to(self.joint.dtype)
-        position, score = x[..., :self.channels], x[..., self.channels:]
         streams = []
         for name, norm in self.norms.items():
+            stream = x[..., :self.channels]
             if name == "motion":
-                stream = F.pad(position.diff(dim=2), (0, 0, 0, 1))
+                stream = F.pad(stream.diff(dim=2), (0, 0, 0, 1))
             elif name == "bone":
-                stream = position - position[self.parents]
-            else:
-                stream = position if name == "position" else score
+                stream = stream - stream[self.parents]
+            elif name == "score":
+                stream = x[..., self.channels:]
             stream = norm(stream.permute(1, 2, 0, 3).flatten(2))  # (P, T, V C): per joint, channel
             stream = stream.unflatten(2, (len(x), -1)).permute(2, 0, 1, 3)
             if mask is not None and name == "bone":
@@ -373,26 +364,27 @@ def packing_of(x, embedding: JointEmbedding, present: Tensor | Packing | None,
 
 # ------------------------------------------------------------------------------------ pre-training
 
-def draw_mask(num, skeleton, parts=("right_arm", "right_leg"), num_parts=0, ratio=0.0,
-              generator=None):
+def draw_mask(num, skeleton, mask_parts=("right_arm", "right_leg"), mask_num_parts=0,
+              mask_ratio=0.0, generator=None):
     """Masks of `num` sequences, bool (num, V): True is masked, in all frames. Three strategies
-    (paper 3.1.2 and Table 5b, S Table 2): `ratio` > 0 masks that share of the joints, drawn for
-    each sequence; else `num_parts` > 0 masks as many whole body parts, drawn for each sequence;
-    else the named `parts` are masked. Never all joints and never none: ValueError."""
+    (paper 3.1.2 and Table 5b, S Table 2): `mask_ratio` > 0 masks that share of the joints, drawn
+    for each sequence; else `mask_num_parts` > 0 as many whole body parts, drawn for each sequence;
+    else the named `mask_parts` are masked. Never all joints and never none: ValueError."""
     V, known = len(skeleton["joints"]), skeleton["parts"]
     members = torch.tensor([[j in part for j in range(V)] for part in known.values()])  # (parts, V)
-    if ratio:
-        mask = torch.rand(num, V, generator=generator).argsort(1) < round(ratio * V)
-    elif num_parts:
-        if not 0 < num_parts <= len(known):
-            raise ValueError(f"cannot mask {num_parts} of {len(known)} body parts")
+    if mask_ratio:
+        mask = torch.rand(num, V, generator=generator).argsort(1) < round(mask_ratio * V)
+    elif mask_num_parts:
+        if not 0 < mask_num_parts <= len(known):
+            raise ValueError(f"cannot mask {mask_num_parts} of {len(known)} body parts")
         order = torch.rand(num, len(known), generator=generator).argsort(1)
-        mask = members[order[:, :num_parts]].any(1)
-    elif known.keys() >= set(parts):
-        mask = members[[name in parts for name in known]].any(0).expand(num, -1)
+        mask = members[order[:, :mask_num_parts]].any(1)
+    elif known.keys() >= set(mask_parts):
+        mask = members[[name in mask_parts for name in known]].any(0).expand(num, -1)
     else:
-        raise ValueError(f"no body parts {', '.join(parts)}; this skeleton has {', '.join(known)}: "
-                         "choose with mask_parts, mask_num_parts or mask_ratio")
+        raise ValueError(f"no body parts {', '.join(mask_parts)}; this skeleton has "
+                         f"{', '.join(known)}: choose with mask_parts, mask_num_parts or "
+                         "mask_ratio")
     hidden = mask.sum(1)
     if not ((0 < hidden) & (hidden < V)).all():
         raise ValueError(f"a mask of {int(hidden.max())} of {V} joints; expected one at least and "
@@ -449,9 +441,9 @@ class SkeletonMAE(nn.Module):
     """The graph masked autoencoder (paper 3.1) with the layers of S Eq. 1.
 
     skeleton: an entry of SKELETONS or your own; channels: C, 2 or 3; motion, bone, score: further
-    input streams; mask_parts, mask_num_parts, mask_ratio: see draw_mask. The buffers `mean` (V, C)
-    and `spread` (V,) are of each joint over the training set, in the units of the target: its mean
-    and the root mean square distance from it.
+    input streams; masking: mask_parts, mask_num_parts or mask_ratio of draw_mask. The buffers
+    `mean` (V, C) and `spread` (V,) are of each joint over the training set, in the units of the
+    target: its mean and the root mean square distance from it.
 
     The target of a masked joint j is ((x - mean_j) / spread_j, 1), homogeneous coordinates: a zero
     error means the right position (docs/choices.md). Joints not seen never count in the loss.
@@ -460,11 +452,10 @@ class SkeletonMAE(nn.Module):
     encoder's place, by a SequenceDecoder and the `displacement` of all seen joints; the scripts
     then give forward and reconstruct the pose as target, Batch.target."""
     def __init__(self, skeleton, channels, width=64, hidden=128, layers=3, dropout=0.2, beta=2.0,
-                 mask_parts=("right_arm", "right_leg"), mask_num_parts=0, mask_ratio=0.0,
-                 motion=False, bone=False, score=False, strl=None):
+                 motion=False, bone=False, score=False, strl=None, **masking):
         super().__init__()
         self.skeleton, self.channels, self.beta = skeleton, channels, beta
-        self.masking = {"parts": mask_parts, "num_parts": mask_num_parts, "ratio": mask_ratio}
+        self.masking = masking
         self.draw(1, torch.Generator())  # refuses early
         adjacency = normalized_adjacency(skeleton)
         self.register_buffer("mean", torch.zeros(len(adjacency), channels))
@@ -606,8 +597,8 @@ class STRL(nn.Module):
         tokens = self.attention(self.token_norm(self.encoder(h).sum(0)))  # SumPool of paper Eq. 3
         mixed = concat_linear(tokens, h, self.own.weight)
         if self.other is not None:                                        # S Eq. 2
-            other_tokens, other_h = previous or (tokens, h)
-            mixed = mixed + packing.other(concat_linear(other_tokens, other_h, self.other.weight))
+            previous = previous or (tokens, h)
+            mixed = mixed + packing.other(concat_linear(*previous, self.other.weight))
         mixed = self.norm(mixed)
         if self.training and self.drop_path:
             mixed = mixed * F.dropout(mixed.new_ones(mixed.shape[1], 1, 1), self.drop_path)

@@ -36,7 +36,7 @@ import train_pretrain
 import torch
 import torch.nn.functional as F
 from data import Augmentation, DataError, Loader
-from skeletonmae import (SKELETONS, Attention, AttentionBlock, GraphConvolution, GraphEncoder,
+from skeletonmae import (SKELETONS, AttentionBlock, GraphConvolution, GraphEncoder,
                          JointEmbedding, LinearProbe, Packing, SkeletonClassifier, SkeletonMAE,
                          TemporalPooling, bone_parents, draw_mask, make_skeleton,
                          normalized_adjacency, reweighted_cosine_error)
@@ -118,7 +118,7 @@ def plain_attention(attention, g):
 
 def plain_attention_block(block, g):
     norm, widen, _, narrow, _ = block.feed_forward
-    g = g + plain_attention(block.attention, plain_layer_norm(block.attention_norm, g))
+    g = g + plain_attention(block, plain_layer_norm(block.norm, g))
     return g + narrow(F.gelu(widen(plain_layer_norm(norm, g))))
 
 def plain_pooling(pool, h, stride):
@@ -283,17 +283,17 @@ class MaskTest(Case):
     def test_parts(self):
         """Default: right arm and leg (ours); named parts; or K parts, every union of K drawn."""
         self.assertEqual(set(self.masked()), {frozenset([8, 10, 14, 16])})
-        self.assertEqual(set(self.masked(parts=["head", "left_leg"])),
+        self.assertEqual(set(self.masked(mask_parts=["head", "left_leg"])),
                          {frozenset([0, 1, 2, 3, 4, 13, 15])})
         for count in (1, 2, 5):
             chosen = combinations(COCO["parts"].values(), count)
-            self.assertEqual(set(self.masked(300, num_parts=count)),
+            self.assertEqual(set(self.masked(300, mask_num_parts=count)),
                              {frozenset(sum(parts, [])) for parts in chosen})
 
     def test_ratio(self):
         """Exactly round(R V) joints (S Table 2), each joint as often as any other."""
         for ratio, count in ((0.3, 5), (0.5, 8), (0.7, 12), (0.9, 15)):
-            masked = self.masked(600, ratio=ratio)
+            masked = self.masked(600, mask_ratio=ratio)
             self.assertEqual({len(joints) for joints in masked}, {count})
             for joint in range(17):
                 share = sum(joint in joints for joints in masked) / 600
@@ -301,11 +301,12 @@ class MaskTest(Case):
 
     def test_refused(self):
         """Never all joints and never none; unknown names are answered with the known ones."""
-        for how in (dict(ratio=1.0), dict(ratio=0.01), dict(num_parts=6), dict(num_parts=7),
-                    dict(parts=list(COCO["parts"])), dict(parts=())):
+        for how in (dict(mask_ratio=1.0), dict(mask_ratio=0.01), dict(mask_num_parts=6),
+                    dict(mask_num_parts=7), dict(mask_parts=list(COCO["parts"])),
+                    dict(mask_parts=())):
             with self.subTest(how), self.assertRaises(ValueError):
                 draw_mask(2, COCO, **how)
-        self.assertRaisesRegex(ValueError, "mask 7 of 6", draw_mask, 2, COCO, num_parts=7)
+        self.assertRaisesRegex(ValueError, "mask 7 of 6", draw_mask, 2, COCO, mask_num_parts=7)
         with self.assertRaisesRegex(ValueError, "right_arm, right_leg.*trunk, head, left, right"):
             draw_mask(2, STAR)
 
@@ -347,7 +348,7 @@ class LayerTest(Case):
         size = sum(parameter.numel() for parameter in model.parameters())
         self.assertAlmostEqual(size, 1.5e6, delta=0.1e6)
         self.assertEqual([layer.encoder.dropout for layer in model.strl.layers], [0.2] * 3)
-        self.assertEqual(AttentionBlock(8).attention.dropout, 0.1)
+        self.assertEqual(AttentionBlock(8).dropout, 0.1)
         encoder = GraphEncoder(self.adjacency, 8, 8, layers=0)
         ones = torch.ones(5, 500, 3, 8)
         h = encoder(ones)
@@ -356,9 +357,9 @@ class LayerTest(Case):
         self.assertAlmostEqual(float(h.mean()), 1, delta=0.02)
         self.assertGreater(min(h.std(axis).max() for axis in (0, 1, 3)), 0)  # drawn for each
         equal(encoder.eval()(ones), ones)
-        attention = shaken(Attention(8, heads=2, dropout=1.0))
+        block = shaken(AttentionBlock(8, heads=2, dropout=1.0))
         g = torch.randn(3, 5, 8)
-        equal(attention.train()(g), attention.project.bias.expand(3, 5, 8))
+        equal(block.train()(g), g + block.project.bias)  # no frame and no feed-forward
 
     def test_attention_and_pooling(self):
         """Pre-norm attention person by person and head by head; pooling frame by frame (ours)."""
@@ -1552,7 +1553,7 @@ class MeasureTest(Case):
             hops = train_pretrain.joint_distances(skeleton)
             equal(hops, expected)
             x = torch.randn(6, 2, 3, V, 2)
-            mask = draw_mask(6, skeleton, ratio=0.4)
+            mask = draw_mask(6, skeleton, mask_ratio=0.4)
             guess = train_pretrain.neighbour_mean(x, mask, hops)
             for n, v in grid(6, V):
                 nearest = min(hops[v, ~mask[n]])

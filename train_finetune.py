@@ -76,9 +76,8 @@ def main(argv=None):
     torch.manual_seed(settings.seed)
     model, arguments, loaded = shared.build(make_model, settings, data, source)
     model.to(device)
-    described = f"from {settings.ckpt or 'random weights'}"
-    if settings.linear_probe:
-        described = f"linear probe, {described}"
+    described = "linear probe, " * settings.linear_probe
+    described += f"from {settings.ckpt or 'random weights'}"
     if settings.eval_only:
         return report(evaluate(model, test, device, settings.amp), settings, data, described)
 
@@ -97,7 +96,6 @@ def main(argv=None):
         return loss.detach()
 
     step = shared.replayed(step, settings, device, world, settings.batch_size)
-    outputs = None
     for epoch in range(first_epoch, settings.epochs):
         shared.seed_epoch(settings, epoch, rank)
         lr = learning_rate(epoch, settings.lr, settings.warmup, settings.milestones)
@@ -116,14 +114,13 @@ def main(argv=None):
         row = progress.end()
         if rank == 0:
             if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs:
-                outputs = evaluate(model, test, device, settings.amp)
-                row |= metrics(outputs)
+                row |= metrics(evaluate(model, test, device, settings.amp))
             log.append(row)
             shared.save(path, "finetune", model, optimizer, epoch, log, settings, arguments, data,
                         pretrained=pretrained)
         progress.show()
     if rank == 0:
-        outputs = outputs or evaluate(model, test, device, settings.amp)
+        outputs = evaluate(model, test, device, settings.amp)
         report(outputs, settings, data, f"last epoch ({len(log)}), {described}")
         print(f"saved {path}")
 
@@ -200,14 +197,14 @@ def label_subset(labels, fraction, seed):
     kept = [members[:max(1, round(fraction * len(members)))] for members in classes]
     return torch.cat(kept).sort().values
 
-def new_model(arguments, linear_probe, classes):
-    """A model from the `model_settings` of a checkpoint."""
-    if linear_probe:
-        encoder = SkeletonMAE(**arguments, mask_ratio=0.5)  # the default parts may not exist
-        return LinearProbe(encoder, classes)
-    return SkeletonClassifier(**arguments)
+def new_model(arguments, classes):
+    """A model from the `model_settings` of a checkpoint; a linear probe's tell no classes."""
+    if "classes" in arguments:
+        return SkeletonClassifier(**arguments)
+    encoder = SkeletonMAE(**arguments, mask_ratio=0.5)  # the default parts may not exist
+    return LinearProbe(encoder, classes)
 
-def make_model(settings: Settings, data: Dataset, source):
+def make_model(settings, data: Dataset, source):
     """The model asked for, with the weights of a checkpoint where there is one. Returns (model, its
     arguments, names of the loaded tensors)."""
     arguments = shared.encoder_arguments(settings, data)
@@ -218,7 +215,7 @@ def make_model(settings: Settings, data: Dataset, source):
         arguments |= {"classes": len(data.classes), "persons": data.persons,
                       **shared.pick(settings, *STRL_SHAPE, "strl_layers", "attention_dropout",
                                     "drop_path")}
-    model = new_model(arguments, settings.linear_probe, len(data.classes))
+    model = new_model(arguments, len(data.classes))
     if not source:
         return model, arguments, []
     state = source["model"]
@@ -231,7 +228,7 @@ def make_model(settings: Settings, data: Dataset, source):
     model.load_state_dict(state, strict=False)
     return model, arguments, list(state)
 
-def make_optimizer(settings: Settings, model: nn.Module, pretrained):
+def make_optimizer(settings, model, pretrained):
     """Loaded weights form a group of their own, at encoder_lr_scale of the learning rate."""
     groups = [{"lr_scale": scale, "params": []} for scale in (1.0, settings.encoder_lr_scale)]
     for name, parameter in model.named_parameters():
@@ -242,7 +239,7 @@ def make_optimizer(settings: Settings, model: nn.Module, pretrained):
     return torch.optim.SGD(groups, settings.lr, settings.momentum, weight_decay=decay,
                            nesterov=settings.nesterov)
 
-def learning_rate(epoch, base, warmup, milestones) -> float:
+def learning_rate(epoch, base, warmup, milestones):
     """The rate of zero-based epoch e: base (e + 1) / warmup while e < warmup, then base, divided by
     10 at each milestone (supplement A)."""
     if epoch < warmup:
@@ -268,15 +265,16 @@ def metrics(outputs):
     """Top-1, mean class accuracy (over the classes in the test set) and, of more than five classes,
     top-5, in percent."""
     logits, labels = outputs["logits"], outputs["labels"]
-    hit = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]  # (N, 5 or K)
-    per_class = [hit[labels == c, 0].float().mean() for c in labels.unique()]
-    found = {"top1": hit[:, 0].float().mean()}
+    first = logits.topk(min(5, logits.shape[1]), 1).indices
+    hit = (first == labels[:, None]).float()  # (N, 5 or K)
+    per_class = [hit[labels == c, 0].mean() for c in labels.unique()]
+    found = {"top1": hit[:, 0].mean()}
     if logits.shape[1] > 5:
-        found["top5"] = hit.any(1).float().mean()
+        found["top5"] = hit.sum(1).mean()
     found["mean_class"] = torch.stack(per_class).mean()
     return {name: 100 * float(value) for name, value in found.items()}
 
-def report(outputs, settings: Settings, data: Dataset, what):
+def report(outputs, settings, data: Dataset, what):
     """Prints the result and leaves test_outputs.pt."""
     result = metrics(outputs)
     names = {"top1": "top-1", "top5": "top-5", "mean_class": "mean class accuracy"}
@@ -298,8 +296,7 @@ def load_classifier(path, device="cpu", amp=None):
     device = torch.device(device)
     C, view = saved["channels"], saved["normalisation"]
     frames, marks, score = (view.pop(name) for name in ("frames", "marks", "score"))
-    model = new_model(saved["model_settings"], saved["settings"]["linear_probe"],
-                      len(saved["classes"]))
+    model = new_model(saved["model_settings"], len(saved["classes"]))
     model.load_state_dict(saved["model"])
     model.to(device)
     if amp is None:
@@ -321,7 +318,7 @@ def load_classifier(path, device="cpu", amp=None):
 
     return classify
 
-def predict(settings: Settings, source):
+def predict(settings, source):
     """A line of name,class,probability a sequence on stdout, what was mended on stderr."""
     form = source["normalisation"]
     classify = load_classifier(settings.ckpt, shared.find_device(settings.device), settings.amp)

@@ -27,7 +27,6 @@ from functools import partial
 from data import Augmentation, DataError, Dataset, Loader, load, reading
 from skeletonmae import Packing, SkeletonMAE, normalized_adjacency
 import torch
-from torch import Tensor
 
 def option(default, help, **extra):
     """A setting and its flag. extra: its value for small or stack, its bounds (low, else 0; high),
@@ -102,16 +101,14 @@ def main(argv=None):
     torch.manual_seed(settings.seed)
     arguments = pretraining_arguments(settings, data)
     model = build(SkeletonMAE, **arguments).to(device)
-    measured = measure_target(loader(settings, data, data.train, forward_size))
-    model.mean[:], model.spread[:], mean_pose = measured
+    model.mean[:], model.spread[:], mean_pose = measure_target(
+        loader(settings, data, data.train, forward_size))
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, fused=True)
     first_epoch, log = restore(checkpoint, model, optimizer)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     introduce(settings, data, model, train, device)
 
-    inputs = ("x", "seen", "target") if train.pose else ("x", "seen")  # fields of a Batch
-
-    def step(packing: Packing, mask, weight, x, seen, target=None):
+    def step(packing: Packing, mask, weight, x, seen, target):
         with autocast(device, settings.amp):
             loss = parallel(x, packing, mask, seen, target)[0]
         loss.backward(weight)
@@ -125,7 +122,8 @@ def main(argv=None):
         for batch in train.epoch(epoch):
             loss = 0
             pieces = math.ceil(len(batch.x) / settings.micro_batch)
-            split = (getattr(batch, name).tensor_split(pieces) for name in ("present", *inputs))
+            split = (getattr(batch, name).tensor_split(pieces)
+                     for name in ("present", "x", "seen", "target"))
             for piece, (present, *values) in enumerate(zip(*split), 1):
                 mask = model.draw(len(present)).to(device, non_blocking=True)
                 weight = torch.tensor(len(present) / len(batch.x)).to(device, non_blocking=True)
@@ -218,7 +216,7 @@ def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose):
 def pick(settings, *names: str):
     return {name: getattr(settings, name) for name in names}
 
-def parse(settings_type, doc, argv=None):
+def parse(settings_type, doc, argv):
     """The flags that were typed, as setting -> value; `doc` heads --help."""
     def refuse(message):
         raise DataError(f"{message}; --help lists all flags")
@@ -245,9 +243,10 @@ def flag(name):
 
 def convert(f, text):
     """The text of a flag as its value; a setting of several values takes them with commas."""
-    kind = type(f.default[0]) if f.type is tuple else f.type
+    several = f.type is tuple
+    kind = type(f.default[0]) if several else f.type
     low, high = f.metadata.get("low", 0), f.metadata.get("high", math.inf)
-    parts = text.split(",") if f.type is tuple else [text]
+    parts = text.split(",") if several else [text]
     try:
         values = tuple(kind(part.strip()) for part in parts)
         if kind is not str and not all(low <= value <= high and value < math.inf
@@ -256,7 +255,7 @@ def convert(f, text):
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text}, expected {kind.__name__} from {low} to "
                                          f"{high}") from None
-    return values if f.type is tuple else values[0]
+    return values if several else values[0]
 
 def settle(settings_type, typed, kept={}, free=()):
     """Settings as a union: defaults, the recipe, `kept` ones of a checkpoint, what was typed. A
@@ -604,37 +603,37 @@ class Progress:
                 f"{self.sequences / spent:.0f} seq/s  {left} left")
         print("\r\033[K" * sys.stdout.isatty() + line, end=end, flush=True)
 
-class Replay:
-    """A step, forward and backward on (packing, *tensors), as a CUDA graph: its hundreds of small
-    kernels start as one. A graph has fixed shapes: each number of sequences and persons is recorded
-    when it comes for the second time; the first time warms up. It writes where it was recorded:
-    parameters, buffers and gradients must stay the same tensors."""
-    def __init__(self, step):
-        self.step, self.recorded = step, {}
-        self.pool = torch.cuda.graph_pool_handle()  # graphs run in turn and share their memory
+def replayed(step, settings, device, world, sequences):
+    """A step, forward and backward on (packing, *tensors), as a CUDA graph on one GPU, where asked
+    for or where passes are so small that it pays: its hundreds of small kernels start as one. A
+    graph has fixed shapes: each number of sequences and persons is recorded when it comes for the
+    second time; the first time warms up. It writes where it was recorded: parameters, buffers and
+    gradients must stay the same tensors."""
+    wanted = sequences <= 128 if settings.graphs is None else settings.graphs
+    if not wanted or device.type != "cuda" or world > 1:
+        return step
+    recorded = {}
+    pool = torch.cuda.graph_pool_handle()  # graphs run in turn and share their memory
 
-    def __call__(self, packing: Packing, *tensors: Tensor):
+    def replay(packing: Packing, *tensors):
         inputs = *packing.tensors, *tensors
         shapes = tuple(x.shape for x in inputs)
-        if shapes not in self.recorded:
-            self.recorded[shapes] = None
-            return self.step(packing, *tensors)
-        if self.recorded[shapes] is None:
+        if shapes not in recorded:
+            recorded[shapes] = None
+            return step(packing, *tensors)
+        if recorded[shapes] is None:
             own = [x.clone() for x in tensors]  # a slice would keep its whole batch
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                loss = self.step(packing, *own)
-            self.recorded[shapes] = graph, (*packing.tensors, *own), loss
-        graph, own, loss = self.recorded[shapes]
+            with torch.cuda.graph(graph, pool=pool):
+                loss = step(packing, *own)
+            recorded[shapes] = graph, (*packing.tensors, *own), loss
+        graph, own, loss = recorded[shapes]
         for mine, x in zip(own, inputs):
             mine.copy_(x)
         graph.replay()
         return loss.clone()
 
-def replayed(step, settings, device, world, sequences):
-    """As a CUDA graph on one GPU, where asked for or where passes are so small that it pays."""
-    wanted = sequences <= 128 if settings.graphs is None else settings.graphs
-    return Replay(step) if wanted and device.type == "cuda" and world == 1 else step
+    return replay
 
 if __name__ == "__main__":
     run(main)

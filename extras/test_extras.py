@@ -213,7 +213,7 @@ class FigureTest(Case):
         self.assertIn(">jumping jack</text>", page)
         self.assertNotIn("class 0", page)
         count = sum(p.numel() for p in visualize.train_finetune.new_model(
-            load(self.trained, "finetune.pt")["model_settings"], False, 10).parameters())
+            load(self.trained, "finetune.pt")["model_settings"], 10).parameters())
         self.assertIn(f"<td>{count / 1e6:.2f} million</td>", page)
         self.assertLess(page.index("fine-tuning loss"), page.index("<h2>Confusion matrix"))
 

@@ -204,8 +204,7 @@ def told(run: Run) -> dict:
     """What a person asks first of a run: question -> answer."""
     checkpoint, outputs = run.checkpoint, run.outputs
     settings, metrics = checkpoint["settings"], outputs["metrics"]
-    model = train_finetune.new_model(checkpoint["model_settings"], settings["linear_probe"],
-                                     len(outputs["classes"]))
+    model = train_finetune.new_model(checkpoint["model_settings"], len(outputs["classes"]))
     loaded = settings["encoder_lr_scale"] if settings["ckpt"] else 1
     slower = f", loaded layers {loaded * settings['lr']:.3g}" if loaded != 1 else ""
     score = "{:.2f} % ({:.1f} to {:.1f})"
@@ -506,13 +505,14 @@ def masking_of(source: dict | None) -> tuple:
         return "No pre-training", 0, ""
     skeleton = source["skeleton"]
     settings = source["model_settings"]
-    masking = {key: settings[f"mask_{key}"] for key in ("parts", "num_parts", "ratio")}
+    masking = {key: settings[key] for key in ("mask_parts", "mask_num_parts", "mask_ratio")}
     masks = draw_mask(1000, skeleton, **masking, generator=torch.Generator().manual_seed(0))
     row = "Body parts"
-    what = " ".join(f"V{i}" for i, part in enumerate(skeleton["parts"]) if part in masking["parts"])
-    if masking["ratio"]:
+    what = " ".join(f"V{i}" for i, part in enumerate(skeleton["parts"])
+                    if part in masking["mask_parts"])
+    if masking["mask_ratio"]:
         row, what = "Random joints", ""
-    elif masking["num_parts"]:
+    elif masking["mask_num_parts"]:
         row, what = "Parts drawn per sequence", ""
     if settings.get("strl"):
         what += " (STRL layers too)"
