@@ -254,7 +254,6 @@ class Batch:
     label: Tensor     # (N,)
     present: Tensor   # (N, M) bool, on the CPU
     seen: Tensor      # (N, M, T, V) bool: which joints were seen
-    index: Tensor     # (N,) which sequences these are, on the CPU
     target: Tensor    # what pre-training puts back: x, or its pose (Loader.pose)
     unit: Tensor      # (N,), or (N, C) for the axes of a box: target times unit is in file units
 
@@ -333,7 +332,7 @@ class Loader:
         target = x
         if self.pose:
             target, _, unit = normalised(turn=True, center="frame")
-        return Batch(x, data.label[here], present, seen, index, target, unit)
+        return Batch(x, data.label[here], present, seen, target, unit)
 
 # ------------------------------------------------------------ readers: presence and missing joints
 

@@ -1018,14 +1018,15 @@ print(-peak("small.pkl") + peak("large.pkl"))
         self.assertEqual(train.subset([2, 0]).names, ["train[2]", "train[0]"])
 
 def sequences(lengths=(5, 9, 3, 12)):
-    """Random sequences of FIVE in 3D; the second person of every other one is absent."""
+    """Random sequences of FIVE in 3D, labelled 0, 1, ...; the second person of every other one is
+    absent."""
     draw = torch.Generator().manual_seed(0)
     parts = [3 * torch.randn(T, 2, 5, 3, generator=draw) + 20 for T in lengths]
     for part in parts[1::2]:
         part[:, 1] = 0
     names = [f"s{n}" for n in range(len(parts))]
     pairs = [(part, part.any(-1)) for part in parts]
-    made = data.flatten(pairs, torch.arange(len(parts)) % 2, names, 2)
+    made = data.flatten(pairs, torch.arange(len(parts)), names, 2)
     return data.complete(data.Dataset(made, None, 3)).train
 
 def plain_normalise(x, centre: list, seen=None):
@@ -1163,8 +1164,7 @@ class BatchTest(Case):
                 expected = plain_boxed(x) if box else plain_normalise(x, [0])[0]
                 close(batch.x[n], expected, atol=1e-4)
                 close(batch.x[n].diff(dim=2) * batch.unit[n], x.diff(dim=2), atol=1e-4)
-            equal([batch.label, batch.present], [source.label, source.present])
-            self.assertEqual(batch.index.tolist(), [0, 1, 2, 3])
+            equal([batch.label, batch.present], [torch.arange(4), source.present])
 
     def test_far_from_the_origin(self):
         """float64 data at 1e6 come out of each reader and the loader as at 0."""
@@ -1193,7 +1193,7 @@ class BatchTest(Case):
         equal(epochs(1, 0), expected[::-1])
         equal(epochs(0, workers=2), expected[:1])
         for other in (epochs(0, seed=1)[0], expected[1]):
-            self.assertFalse(torch.equal(other[0]["index"], expected[0][0]["index"]))
+            self.assertFalse(torch.equal(other[0]["label"], expected[0][0]["label"]))
             self.assertFalse(torch.equal(other[0]["x"], expected[0][0]["x"]))
         one = Loader(sequences([9]), FIVE, 3, 2, 6, True, augmentation=Augmentation(noise=1))
         first, second = (next(iter(one.epoch(epoch))).x for epoch in (0, 1))
@@ -1205,18 +1205,18 @@ class BatchTest(Case):
                                      (5, 3, [4, 4, 4, 3]), (1, 1, [1]), (8, 2, [4] * 4)):
             source = sequences([3] * count)
             loader = Loader(source, FIVE, 3, 4, 4, True, repeat=repeat)
-            indices = [batch.index for batch in loader.epoch(3)]
+            indices = [batch.label for batch in loader.epoch(3)]
             self.assertEqual(([len(index) for index in indices], loader.steps), (sizes, len(sizes)))
             for one_pass in torch.cat(indices).split(count):
                 equal(one_pass.sort().values, torch.arange(count))
             testing = Loader(source, FIVE, 3, 4, 4, False).epoch()
-            equal(torch.cat([batch.index for batch in testing]), torch.arange(count))
+            equal(torch.cat([batch.label for batch in testing]), torch.arange(count))
 
     def test_processes_share_each_batch(self):
         """Their parts, of two sequences or more (batch norm), are the batch of one process."""
         def indices(rank, world):
             loader = Loader(sequences([3] * 18), FIVE, 3, 7, 4, True, rank=rank, world=world)
-            return [batch.index.tolist() for batch in loader.epoch(1)]
+            return [batch.label.tolist() for batch in loader.epoch(1)]
 
         first, second, last = indices(0, 1)  # of 7, 7 and 4, too few for three processes
         for world, whole in ((2, [first, second, last]), (3, [first, second + last])):
