@@ -624,9 +624,9 @@ def from_annotations(annotations, score, channels, persons, splits=None, classes
         if not isinstance(annotation, dict):
             annotation = {"keypoint": annotation}
         name = str(annotation.get("frame_dir", i))
-        label = -1 if annotation.get("label") is None else annotation["label"]  # -1: none
+        label = annotation.get("label")
         try:
-            if type(label) is not int or label < -1:
+            if label is not None and (type(label) is not int or label < 0):
                 raise DataError(f"label {label!r}; expected an integer from 0, or none")
             x, scores = read_annotation(annotation, channels, persons or 2, repairs)
             shape = shape or tuple(x.shape[2:])
@@ -636,7 +636,7 @@ def from_annotations(annotations, score, channels, persons, splits=None, classes
         except DataError as error:
             raise DataError(f"annotation {name!r}: {error}") from None
         sequences.append((x, scores))
-        labels.append(label)
+        labels.append(-1 if label is None else label)
         names.append(name)
     persons = persons or max(x.shape[1] for x, _ in sequences)
     scored = any(scores.is_floating_point() for _, scores in sequences)
@@ -732,7 +732,8 @@ def from_pt(path, score, channels, persons):
         x = content.get(f"x_{half}", ())
         splits[half] = [f"{half}[{i}]" for i in range(len(x))]
         labels = read_labels(content.get(f"y_{half}"), len(x)).tolist()
-        annotations += [{"frame_dir": name, "label": label, "keypoint": frames.movedim(-3, 0)}
+        annotations += [{"frame_dir": name, "label": None if label < 0 else label,
+                         "keypoint": frames.movedim(-3, 0)}
                         for name, label, frames in zip(splits[half], labels, x)]
     return from_annotations(annotations, score, channels, persons, splits, content.get("classes"))
 

@@ -47,7 +47,7 @@ def make_skeleton(joints, edges, parts, centre, pairs=None):
     edges = [[i, j] for i, j in edges]
     pairs = [[left, right] for left, right in pairs]
     repeats = any(len(set(group)) < len(group) for group in (names, sum(pairs, []), *edges))
-    inside = all(j in range(len(names))
+    inside = all(type(j) is int and j in range(len(names))
                  for group in (*edges, *parts.values(), *pairs, centre) for j in group)
     if repeats or not inside or not parts or not all(parts.values()) or not centre:
         raise ValueError(f"a skeleton of {len(names)} joints needs names that differ, indices from "
@@ -575,7 +575,8 @@ class STRL(nn.Module):
     tokens before Repeat. S Eq. 2 and paper Eq. 4: H'_p = ReLU(BN(W_own SM(H_p^l) + W_other
     SM(H_q^(l-1))) + residual), q the other person; without q the W_other term is exactly 0, and
     with one person a sequence there is no W_other. Then multi-scale temporal pooling. drop_path
-    (ours): the share of persons who in training pass by the residual alone."""
+    (not the paper's; stochastic depth, Huang et al. 2016): the share of persons who in training
+    pass by the residual alone."""
     def __init__(self, adjacency, width, hidden, persons, stride, layers=3, blocks=2, heads=4,
                  ratio=4, dropout=0.2, attention_dropout=0.1, drop_path=0.0):
         super().__init__()

@@ -270,7 +270,8 @@ class SkeletonTest(Case):
         good = dict(joints="a b c", edges=[(0, 1)], parts={"a": [0]}, centre=0)
         for bad in (dict(edges=[(0, 5)]), dict(edges=[(0, -1)]), dict(edges=[(0, 1, 2)]),
                     dict(parts={}), dict(parts={"a": []}), dict(parts={"a": [3]}),
-                    dict(centre=[]), dict(centre=3), dict(pairs=[(0, 1), (1, 2)])):
+                    dict(centre=[]), dict(centre=3), dict(pairs=[(0, 1), (1, 2)]),
+                    dict(edges=[(0, 1.0)]), dict(parts={"a": [0.0]})):
             with self.subTest(bad), self.assertRaises(ValueError):
                 make_skeleton(**{**good, **bad})
 
@@ -955,7 +956,8 @@ class ReaderTest(Case):
                               (dict(keypoint=x[:, :0]), r"\(1, 0, 13, 2\).*none of them 0"),
                               (dict(keypoint_score=x[:, :1, :, 0]), "keypoint_score"),
                               (dict(keypoint_score=x[..., 0] / 0), "finite"),
-                              (dict(label="run"), "label 'run'.*integer")):
+                              (dict(label="run"), "label 'run'.*integer"),
+                              (dict(label=-1), "label -1; expected an integer from 0, or none")):
             annotations = [*pyskl(2), {**pyskl(1)[0], "frame_dir": "bad", **change}]
             self.refused("a.pkl", pickled(annotations), f"bad.*{words}")
         named = pickled([dict(filename="a", keypoint=x)], train=["a"], test=["a"])
@@ -1885,8 +1887,8 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             for new, name in (("new.pkl", "a{}"), ("new.pt", "train[{}]")):
                 line = f"--ckpt own/finetune.pt --device cpu --predict {new}"
                 printed = self.script(train_finetune, line, 0)
-                self.assertRegex("; ".join(self.notes), "note: by own/finetune.pt; note: 5 frames "
-                                                        ".*dropped; note: 1 persons")
+                self.assertRegex("; ".join(self.notes), "note: by own/finetune.pt, trained on "
+                                 "own.pkl; note: 5 frames .*dropped; note: 1 persons")
                 rows = [f"{name.format(n)},{names[n]},{expected[n].max():.4f}" for n in range(8)]
                 self.assertEqual(printed.splitlines(), ["name,class,probability", *rows])
             os.rename("away.json", "five.json")

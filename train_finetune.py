@@ -49,7 +49,7 @@ class Settings(shared.CommonSettings):
     encoder_lr_scale: float = option(1.0, "learning-rate multiplier of the pre-trained weights")
     label_fraction: float = option(1.0, "share of the labels, at least one a class", high=1)
     label_seed: int = option(0, "which labels --label-fraction keeps", high=2**31)
-    linear_probe: bool = option(False, "train one linear layer on the frozen encoder's features")
+    linear_probe: bool = option(False, "train one linear layer on frozen pre-trained features")
     strl_layers: int = option(3, "M_l, STRL layers", low=1)
     attention_dropout: float = option(0.1, "supplement A: 0.1", high=0.99)
     drop_path: float = option(0.0, "share of persons whom an STRL layer passes by its residual "
@@ -330,7 +330,8 @@ def predict(settings, source):
         classes, found = classify(half)
         rows += zip(half.names, classes, (f"{p:.4f}" for p in found.amax(1).tolist()))
     csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
-    print(f"note: by {settings.ckpt}", file=sys.stderr)
+    print(f"note: by {settings.ckpt}, trained on {source['settings']['data'] or 'stick figures'}",
+          file=sys.stderr)
     for what, count in (+data.repairs).items():  # those above 0
         print(f"note: {count} {what}", file=sys.stderr)
 

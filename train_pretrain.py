@@ -76,8 +76,8 @@ class CommonSettings:
 class Settings(CommonSettings):
     """Pre-training."""
     out: str = option("runs/pretrain", "folder for checkpoint and log")
-    pretrain: str = option("encoder", "encoder: the paper's; stack: ours, the STRL layers restore "
-                           "the whole sequence", choices=("encoder", "stack"))
+    pretrain: str = option("encoder", "encoder: the paper's; stack: ours, the classifier's whole "
+                           "STRL layers", choices=("encoder", "stack"))
     epochs: int = option(50, "supplement A: 50", low=1)
     batch_size: int = option(1024, "sequences a step, supplement A: 1024", small=32, low=2)
     micro_batch: int = option(256, "sequences a forward pass, which batch norm sees", low=2)
