@@ -2096,6 +2096,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
                              ("mixed", dict(x_train=[x[0], x[1, :, :, 1:]])),
                              ("four", dict(y_train=[0, 3])), ("nan", dict(x_test=x / 0))):
             torch.save(good | change, f"{name}.pt")
+        torch.save(load("runs/pretrain/pretrain.pt") | {"format": 1}, "old.pt")
         for name, content in (("text.txt", b"hello"), ("no.npz", b"hello"),
                               ("cut.npz", ctr_gcn()[:-300]), ("cut.pkl", pickled(pyskl())[:-40]),
                               ("no_x.npz", ctr_gcn().replace(b"x_train", b"z_train")),
@@ -2124,6 +2125,7 @@ os._exit(0)  # once in fifty runs torch's threads abort as the process ends
             (f"{fine} --strl-layers 3", "--strl-layers 3"), ("--milestones 3,-1", "--milestones"),
             (f"{pre} --box", "--box True"), (f"{fine} --frames 9", "--frames 9"),
             ("--ckpt text.txt", "text.txt is damaged"), ("--ckpt absent.pt", "no absent.pt yet"),
+            ("--ckpt old.pt", "old.pt: it holds a pretrain run; expected .* of this version"),
             ("--device tpu", "device.*tpu"), ("--eval-only", "--ckpt"), ("--predict a", "--ckpt"),
             ("--mask-ratio 0.3", "--mask-ratio"), ("--momentum 2", "expected float from 0 to 1"),
             ("--scaling 1", "--scaling.*0.9"), ("--dropout 1", "--dropout.*0.99"),

@@ -510,14 +510,17 @@ def save_torch(value, path):
     torch.save(value, content)  # in memory first: on a full disk torch.save raises a RuntimeError
     write_atomically(path, content.getbuffer())
 
+FORMAT = 2  # of a checkpoint; rises when those before no longer fit the model
+
 def save(path, kind, model, optimizer, epoch, log, settings, arguments, data: Dataset, **more):
     """A plain dict of tensors and settings, and its log as log.csv beside it."""
     state = model.state_dict()
     if not all(value.isfinite().all() for value in state.values()):
         raise DataError(f"weights are not finite after epoch {epoch + 1}; the checkpoint before is "
                         "kept, try a lower --lr")
-    save_torch({"kind": kind, "model": state, "optimizer": optimizer.state_dict(), "epoch": epoch,
-                "log": log, "settings": asdict(settings), "model_settings": arguments,
+    save_torch({"kind": kind, "format": FORMAT, "model": state, "epoch": epoch, "log": log,
+                "optimizer": optimizer.state_dict(), "settings": asdict(settings),
+                "model_settings": arguments,
                 **pick(data, "skeleton", "layout", "channels", "persons", "classes", "pair",
                        "digest"),
                 "normalisation": {"frames": settings.frames, "marks": data.marks,
@@ -535,7 +538,7 @@ def read_checkpoint(path, kinds):
     expected = f"a {' or '.join(kinds)} checkpoint of this version"
     with reading(path, expected):
         checkpoint = torch.load(path, "cpu", weights_only=True)
-        if checkpoint["kind"] not in kinds or not checkpoint["digest"]:  # earlier ones lack it
+        if checkpoint["kind"] not in kinds or checkpoint["format"] != FORMAT:
             raise DataError(f"it holds a {checkpoint['kind']} run; expected {expected}")
     return checkpoint
 
