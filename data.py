@@ -278,32 +278,30 @@ class Loader:
 
     @property
     def steps(self):
-        """Batches an epoch."""
-        return len(self.plan(0))
+        """Batches an epoch of training."""
+        return len(self._batches(torch.arange(len(self.data) * self.repeat)))
 
-    def plan(self, epoch):
-        """Which sequences are in each batch of an epoch, and its seed: in training in an order of
-        its own, in testing in the data's. No sequence is dropped: a last batch too small for batch
-        norm joins its neighbour."""
+    def _batches(self, order):
+        """No sequence is dropped: a last batch too small for batch norm joins its neighbour."""
+        batches = list(order.split(self.batch_size))
+        if len(batches) > 1 and len(batches[-1]) < 2 * self.world:
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return batches
+
+    def epoch(self, epoch=0):
+        """The batches of one epoch: in training in its own order, in testing in the data's."""
         order = torch.arange(len(self.data))
         if self.training:
             generator = torch.Generator().manual_seed(self._seed(epoch))
             order = torch.cat([torch.randperm(len(self.data), generator=generator)
                                for _ in range(self.repeat)])
-        batches = list(order.split(self.batch_size))
-        if len(batches) > 1 and len(batches[-1]) < 2 * self.world:
-            batches[-2:] = [torch.cat(batches[-2:])]
-        return [(index[self.rank::self.world], self._seed(epoch, step) + self.rank)
-                for step, index in enumerate(batches, 1)]
-
-    def epoch(self, epoch=0):
-        """The batches of one epoch."""
+        batches = [(index[self.rank::self.world], self._seed(epoch, step) + self.rank)
+                   for step, index in enumerate(self._batches(order), 1)]
         if not self.workers:
-            return map(self.batch, self.plan(epoch))
+            return map(self.batch, batches)
         own = torch.Generator()  # the global one goes on as without workers
-        return torch.utils.data.DataLoader(self.plan(epoch), batch_size=None,
-                                           num_workers=self.workers, collate_fn=self.batch,
-                                           generator=own)
+        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers,
+                                           collate_fn=self.batch, generator=own)
 
     def _seed(self, epoch, step=0):
         """A seed for every step of every epoch, the same in all processes; step 0 is the order."""

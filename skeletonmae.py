@@ -204,7 +204,7 @@ class AttentionBlock(nn.Module):
     Shape: (P, T, H) -> (P, T, H)."""
     def __init__(self, width, heads=4, ratio=4, dropout=0.1):
         super().__init__()
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ValueError(f"{heads} attention heads do not divide a width of {width}")
         self.heads = heads
         self.dropout = dropout

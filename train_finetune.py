@@ -96,6 +96,7 @@ def main(argv=None):
         return loss.detach()
 
     step = shared.replayed(step, settings, device, world, settings.batch_size)
+    outputs = None
     for epoch in range(first_epoch, settings.epochs):
         shared.seed_epoch(settings, epoch, rank)
         lr = learning_rate(epoch, settings.lr, settings.warmup, settings.milestones)
@@ -114,13 +115,14 @@ def main(argv=None):
         row = progress.end()
         if rank == 0:
             if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs:
-                row |= metrics(evaluate(model, test, device, settings.amp))
+                outputs = evaluate(model, test, device, settings.amp)
+                row |= metrics(outputs)
             log.append(row)
             shared.save(path, "finetune", model, optimizer, epoch, log, settings, arguments, data,
                         pretrained=pretrained)
         progress.show()
     if rank == 0:
-        outputs = evaluate(model, test, device, settings.amp)
+        outputs = outputs or evaluate(model, test, device, settings.amp)
         report(outputs, settings, data, f"last epoch ({len(log)}), {described}")
         print(f"saved {path}")
 
@@ -265,8 +267,8 @@ def metrics(outputs):
     """Top-1, mean class accuracy (over the classes in the test set) and, of more than five classes,
     top-5, in percent."""
     logits, labels = outputs["logits"], outputs["labels"]
-    first = logits.topk(min(5, logits.shape[1]), 1).indices
-    hit = (first == labels[:, None]).float()  # (N, 5 or K)
+    best = logits.topk(min(5, logits.shape[1]), 1).indices  # (N, 5 or K)
+    hit = (best == labels[:, None]).float()
     per_class = [hit[labels == c, 0].mean() for c in labels.unique()]
     found = {"top1": hit[:, 0].mean()}
     if logits.shape[1] > 5:

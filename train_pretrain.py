@@ -108,7 +108,9 @@ def main(argv=None):
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     introduce(settings, data, model, train, device)
 
-    def step(packing: Packing, mask, weight, x, seen, target):
+    inputs = ("x", "seen", "target") if train.pose else ("x", "seen")  # fields of a Batch
+
+    def step(packing: Packing, mask, weight, x, seen, target=None):
         with autocast(device, settings.amp):
             loss = parallel(x, packing, mask, seen, target)[0]
         loss.backward(weight)
@@ -122,8 +124,7 @@ def main(argv=None):
         for batch in train.epoch(epoch):
             loss = 0
             pieces = math.ceil(len(batch.x) / settings.micro_batch)
-            split = (getattr(batch, name).tensor_split(pieces)
-                     for name in ("present", "x", "seen", "target"))
+            split = (getattr(batch, name).tensor_split(pieces) for name in ("present", *inputs))
             for piece, (present, *values) in enumerate(zip(*split), 1):
                 mask = model.draw(len(present)).to(device, non_blocking=True)
                 weight = torch.tensor(len(present) / len(batch.x)).to(device, non_blocking=True)
