@@ -1,9 +1,9 @@
 """Skeleton data without numpy: one flat form for every data set, batches, readers, stick figures.
 
-    data = load("ntu60.npz")      # or a PYSKL pickle, a .pt dict, or None for the stick figures
-    batches = Loader(data.train, data.skeleton, data.channels, batch_size=128, frames=64)
+    data = load("ntu60.npz")      # or PYSKL's .pkl, the same as .pt, or None: the stick figures
+    batches = Loader(data.train, data.skeleton, batch_size=128, frames=64)
     for batch in batches.epoch():
-        batch.x                   # (N, M, T, V, C), or C + 1 with the joint score last
+        batch.x                   # (N, M, T, V, C)
 
 Formats: docs/data.md. Nothing in a file is ever run: pickles go through an allow-list, .pt files
 through torch's weights_only. Shape legend: skeletonmae.py; F counts the frames of all sequences. A
@@ -11,15 +11,14 @@ joint is `seen` in a frame, a person `in_frame` if a joint is, and `present` in 
 """
 import ast
 import contextlib
-import hashlib
 import json
 import math
 import mmap
 import pickle
-import re
 import struct
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
@@ -29,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-warnings.filterwarnings("ignore", message="This DataLoader will create")  # the user asked for them
 warnings.filterwarnings("ignore", message="The given buffer is not writable")  # it is only read
 
 class DataError(ValueError):
@@ -40,7 +38,7 @@ class DataError(ValueError):
 @dataclass
 class Sequences:
     """N sequences of one split: one flat tensor of frames and an index into it."""
-    frames: Tensor    # (F, M, V, C), or C + 1 with the joint score last, in the units of the file
+    frames: Tensor    # (F, M, V, C), in the units of the file
     seen: Tensor      # (F, M, V) bool: which joints were seen, not filled in or guessed
     start: Tensor     # (N,) int64, first frame of each sequence
     length: Tensor    # (N,) int64, frames of each sequence, at least 1
@@ -66,7 +64,6 @@ class Dataset:
     """What a reader finds in a file; `complete`, `divide` and `load` fill in the rest."""
     train: Sequences             # all sequences, where a test half is yet to be divided off
     test: Sequences | None
-    channels: int                # C, 2 or 3, the score not counted
     scored: bool = False         # the file has joint scores
     splits: dict | None = None   # name of a split -> names of its sequences
     classes: list | None = None  # names of the classes 0 to K - 1: of the file, or its labels
@@ -82,6 +79,11 @@ class Dataset:
     def persons(self):
         return self.train.frames.shape[1]
 
+    @property
+    def channels(self):
+        """C, 2 or 3."""
+        return self.train.frames.shape[3]
+
     def __str__(self):
         lengths = torch.cat([self.train.length, self.test.length])
         return (f"{len(self.train)} training and {len(self.test)} test sequences ({self.split}), "
@@ -91,7 +93,6 @@ class Dataset:
                 + "".join(f", {count} {what}" for what, count in (+self.repairs).items()))
 
 # ------------------------------------------------------------------ sampling, normalising, batches
-
 def sample_frames(length, frames, training=False, crop=1.0, generator=None):
     """Which T frames of each sequence are taken, (N, T) from 0: one of each of T equal segments, a
     random one in training, the middle one in testing; shorter sequences repeat frames. crop < 1: in
@@ -99,7 +100,6 @@ def sample_frames(length, frames, training=False, crop=1.0, generator=None):
     def uniform(count):
         return torch.rand(len(length), count, dtype=torch.float64, generator=generator,
                           device=length.device)
-
     length = length[:, None].double()
     first, share, within = 0.0, 1.0, 0.5
     if training:
@@ -137,7 +137,6 @@ class Augmentation:
         """Of `num` sequences linear maps (num, C, C) and shifts (num, C)."""
         def uniform(*shape, reach):
             return reach * (2 * torch.rand(num, *shape, generator=generator, device=device) - 1)
-
         change = torch.eye(channels, device=device).repeat(num, 1, 1)
         if self.rotation and channels == 3:
             reach = math.radians(self.rotation)
@@ -146,12 +145,11 @@ class Augmentation:
         change = change * (1 + uniform(channels, 1, reach=self.scaling))
         return change, uniform(channels, reach=self.shift)
 
-def normalise_frames(x, seen, present, skeleton, channels, box=False, center="sequence", up="y",
+def normalise_frames(x, seen, present, skeleton, box=False, center="sequence", up="y",
                      turn=False, mirrored=None, augmentation=None, generator=None):
-    """Centres, scales and turns sampled frames x (N, M, T, V, C [+ score]) and changes them at
-    random: one affine map a sequence. seen: bool (N, M, T, V), False for a person out of sight;
-    present: bool (N, M), on the device of x; absent persons stay all zero.
-
+    """Centres, scales and turns sampled frames x (N, M, T, V, C) and changes them at random: one
+    affine map a sequence. seen: bool (N, M, T, V), False for a person out of sight; present: bool
+    (N, M), on the device of x; absent persons stay all zero.
     The origin is the mean of the centre joints over frames and persons in sight, one for both;
     center "frame": one for each frame, which drops the path. The unit is the root mean square
     distance of the seen joints from it. up "z": z-up data are turned to y-up first. 3D sequences
@@ -160,12 +158,12 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     in CTR-GCN's feeder, and only with `turn` the sequence is turned too. mirrored: bool (N,), which
     become mirror images, or None.
     Returns (x, seen, unit (N,), or (N, C) for the axes of a box, in units of the file)."""
-    C, N = channels, len(x)
+    N, C = len(x), x.shape[4]
     precision = torch.promote_types(x.dtype, torch.float32)
     in_frame = seen.any(3)                               # (N, M, T)
     # (N, C + 1, M, T, V): a plane a coordinate, and one that is 1 where someone is present
     planes = x.new_empty(N, C + 1, *x.shape[1:4], dtype=precision)
-    planes[:, :C] = x[..., :C].movedim(4, 1)
+    planes[:, :C] = x.movedim(4, 1)
     here = present[:, None, :, None, None]
     planes[:, C:] = here
     if up == "z" and C == 3:
@@ -173,7 +171,6 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
 
     def in_sight(joints):  # their mean, (N, C + 1, M, T); for an index list a GPU would wait
         return torch.stack([planes[..., j] for j in joints]).mean(0) * in_frame[:, None]
-
     total = in_sight(skeleton["centre"]).sum(2)        # over persons
     if center == "sequence":
         total = total.sum(2, keepdim=True)             # and over frames
@@ -200,8 +197,7 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
     if mirrored is not None:
         linear[:, 0] *= torch.where(mirrored, -1.0, 1.0)[:, None]
     planes = product(torch.cat([linear, shift[..., None]], 2), planes.flatten(2))
-    planes = planes.unflatten(2, x.shape[1:4]).float()
-    x = torch.cat([planes, x[..., C:].movedim(4, 1).float()], 1) if x.shape[-1] > C else planes
+    x = planes.unflatten(2, x.shape[1:4]).float()
     if mirrored is not None:
         order = list(range(x.shape[4]))
         for left, right in skeleton["pairs"]:
@@ -211,46 +207,21 @@ def normalise_frames(x, seen, present, skeleton, channels, box=False, center="se
         x = torch.where(mirrored[..., None], x.index_select(4, order), x)
         seen = torch.where(mirrored, seen.index_select(3, order), seen)
     if augmentation and augmentation.noise:
-        noise = torch.randn(planes.shape, generator=generator, device=x.device)
-        x[:, :C] += augmentation.noise * noise * here
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        x += augmentation.noise * noise * here
     if box:
         away = ~in_frame[:, None, ..., None]
-        low = x[:, :C].masked_fill(away, math.inf).amin((2, 3, 4), keepdim=True)
-        high = x[:, :C].masked_fill(away, -math.inf).amax((2, 3, 4), keepdim=True)
+        low = x.masked_fill(away, math.inf).amin((2, 3, 4), keepdim=True)
+        high = x.masked_fill(away, -math.inf).amax((2, 3, 4), keepdim=True)
         half = ((high - low) / 2).clamp(min=1e-6)
         middle = ((low + high) / 2).nan_to_num()  # of a sequence without anyone
-        x[:, :C] = (x[:, :C] - middle) / half * here
+        x = (x - middle) / half * here
         unit = unit[:, None] * half.flatten(1)
     return x.movedim(1, 4), seen, unit
 
-def normalise(x, skeleton, channels, frames, marks=None, score=False, **view):
-    """Raw whole sequences x (N, M, any T, V, C [+ score]), zero-padded, as the scripts test them:
-    made whole, `frames` frames sampled evenly, then as normalise_frames. The arguments from
-    `frames` on are the `normalisation` of a checkpoint; score: the last channel stays. Returns
-    (x (N, M, frames, V, C [+ score]), present (N, M)); raises ValueError."""
-    V, C = len(skeleton["joints"]), channels
-    expected = f"expected a tensor (N, M, T, {V}, {C} [+ score]) of finite numbers, not all zero"
-    if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[3:] not in ((V, C), (V, C + 1)):
-        raise ValueError(f"{expected}; got {type(x).__name__} {tuple(getattr(x, 'shape', ()))}")
-    marks = marks or {"places": [[0.0] * C], "origin": []}
-    if x.shape[4] > C:
-        seen = x[..., C] > 0
-    else:
-        seen = x.any(-1)
-        seen[..., marks["origin"]] = seen.any(-1, keepdim=True)
-    x = x[..., :C + score]
-    if not torch.compiler.is_compiling() and not (x.isfinite().all() and seen.any()):
-        raise ValueError(f"{expected}, with joints of scores above 0")
-    x, seen, present, kept, _ = make_whole(x, seen, marks)
-    nth = sample_frames(kept.sum(1).clamp(min=1), frames) + 1  # of the frames with anyone
-    steps = torch.searchsorted(kept.long().cumsum(1), nth).clamp(max=x.shape[2] - 1)
-    here = torch.arange(len(x), device=x.device)[:, None]
-    x, seen = (value[here, :, steps].transpose(1, 2) for value in (x, seen))
-    return normalise_frames(x, seen, present, skeleton, C, **view)[0], present
-
 @dataclass
 class Batch:
-    x: Tensor         # (N, M, T, V, C), or C + 1 with the joint score last, normalised
+    x: Tensor         # (N, M, T, V, C), normalised
     label: Tensor     # (N,)
     present: Tensor   # (N, M) bool, on the CPU
     seen: Tensor      # (N, M, T, V) bool: which joints were seen
@@ -259,11 +230,10 @@ class Batch:
 
 @dataclass
 class Loader:
-    """Epochs of batches. What a batch holds depends on (seed, epoch, step) alone, not on workers or
-    on what was drawn before; on a GPU the random numbers are drawn there, and are others."""
+    """Epochs of batches. What a batch holds depends on (seed, epoch, step) alone, not on what was
+    drawn before; on a GPU the random numbers are drawn there, and are others."""
     data: Sequences
     skeleton: dict
-    channels: int
     batch_size: int
     frames: int                                  # T, sampled from each sequence
     training: bool = False                       # in random order, augmented
@@ -271,7 +241,6 @@ class Loader:
     augmentation: Augmentation = Augmentation()
     view: dict = field(default_factory=dict)     # box, center and up of normalise_frames
     repeat: int = 1                              # passes over the data an epoch, in training
-    workers: int = 0                             # loader processes; 0: in this one
     rank: int = 0                                # of torchrun: this process takes sequences rank,
     world: int = 1                               # rank + world, ... of each batch
     pose: bool = False                           # Batch.target is the pose alone: see batch
@@ -295,23 +264,17 @@ class Loader:
             generator = torch.Generator().manual_seed(self._seed(epoch))
             order = torch.cat([torch.randperm(len(self.data), generator=generator)
                                for _ in range(self.repeat)])
-        batches = [(index[self.rank::self.world], self._seed(epoch, step) + self.rank)
-                   for step, index in enumerate(self._batches(order), 1)]
-        if not self.workers:
-            return map(self.batch, batches)
-        own = torch.Generator()  # the global one goes on as without workers
-        return torch.utils.data.DataLoader(batches, batch_size=None, num_workers=self.workers,
-                                           collate_fn=self.batch, generator=own)
+        for step, index in enumerate(self._batches(order), 1):
+            yield self.batch(index[self.rank::self.world], self._seed(epoch, step) + self.rank)
 
     def _seed(self, epoch, step=0):
         """A seed for every step of every epoch, the same in all processes; step 0 is the order."""
         return ((self.seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_003 % 2**62
 
-    def batch(self, index_and_seed):
+    def batch(self, index, seed):
         """Gathers the sampled frames on the device that holds them, and normalises them. The pose
         of a sequence is centred in each frame, in 3D turned, and not augmented, but cropped and
         mirrored as x is: camera, place and path drop out."""
-        index, seed = index_and_seed
         data, device = self.data, self.data.frames.device
         generator = torch.Generator(device).manual_seed(seed)
         here = index.to(device, non_blocking=True)
@@ -325,7 +288,7 @@ class Loader:
         mirrored = torch.rand(len(x), generator=generator, device=device) < self.augmentation.flip
         mirrored = mirrored if change and change.flip else None
         normalised = partial(normalise_frames, x, seen, present.to(device, non_blocking=True),
-                             self.skeleton, self.channels, mirrored=mirrored, **self.view)
+                             self.skeleton, mirrored=mirrored, **self.view)
         x, seen, unit = normalised(augmentation=change, generator=generator)
         target = x
         if self.pose:
@@ -333,59 +296,54 @@ class Loader:
         return Batch(x, data.label[here], present, seen, target, unit)
 
 # ------------------------------------------------------------ readers: presence and missing joints
-
-def find_marks(data: Sequences, channels, scored):
+def find_marks(data: Sequences, scored):
     """How a file marks what is missing. `places`: where joints of score 0 stand that have no
     position, 0 and each place that ten joints, and one in 10,000, share to the last digit (a joint
     counts once a sequence). `origin`: joints of data without scores that are 0 in the first frame
     of every sequence, of its first person, because the data are centred there."""
-    position, places, origin = data.frames[..., :channels], [[0.0] * channels], []
+    C = data.frames.shape[3]
+    places, origin = [[0.0] * C], []
     if scored:
-        hidden = ~data.seen & position.any(-1)
+        hidden = ~data.seen & data.frames.any(-1)
         rows, lengths = [], data.length.tolist()
-        for x, part in zip(position.split(lengths), hidden.split(lengths)):
+        for x, part in zip(data.frames.split(lengths), hidden.split(lengths)):
             joint = part.nonzero()[:, 2:]
             rows.append(torch.cat([x[part].double(), joint], 1).unique(dim=0))
-        rows = torch.cat(rows)[:, :channels].contiguous()
-        factors = torch.tensor([1, 0x1F123BB5, 0x2545F491])[:channels]
-        hashed = rows.view(torch.int64) @ factors  # sorting rows would take much memory
-        _, inverse, count = hashed.unique(return_inverse=True, return_counts=True)
-        places += rows[count[inverse] >= max(10, len(rows) / 10_000)].unique(dim=0).tolist()
+        rows = torch.cat(rows)[:, :C]
+        found, count = rows.unique(dim=0, return_counts=True)
+        places += found[count >= max(10, len(rows) / 10_000)].tolist()
     else:
         first = data.start[data.seen[data.start, 0].any(1)]
-        joints = position[first, 0].float().flatten(0, 1)  # centred ones lie on both sides of 0
+        joints = data.frames[first, 0].float().flatten(0, 1)  # centred ones lie on both sides of 0
         if len(first) and (joints.amin(0) < 0).all() and (joints.amax(0) > 0).all():
             origin = (~data.seen[first, 0]).all(0).nonzero()[:, 0].tolist()
     return {"places": places, "origin": origin}
 
 def make_whole(x, seen, marks):
-    """Decides who is there in whole sequences x (N, M, T, V, C [+ score]), and fills in what is
-    missing. seen: bool (N, M, T, V). A person is in a frame if a joint is seen there; one in less
-    than a tenth of the frames with anyone is a ghost and becomes absent, all zero. Joints at the
-    marked places that are not seen, and all joints of a person out of sight, take the position of
-    the nearest frame that has one, the earlier of two; without any they are the mean of the
-    person's other joints. Other joints that are not seen carry a usable guess.
-    Returns (x, seen, present (N, M), frames with anyone (N, T), filled-in joints (N, M, T, V))."""
-    C, T = len(marks["places"][0]), x.shape[2]
-    position, in_frame = x[..., :C], seen.any(3)
-    count = in_frame.sum(2)
-    present = (count > 0) & (count >= in_frame.any(1).sum(1, keepdim=True) / 10)
-    in_frame = in_frame & present[..., None]
+    """Decides who is there in a whole sequence x (T, M, V, C), and fills in what is missing. seen:
+    bool (T, M, V). A person is in a frame if a joint is seen there; one in less than a tenth of the
+    frames with anyone is a ghost and becomes absent, all zero. Joints at the marked places that are
+    not seen, and all joints of a person out of sight, take the position of the nearest frame that
+    has one, the earlier of two; without any they are the mean of the person's other joints. Other
+    joints that are not seen carry a usable guess.
+    Returns (x, seen, present (M,), frames with anyone (T,), number of filled-in joints)."""
+    T, in_frame = len(x), seen.any(2)
+    count = in_frame.sum(0)
+    present = (count > 0) & (count >= in_frame.any(1).sum() / 10)
+    in_frame = in_frame & present
     seen = seen & in_frame[..., None]
-    places = torch.tensor(marks["places"], dtype=x.dtype, device=x.device)
-    placed = (position[..., None, :] == places).all(-1).any(-1)
+    placed = (x[..., None, :] == torch.tensor(marks["places"], dtype=x.dtype)).all(-1).any(-1)
     known = in_frame[..., None] & (seen | ~placed)
-    steps = torch.arange(T, device=x.device)[:, None]
-    earlier = torch.where(known, steps, -T).cummax(2).values
-    later = torch.where(known, steps, 2 * T).flip(2).cummin(2).values.flip(2)
+    steps = torch.arange(T)[:, None, None]
+    earlier = torch.where(known, steps, -T).cummax(0).values
+    later = torch.where(known, steps, 2 * T).flip(0).cummin(0).values.flip(0)
     nearest = torch.where(steps - earlier <= later - steps, earlier, later).clamp(0, T - 1)
-    position = position.gather(2, nearest[..., None].expand_as(position))
-    never = ~known.any(2, keepdim=True)[..., None]  # (N, M, 1, V, 1)
-    others = position.masked_fill(never, 0).sum(3, keepdim=True, dtype=torch.float64)
-    others = others / (~never).sum(3, keepdim=True).clamp(min=1)
-    position = torch.where(never, others.to(x.dtype), position)
-    x = torch.cat([position, x[..., C:] * present[..., None, None, None]], -1)
-    return x, seen, present, in_frame.any(1), in_frame[..., None] & ~known
+    x = x.gather(0, nearest[..., None].expand_as(x))
+    never = ~known.any(0)[..., None]  # (M, V, 1)
+    others = x.masked_fill(never, 0).sum(2, keepdim=True, dtype=torch.float64)
+    others = others / (~never).sum(1, keepdim=True).clamp(min=1)
+    x = torch.where(never, others.to(x.dtype), x)
+    return x, seen, present, in_frame.any(1), int((in_frame[..., None] & ~known).sum())
 
 def tidy(data: Sequences, marks, repairs):
     """Checks the numbers, cuts the padding at the end of each sequence, makes whole in place those
@@ -394,50 +352,46 @@ def tidy(data: Sequences, marks, repairs):
     data.seen[..., marks["origin"]] = data.seen.any(-1, keepdim=True)
     lengths = data.length.tolist()
     parts = zip(data.frames.split(lengths), data.seen.split(lengths))
-    for i, (frames, frames_seen) in enumerate(parts):
+    for i, (frames, seen) in enumerate(parts):
         if not frames.abs().amax() < 1e9:  # nor is NaN
             raise DataError(f"sequence {data.names[i]} holds NaN, infinite or absurd numbers; "
                             "expected finite ones below 1e9, 0 for a missing joint")
-        in_frame = frames_seen.any(2)  # (T, M)
+        in_frame = seen.any(2)  # (T, M)
         present = in_frame.any(0)
         steps = in_frame.any(1).nonzero()
         length = int(steps[-1]) + 1 if len(steps) else 1
-        x, seen = (part[:length].transpose(0, 1)[None] for part in (frames, frames_seen))
-        if not seen[0, present].all():
-            x, seen, there, kept, filled = (value[0] for value in make_whole(x, seen, marks))
+        if not seen[:length, present].all():
+            x, whole, there, kept, filled = make_whole(frames[:length], seen[:length], marks)
             ghosts = present & ~there
             present = there
             repairs["frames without anyone dropped"] += int((~kept).sum())
             repairs["persons seen in less than a tenth of the frames dropped"] += int(ghosts.sum())
-            repairs["missing joints filled in"] += int(filled.sum())
+            repairs["missing joints filled in"] += filled
             length = int(kept.sum())
-            frames[:length] = x[:, kept].transpose(0, 1)
-            frames_seen[:length] = seen[:, kept].transpose(0, 1)
+            frames[:length] = x[kept]
+            seen[:length] = whole[kept]
         repairs["sequences without anyone"] += int(not present.any())
         present[0] |= not present.any()  # an empty first person
         data.length[i] = length
         data.present[i] = present
 
-def flatten(sequences, labels, names, persons, score=False):
+def flatten(sequences, labels, names, persons):
     """A list of (x (T, M, V, C), scores (T, M, V), above 0 where a joint is seen), T and M may
-    differ, in the one flat form. score: the scores are kept, as a last channel."""
+    differ, in the one flat form."""
     lengths = [len(x) for x, _ in sequences]
     V, C = sequences[0][0].shape[2:]
     dtype = reduce(torch.promote_types, {x.dtype for x, _ in sequences})
-    frames = torch.zeros(sum(lengths), persons, V, C + score, dtype=dtype)
+    frames = torch.zeros(sum(lengths), persons, V, C, dtype=dtype)
     seen = torch.zeros(frames.shape[:3], dtype=torch.bool)
     for part, part_seen, (x, scores) in zip(frames.split(lengths), seen.split(lengths), sequences):
         M = x.shape[1]
-        part[:, :M, :, :C] = x
+        part[:, :M] = x
         part_seen[:, :M] = scores > 0
-        if score:
-            part[:, :M, :, C] = scores
         part[:, ~part_seen.any(2).any(0)] = 0  # who is never seen
     length = torch.tensor(lengths)
     return Sequences(frames, seen, length.cumsum(0) - length, length, labels, names)
 
 # ------------------------------------------------------------------------- readers: npz and pickle
-
 DTYPES = dict(f2=torch.float16, f4=torch.float32, f8=torch.float64, i1=torch.int8, i2=torch.int16,
               i4=torch.int32, i8=torch.int64, u1=torch.uint8, b1=torch.bool)
 
@@ -483,7 +437,6 @@ def read_labels(y, count):
     """Integer labels (N,) from integers (N,), (N, 1), a one-hot (N, K), or None: -1."""
     if y is None:
         return torch.full((count,), -1)
-    y = torch.as_tensor(y)
     if y.dim() == 2 and y.shape[1] > 1 and ((y != 0).sum(1) == 1).all():
         y = (y != 0).int().argmax(1)
     if len(y) != count or y.numel() != count or (y != y.long()).any() or (y < 0).any():
@@ -494,8 +447,7 @@ def read_labels(y, count):
 USUALLY_3D = "ntu25", "kinect20", "sbu15", "h36m17", "smpl22", "mediapipe33"  # the others: 2D
 
 def divide_columns(columns, asked):
-    """(M, V, C) of an npz row of M V C columns: that of the asked skeleton or of the known layouts,
-    these in their usual number of coordinates, 3D first."""
+    """(M, V, C) of an npz row: of the asked skeleton, or of a layout in its usual C, 3D first."""
     for C, M in ((3, 1), (3, 2), (2, 1), (2, 2)):
         for name, skeleton in ({"": asked} if asked else SKELETONS).items():
             V = len(skeleton["joints"])
@@ -521,7 +473,7 @@ def from_npz(path, skeleton, persons):
         halves.append(Sequences(frames, seen, torch.arange(N) * T, torch.full((N,), T),
                                 read_labels(arrays.get(f"y_{half}"), N),
                                 [f"{half}[{i}]" for i in range(N)]))
-    return Dataset(*halves, frames.shape[3])
+    return Dataset(*halves)
 
 class _DType:
     """Stands in for numpy.dtype."""
@@ -565,8 +517,7 @@ class _Unpickler(pickle.Unpickler):
         return found
 
 def numbers(value, what, dims):
-    """A tensor of floats from what a pickle or a caller holds as an array, of (1, T, V, ...) where
-    the person is left out."""
+    """A tensor of floats from a pickle's or a caller's array, (1, T, V, ...) if M is left out."""
     value = getattr(value, "tensor", value)  # of an _Array
     if not hasattr(value, "__array__"):  # numpy's or torch's
         raise DataError(f"{what} is {type(value).__name__}; expected an array of numbers")
@@ -584,22 +535,19 @@ def read_annotation(annotation, channels, persons, repairs):
     sizes = (channels, channels + 1) if channels else (2, 3)
     if (x.dim() != 4 or x.shape[3] not in sizes or 0 in x.shape
             or len(x) > 5 and len(x) > x.shape[1]):  # frames before persons
-        raise DataError(f"keypoint {tuple(x.shape)}; expected (M, T, V, C) or (T, V, C), persons "
-                        f"before frames, none of them 0, C {channels or '2 or 3'}; a score belongs "
-                        "in keypoint_score")
+        raise DataError(f"keypoint {tuple(x.shape)}; expected (M, T, V, {channels or '2 or 3'}), "
+                        "persons before frames, none of them 0; a score belongs in keypoint_score")
     score = annotation.get("keypoint_score")
     if channels and x.shape[3] > channels:
         x, score = x[..., :channels], x[..., channels]
         if (score < 0).any():
-            raise DataError(f"{channels + 1} numbers a joint, the last below 0; expected {channels}"
-                            ", or the joint score as one more")
+            raise DataError(f"{channels + 1} coordinates, the last below 0; expected {channels}")
     if score is None:
         score = x.any(3)
     else:
         score = numbers(score, "keypoint_score", 3)
         if score.shape != x.shape[:3] or not score.isfinite().all():
-            raise DataError(f"keypoint_score {tuple(score.shape)}; expected {tuple(x.shape[:3])} "
-                            "finite numbers")
+            raise DataError(f"keypoint_score {tuple(score.shape)}; expected finite (M, T, V)")
     if len(x) > persons:
         rank = (score * x.any(3)).float().mean((1, 2))
         if score.dtype == torch.bool:
@@ -611,12 +559,10 @@ def read_annotation(annotation, channels, persons, repairs):
         x, score = x[kept], score[kept]
     return x.transpose(0, 1), score.transpose(0, 1)
 
-def from_annotations(annotations, score, channels, persons, splits=None, classes=None):
-    """The sequences of PYSKL's annotations, or of arrays. persons: M, by default the most that
-    occur, 2 at most."""
+def from_annotations(annotations, channels, persons, splits=None, classes=None):
+    """The sequences of PYSKL's annotations, or of arrays; persons: M, else the most, at most 2."""
     if not annotations:
-        raise DataError("no sequences; expected a list `annotations`, or that list alone (.pt: "
-                        "x_train and x_test)")
+        raise DataError("no sequences; expected a list `annotations`, or that list alone")
     sequences, labels, names, repairs, shape = [], [], [], Counter(), None
     for i, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
@@ -629,8 +575,7 @@ def from_annotations(annotations, score, channels, persons, splits=None, classes
             x, scores = read_annotation(annotation, channels, persons or 2, repairs)
             shape = shape or tuple(x.shape[2:])
             if x.shape[2:] != shape:
-                raise DataError(f"{tuple(x.shape[2:])} joints and coordinates; the first has "
-                                f"{shape}")
+                raise DataError(f"(joints, coordinates) {tuple(x.shape[2:])}; expected {shape}")
         except DataError as error:
             raise DataError(f"annotation {name!r}: {error}") from None
         sequences.append((x, scores))
@@ -638,20 +583,18 @@ def from_annotations(annotations, score, channels, persons, splits=None, classes
         names.append(name)
     persons = persons or max(x.shape[1] for x, _ in sequences)
     scored = any(scores.is_floating_point() for _, scores in sequences)
-    data = flatten(sequences, torch.tensor(labels), names, persons, score and scored)
-    return Dataset(data, None, shape[1], scored, splits, classes, repairs)
+    data = flatten(sequences, torch.tensor(labels), names, persons)
+    return Dataset(data, None, scored, splits, classes, repairs)
 
-def from_pyskl(path, score, channels, persons):
-    """PYSKL's pickle, {"split": {name: [frame_dir]}, "annotations": [...]}, the bare list of
+def from_pyskl(content, channels, persons):
+    """PYSKL's dict, {"split": {name: [frame_dir]}, "annotations": [...]}, the bare list of
     annotations, or one of them: a dict (docs/data.md) or an array."""
-    with open(path, "rb") as file:
-        content = _Unpickler(file).load()
     content = getattr(content, "tensor", content)
-    if isinstance(content, Tensor) and content.dim() == 4:
+    if isinstance(content, Tensor) and content.dim() > 3:
         content = list(content)  # as many sequences, as a caller's array would be
     if not isinstance(content, dict) or "keypoint" in content:
         content = {"annotations": content if isinstance(content, list) else [content]}
-    return from_annotations(content.get("annotations"), score, channels, persons,
+    return from_annotations(content.get("annotations"), channels, persons,
                             content.get("split"), content.get("classes"))
 
 def divide(data: Dataset, wanted, preferred, test_fraction):
@@ -678,8 +621,7 @@ def divide(data: Dataset, wanted, preferred, test_fraction):
         raise DataError(f"the split {pair[0]} names no annotation; expected a list of frame_dir")
     data.split = " / ".join(filter(None, pair))
     unused = pair[0].removesuffix("train") + "val"
-    if unused in splits and unused not in pair:
-        data.split += f", {unused} unused"
+    data.split += f", {unused} unused" * (unused in splits and unused not in pair)
     data.repairs["names without an annotation"] = len({*train, *test} - rows.keys())
     data.repairs["names twice"] = len(train) - len({*train}) + len(test) - len({*test})
     data.repairs["names in both halves"] = len({*train} & {*test})
@@ -688,8 +630,6 @@ def divide_at_random(data: Sequences, test_fraction):
     """(training half, test half). Of every class the same share tests, at least one of two or more.
     Drawn by a fixed seed from the sorted names, so that other classes and their order do not
     matter; sequences without a label train, where others have one."""
-    if not 0 < test_fraction < 1:
-        raise DataError(f"test fraction {test_fraction}; expected a share between 0 and 1")
     tests = torch.zeros(len(data), dtype=torch.bool)
     by_name = torch.tensor(sorted(range(len(data)), key=data.names.__getitem__))
     for label in data.label[data.label >= 0].unique().tolist() or [-1]:
@@ -720,21 +660,7 @@ def find_split(splits, wanted):
                         "xsub or --split a_train,a_test")
     return fits[0]
 
-# --------------------------------------------------------------------- readers: .pt, layouts, load
-
-def from_pt(path, score, channels, persons):
-    """A dict saved by torch: x_train, x_test lists of tensors (T, M, V, C), or (T, V, C) of one
-    person, or one tensor (N, T, M, V, C); y_train, y_test labels; classes their names."""
-    content, annotations, splits = torch.load(path, "cpu", weights_only=True), [], {}
-    for half in ("train", "test"):
-        x = content.get(f"x_{half}", ())
-        splits[half] = [f"{half}[{i}]" for i in range(len(x))]
-        labels = read_labels(content.get(f"y_{half}"), len(x)).tolist()
-        annotations += [{"frame_dir": name, "label": None if label < 0 else label,
-                         "keypoint": frames.movedim(-3, 0)}
-                        for name, label, frames in zip(splits[half], labels, x)]
-    return from_annotations(annotations, score, channels, persons, splits, content.get("classes"))
-
+# -------------------------------------------------------------------------- readers: layouts, load
 def load_skeleton(layout):
     """A layout by name, or from a JSON file with the arguments of make_skeleton."""
     if layout in SKELETONS:
@@ -745,9 +671,9 @@ def load_skeleton(layout):
         return make_skeleton(**json.load(file))
 
 @contextlib.contextmanager
-def reading(path, expected="CTR-GCN's npz, PYSKL's pickle or a .pt dict"):
+def reading(path, expected="CTR-GCN's npz, PYSKL's dict as pickle or .pt"):
     """Any reader's error becomes a DataError of one line that names the file, but for an OSError
-    that names it."""
+    that names it. torch.load tells its reason amid much advice."""
     try:
         yield
     except DataError as error:
@@ -755,24 +681,22 @@ def reading(path, expected="CTR-GCN's npz, PYSKL's pickle or a .pt dict"):
     except Exception as error:  # a damaged file can make its reader raise almost anything
         if isinstance(error, MemoryError) or isinstance(error, OSError) and error.filename:
             raise
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch.load says it amid much advice
-        told = str(error).rpartition("WeightsUnpickler error:")[2]
-        why = f"asks for {asked[1]}" if asked else f"{type(error).__name__}: {told}"[:300]
-        raise DataError(f"{path} is damaged or of another format ({why}); expected {expected}"
-                        ) from None
+        told = str(error).rpartition("WeightsUnpickler error:")[2].split("\n\n")[-2:][0]
+        told = f"{type(error).__name__}: {told:.200}"
+        raise DataError(f"{path} is damaged or not {expected} ({told})") from None
 
-def read(path, score, skeleton, channels=None, persons=None, marks=None):
-    """The sequences of a file, by the ending of its name. score: keep the scores as a last channel;
-    skeleton, channels, persons, marks: where they are known, as of a checkpoint."""
+def read(path, skeleton, channels=None, persons=None, marks=None):
+    """The sequences of a file, by the ending of its name. The rest is of a checkpoint, or None."""
+    if path.endswith(".npz"):
+        return complete(from_npz(path, skeleton, persons), marks, skeleton)
     if path.endswith((".pt", ".pth")):
-        data = from_pt(path, score, channels, persons)
-    elif path.endswith(".npz"):
-        data = from_npz(path, skeleton, persons)
+        content = torch.load(path, "cpu", weights_only=True)
     elif path.endswith((".pkl", ".pickle")):
-        data = from_pyskl(path, score, channels, persons)
+        with open(path, "rb") as file:
+            content = _Unpickler(file).load()
     else:
         raise DataError("its name ends in neither .npz, .pkl nor .pt")
-    return complete(data, marks, skeleton)
+    return complete(from_pyskl(content, channels, persons), marks, skeleton)
 
 def complete(data: Dataset, marks=None, skeleton=None):
     """Finds the marks, beside those of a checkpoint, and makes the sequences whole."""
@@ -782,9 +706,8 @@ def complete(data: Dataset, marks=None, skeleton=None):
         raise DataError(f"{V} joints in {C}D; expected {expected[0]} in {expected[1]}D, as "
                         "--layout or the checkpoint has them")
     if data.scored and not data.train.seen.any():
-        raise DataError("no joint score is above 0; expected 1 for a joint that is there, 0 for a "
-                        "missing one, or a confidence")
-    found = data.marks = find_marks(data.train, data.channels, data.scored)
+        raise DataError("no joint score is above 0; expected confidences, 0 for a missing joint")
+    found = data.marks = find_marks(data.train, data.scored)
     if marks:
         if "origin" in marks and not data.scored:  # a few sequences do not show where it is
             found["origin"] = marks["origin"]
@@ -794,18 +717,17 @@ def complete(data: Dataset, marks=None, skeleton=None):
             tidy(half, found, data.repairs)
     return data
 
-def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1600, score=False,
+def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1600,
          skeleton=None, pair=(), marks=None):
     """Reads a data set, divides it, and finds its layout. Without a path: the built-in stick
-    figures. score: keep the scores as a last channel; skeleton, pair: those of a checkpoint, where
-    layout and split name no others; marks: those of a checkpoint. Raises DataError for what
-    is in a file, OSError for the file."""
+    figures. skeleton, pair: those of a checkpoint, where layout and split name no others; marks:
+    those of a checkpoint. Raises DataError for what is in a file, OSError for the file."""
     skeleton = skeleton or (load_skeleton(layout) if layout else None)
     with reading(path):
         if path:
-            data = read(str(path), score, skeleton, marks=marks)
+            data = read(str(path), skeleton, marks=marks)
         else:
-            figures = Dataset(stick_figures(synthetic_size), None, 2, classes=list(ACTIONS))
+            figures = Dataset(stick_figures(synthetic_size), None, classes=list(ACTIONS))
             data = complete(figures, marks, skeleton)
         divide(data, split, pair, test_fraction)
         shape = data.train.frames.shape[1:]
@@ -815,7 +737,7 @@ def load(path=None, split=None, layout=None, test_fraction=0.2, synthetic_size=1
         data.layout = layout if skeleton else find_layout(shape[1], data.channels)
         data.skeleton = skeleton or SKELETONS[data.layout]
         number_labels(data)
-        data.digest = [sum(int(hashlib.sha256(ascii(key).encode()).hexdigest()[:12], 16)
+        data.digest = [sum(zlib.crc32(ascii(key).encode())
                            for key in zip(half.names, half.length.tolist()))
                        for half in (data.train, data.test)]
     return data
@@ -838,16 +760,13 @@ def number_labels(data: Dataset):
         label = torch.where(label < 0, -1, torch.searchsorted(values, label))
         data.classes = values.tolist()
     elif not isinstance(data.classes, (list, tuple)):
-        raise DataError(f"classes is {type(data.classes).__name__}; expected a list of names, that "
-                        "of label 0 first")
+        raise DataError(f"classes is {type(data.classes).__name__}; expected a list of names")
     elif int(label.max()) >= len(data.classes):
-        raise DataError(f"label {int(label.max())}, and {len(data.classes)} names in `classes`; "
-                        f"expected labels from 0 to {len(data.classes) - 1}")
+        raise DataError(f"label {label.max()} for {len(data.classes)} `classes`, numbered from 0")
     data.train.label, data.test.label = label.split([len(data.train), len(data.test)])
     data.classes = list(map(str, data.classes))
 
 # -------------------------------------------------------------------------- built-in stick figures
-
 # What the angles of a stick figure do in each action: joint angle, amplitude in radians or body
 # units, cycles in 30 frames, phase in cycles. All swing about resting poses drawn alike, so that a
 # single pose says little. After "|": the second person, who stands face to face.
@@ -874,7 +793,6 @@ def stick_figures(size):
 
     def normal(*shape, std):
         return std * torch.randn(size, *shape, generator=generator)
-
     table = torch.zeros(len(ACTIONS), 2, len(angles), 3)  # amplitude, cycles, phase
     for k, action in enumerate(ACTIONS.values()):
         for person, terms in enumerate(action.split("|")):

@@ -1,16 +1,14 @@
 """SkeletonMAE: Graph-based Masked Autoencoder for Skeleton Sequence Pre-training (Yan et al., ICCV
-2023, arXiv 2307.08476).
-
-An independent implementation: the authors' code was never released. This file needs nothing but
-torch, and works copied alone into another project:
+2023, arXiv 2307.08476). An independent implementation: the authors' code was never released. This
+file needs nothing but torch, and works copied alone into another project:
 
     model = SkeletonMAE(SKELETONS["coco17"], channels=2)
     model.mean.copy_(mean)                       # of each joint over the training set, (V, C)
     model.spread.copy_(spread)                   # root mean square distance from it, (V,)
     loss, prediction, mask = model(x)            # x (N, M, T, V, C), pre-training
-    classifier = SkeletonClassifier(SKELETONS["coco17"], channels=2, classes=60, persons=2)
+    classifier = SkeletonClassifier(SKELETONS["coco17"], 2, classes=60, persons=2, frames=64)
     classifier.load_pretrained(model.state_dict())
-    logits = classifier(x)                       # (N, classes), fine-tuning
+    logits = classifier(x)                       # (N, classes), fine-tuning; x of 64 frames
 
 "S" marks the paper's supplement. Where neither says how, docs/choices.md says what was chosen.
 
@@ -31,14 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # --------------------------------------------------------------------------------------- skeletons
-
 def make_skeleton(joints, edges, parts, centre, pairs=None):
-    """One skeleton layout as plain data, your own too: make_skeleton(**json.load(file)).
-
-    joints: V names, as a list or one string; edges: (joint, joint) index pairs, without self-loops;
-    parts: body part name -> joint indices; centre: the joints whose mean is the origin, the first
-    of them the root of the bones; pairs: (left, right) indices that a mirror swaps, by default read
-    off names "left_x" and "right_x". Raises ValueError."""
+    """One skeleton layout as plain data, your own too: make_skeleton(**json.load(file)). joints: V
+    names, as a list or one string; edges: (joint, joint) index pairs, without self-loops; parts:
+    body part name -> joint indices; centre: the joints whose mean is the origin, the first of them
+    the root of the bones; pairs: (left, right) indices that a mirror swaps, by default read off
+    names "left_x" and "right_x". Raises ValueError."""
     names = joints.split() if isinstance(joints, str) else list(joints)
     if pairs is None:
         pairs = [(i, names.index(f"right_{name[5:]}")) for i, name in enumerate(names)
@@ -50,9 +46,8 @@ def make_skeleton(joints, edges, parts, centre, pairs=None):
     inside = all(type(j) is int and j in range(len(names))
                  for group in (*edges, *parts.values(), *pairs, centre) for j in group)
     if repeats or not inside or not parts or not all(parts.values()) or not centre:
-        raise ValueError(f"a skeleton of {len(names)} joints needs names that differ, indices from "
-                         f"0 to {len(names) - 1}, edges and pairs of two different joints, no "
-                         "joint in two pairs, a body part, none empty, and a centre joint")
+        raise ValueError(f"expected {len(names)} names that differ, indices below that, edges and "
+                         "pairs of two joints, no joint in two pairs, parts and centre not empty")
     return {"joints": names, "edges": edges, "pairs": pairs, "centre": centre,
             "parts": {name: list(part) for name, part in parts.items()}}
 
@@ -68,8 +63,7 @@ SKELETONS = {
     "coco17": built_in(  # 2D poses of HRNet: NTU RGB+D, FineGym, Diving48
         "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow "
         "right_elbow left_wrist right_wrist left_hip right_hip left_knee right_knee left_ankle "
-        "right_ankle",
-        "0 1 3, 0 2 4, 0 5 7 9, 0 6 8 10, 5 11 13 15, 6 12 14 16",
+        "right_ankle", "0 1 3, 0 2 4, 0 5 7 9, 0 6 8 10, 5 11 13 15, 6 12 14 16",
         "0 1 2 3 4, 5 6 11 12, 7 9, 8 10, 13 15, 14 16", centre=[11, 12]),
     "ntu25": built_in(  # Kinect v2: NTU RGB+D in 3D
         "spine_base spine_middle neck head left_shoulder left_elbow left_wrist left_hand "
@@ -94,11 +88,6 @@ SKELETONS = {
         "right_hip left_knee right_knee left_ankle right_ankle",
         "0 1 3 5, 0 2 4 6, 1 7 9 11, 2 8 10 12",
         "0, 1 2 7 8, 3 5, 4 6, 9 11, 10 12", centre=[7, 8]),
-    "jhmdb15": built_in(  # JHMDB
-        "neck belly face right_shoulder left_shoulder right_hip left_hip right_elbow left_elbow "
-        "right_knee left_knee right_wrist left_wrist right_ankle left_ankle",
-        "0 1 5 9 13, 0 2, 0 3 7 11, 0 4 8 12, 1 6 10 14",
-        "0 2, 1 3 4 5 6, 8 12, 7 11, 10 14, 9 13", centre=1),
     "mediapipe33": built_in(  # MediaPipe's and BlazePose's landmarks
         "nose left_eye_inner left_eye left_eye_outer right_eye_inner right_eye right_eye_outer "
         "left_ear right_ear left_mouth right_mouth left_shoulder right_shoulder left_elbow "
@@ -131,8 +120,7 @@ SKELETONS = {
     "openpose18": built_in(  # Kinetics-Skeleton
         "nose neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist "
         "right_hip right_knee right_ankle left_hip left_knee left_ankle right_eye left_eye "
-        "right_ear left_ear",
-        "0 1 2 3 4, 1 5 6 7, 2 8 9 10, 5 11 12 13, 0 14 16, 0 15 17",
+        "right_ear left_ear", "0 1 2 3 4, 1 5 6 7, 2 8 9 10, 5 11 12 13, 0 14 16, 0 15 17",
         "0 14 15 16 17, 1 2 5 8 11, 6 7, 3 4, 12 13, 9 10", centre=[8, 11]),
 }
 
@@ -157,7 +145,6 @@ def bone_parents(skeleton):
     return parents
 
 # ------------------------------------------------------------------------------------ graph layers
-
 class BatchNorm(nn.BatchNorm1d):
     """Batch norm over all leading dimensions of (..., D)."""
     def forward(self, h):
@@ -197,23 +184,21 @@ class GraphEncoder(nn.Module):
         return self.layers(h)
 
 # --------------------------------------------------------------------- attention, temporal pooling
-
 class AttentionBlock(nn.Module):
     """Multi-head self-attention over the T frames of each person, softmax(Q K^T / sqrt(d)) V, and
     feed-forward, each pre-norm with its residual; dropout 0.1 (S A) in both.
     Shape: (P, T, H) -> (P, T, H)."""
-    def __init__(self, width, heads=4, ratio=4, dropout=0.1):
+    def __init__(self, width, heads=4, dropout=0.1):
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"{heads} attention heads do not divide a width of {width}")
-        self.heads = heads
-        self.dropout = dropout
+        self.heads, self.dropout = heads, dropout
         self.norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
         self.feed_forward = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, ratio * width), nn.GELU(),
-            nn.Linear(ratio * width, width), nn.Dropout(dropout))
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(),
+            nn.Linear(4 * width, width), nn.Dropout(dropout))
 
     def forward(self, g):
         split = self.query_key_value(self.norm(g)).unflatten(-1, (3, self.heads, -1))
@@ -257,7 +242,6 @@ class TemporalPooling(nn.Module):
         return F.relu_(self.norm(x) + h[:, :, ::self.stride])
 
 # ----------------------------------------------------------------------------------------- persons
-
 def pool_person(h):
     """Mean over joints, then mean and maximum over frames: (V, P, T, D) -> (P, 2 D)."""
     h = h.mean(0)
@@ -301,23 +285,21 @@ class Packing:
         return total / self.count[:, None].to(h.dtype)
 
 # --------------------------------------------------------------------------------- joint embedding
-
 class JointEmbedding(nn.Module):
     """Paper 3.1.1: a joint's coordinates, mapped linearly to D features, plus a learnable embedding
     of which joint it is. Input streams: coordinates, motion (x[t + 1] - x[t], zero in the last
-    frame), bones (x - x of the parent joint), score; each is batch-normalised per joint and
-    channel. A masked joint's features are replaced by the mask token, and a bone from a masked
-    parent is zeroed: it would leak the parent's position. Both happen after the norm, whose
-    statistics include masked joints.
+    frame), bones (x - x of the parent joint); each is batch-normalised per joint and coordinate. A
+    masked joint's features are replaced by the mask token, and a bone from a masked parent is
+    zeroed: it would leak the parent's position. Both happen after the norm, whose statistics
+    include masked joints.
     Shape: (V, P, T, C) and a mask (V, P) or None -> (V, P, T, D)."""
-    def __init__(self, skeleton, channels, width, motion=False, bone=False, score=False):
+    def __init__(self, skeleton, channels, width, motion=False, bone=False):
         super().__init__()
         V = len(skeleton["joints"])
         self.channels = channels
-        sizes = {"position": channels, "motion": channels * motion, "bone": channels * bone,
-                 "score": int(score)}
-        self.norms = nn.ModuleDict({name: BatchNorm(V * n) for name, n in sizes.items() if n})
-        self.linear = nn.Linear(sum(sizes.values()), width)
+        streams = ["position"] + ["motion"] * motion + ["bone"] * bone
+        self.norms = nn.ModuleDict({name: BatchNorm(V * channels) for name in streams})
+        self.linear = nn.Linear(len(streams) * channels, width)
         self.joint = nn.Parameter(0.02 * torch.randn(V, width))
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.register_buffer("parents", torch.tensor(bone_parents(skeleton)), persistent=False)
@@ -326,14 +308,12 @@ class JointEmbedding(nn.Module):
         x = x.to(self.joint.dtype)
         streams = []
         for name, norm in self.norms.items():
-            stream = x[..., :self.channels]
+            stream = x
             if name == "motion":
-                stream = F.pad(stream.diff(dim=2), (0, 0, 0, 1))
+                stream = F.pad(x.diff(dim=2), (0, 0, 0, 1))
             elif name == "bone":
-                stream = stream - stream[self.parents]
-            elif name == "score":
-                stream = x[..., self.channels:]
-            stream = norm(stream.permute(1, 2, 0, 3).flatten(2))  # (P, T, V C): per joint, channel
+                stream = x - x[self.parents]
+            stream = norm(stream.permute(1, 2, 0, 3).flatten(2))  # (P, T, V C): per joint, axis
             stream = stream.unflatten(2, (len(x), -1)).permute(2, 0, 1, 3)
             if mask is not None and name == "bone":
                 stream = stream.masked_fill(mask[self.parents][..., None, None], 0)
@@ -347,7 +327,7 @@ def packing_of(x, embedding: JointEmbedding, present: Tensor | Packing | None,
                persons=None) -> Packing:
     """Checks x, and returns the Packing of the batch. present: a Packing, bool (N, M), or None: the
     persons who are not all zero. One clear ValueError instead of an error ten layers down."""
-    joints, channels = len(embedding.joint), embedding.channels + ("score" in embedding.norms)
+    joints, channels = len(embedding.joint), embedding.channels
     expected = f"expected a tensor of skeletons (N, {persons or '1 or 2'}, T, {joints}, {channels})"
     if (not isinstance(x, Tensor) or x.dim() != 5 or x.shape[3:] != (joints, channels)
             or x.shape[1] not in ((1, 2) if persons is None else (persons,))):
@@ -355,7 +335,7 @@ def packing_of(x, embedding: JointEmbedding, present: Tensor | Packing | None,
     if isinstance(present, Packing):
         return present
     if present is None:
-        present = x[..., :embedding.channels].flatten(2).any(2)
+        present = x.flatten(2).any(2)
         if not x.isfinite().all():
             raise ValueError(f"{expected} of finite numbers")
     if present.shape != x.shape[:2] or present.dtype != torch.bool:
@@ -363,7 +343,6 @@ def packing_of(x, embedding: JointEmbedding, present: Tensor | Packing | None,
     return Packing(present.cpu(), x.device)
 
 # ------------------------------------------------------------------------------------ pre-training
-
 def draw_mask(num, skeleton, mask_parts=("right_arm", "right_leg"), mask_num_parts=0,
               mask_ratio=0.0, generator=None):
     """Masks of `num` sequences, bool (num, V): True is masked, in all frames. Three strategies
@@ -383,12 +362,11 @@ def draw_mask(num, skeleton, mask_parts=("right_arm", "right_leg"), mask_num_par
         mask = members[[name in mask_parts for name in known]].any(0).expand(num, -1)
     else:
         raise ValueError(f"no body parts {', '.join(mask_parts)}; this skeleton has "
-                         f"{', '.join(known)}: choose with mask_parts, mask_num_parts or "
-                         "mask_ratio")
+                         f"{', '.join(known)}: set mask_parts, mask_num_parts or mask_ratio")
     hidden = mask.sum(1)
     if not ((0 < hidden) & (hidden < V)).all():
         raise ValueError(f"a mask of {int(hidden.max())} of {V} joints; expected one at least and "
-                         "not all: mend mask_parts, mask_num_parts or mask_ratio")
+                         "not all: set mask_parts, mask_num_parts or mask_ratio")
     return mask
 
 def selected_mean(error, selected):
@@ -434,25 +412,22 @@ class SequenceDecoder(nn.Module):
         self.graph = GraphConvolution(adjacency, width, width)
 
     def forward(self, encoded):
-        query = self.joint + at_frames(self.frame, encoded.shape[2])
+        query = self.joint + self.frame
         return self.graph(self.mlp(self.pooled(pool_person(encoded))[:, None] + query))
 
 class SkeletonMAE(nn.Module):
-    """The graph masked autoencoder (paper 3.1) with the layers of S Eq. 1.
+    """The graph masked autoencoder (paper 3.1) with the layers of S Eq. 1. skeleton: an entry of
+    SKELETONS or your own; channels: C; motion, bone: further input streams; masking: mask_parts,
+    mask_num_parts or mask_ratio of draw_mask. The target of a masked joint j is
+    ((x - mean_j) / spread_j, 1), homogeneous coordinates: a zero error means the right position
+    (docs/choices.md). The buffers `mean` (V, C) and `spread` (V,) are each joint's mean over the
+    training set and its root mean square distance from it, in the units of the target.
 
-    skeleton: an entry of SKELETONS or your own; channels: C, 2 or 3; motion, bone, score: further
-    input streams; masking: mask_parts, mask_num_parts or mask_ratio of draw_mask. The buffers
-    `mean` (V, C) and `spread` (V,) are of each joint over the training set, in the units of the
-    target: its mean and the root mean square distance from it.
-
-    The target of a masked joint j is ((x - mean_j) / spread_j, 1), homogeneous coordinates: a zero
-    error means the right position (docs/choices.md). Joints not seen never count in the loss.
-
-    Ours, not the paper's: strl, arguments of STRLStack, whose layers are then pre-trained in the
+    strl (ours, not the paper's): arguments of STRLStack, whose layers are then pre-trained in the
     encoder's place, by a SequenceDecoder and the `displacement` of all seen joints; the scripts
-    then give forward and reconstruct the pose as target, Batch.target."""
+    then give the pose as target, Batch.target."""
     def __init__(self, skeleton, channels, width=64, hidden=128, layers=3, dropout=0.2, beta=2.0,
-                 motion=False, bone=False, score=False, strl=None, **masking):
+                 motion=False, bone=False, strl=None, **masking):
         super().__init__()
         self.skeleton, self.channels, self.beta = skeleton, channels, beta
         self.masking = masking
@@ -460,11 +435,11 @@ class SkeletonMAE(nn.Module):
         adjacency = normalized_adjacency(skeleton)
         self.register_buffer("mean", torch.zeros(len(adjacency), channels))
         self.register_buffer("spread", torch.ones(len(adjacency)))
-        self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
+        self.embedding = JointEmbedding(skeleton, channels, width, motion, bone)
         self.stacked = strl is not None
         if self.stacked:
-            self.encoder = STRLStack(adjacency, width, hidden, layers=layers, dropout=dropout,
-                                     **strl)
+            graph = dict(layers=layers, dropout=dropout)
+            self.encoder = STRLStack(adjacency, width, hidden, **graph, **strl)
             self.decoder = SequenceDecoder(adjacency, width, self.encoder)
             self.head = nn.Linear(width, self.encoder.stride * channels)
             self.displacement = nn.Linear(2 * width, self.mean.numel() * len(LAGS))
@@ -495,42 +470,35 @@ class SkeletonMAE(nn.Module):
 
     def loss(self, prediction, encoded, target, selected):
         """Mean error of the selected joints. prediction: (V, P, T, C + 1); encoded: what it was
-        decoded from; target: (V, P, T, C [+ score]); selected: bool (V, P, T). Of STRL layers, in
-        units of the target: the squared error of each joint's path about its mean over frames,
-        + 0.1 x that of the mean, + 0.1 x that of `displacement`."""
+        decoded from; target: (V, P, T, C); selected: bool (V, P, T). Of STRL layers, in units of
+        the target: the squared error of each joint's path about its mean over frames, + 0.1 x that
+        of the mean, + 0.1 x that of `displacement`."""
         mean, spread = self.mean[:, None, None], self.spread[:, None, None, None]
-        position = target[..., :self.channels]
         if not self.stacked:
-            whitened = F.pad((position - mean) / spread, (0, 1), value=1.0)
+            whitened = F.pad((target - mean) / spread, (0, 1), value=1.0)
             return reweighted_cosine_error(prediction, whitened, selected, self.beta)
-        error = (mean + spread * prediction[..., :-1] - position) * selected[..., None]
+        error = (mean + spread * prediction[..., :-1] - target) * selected[..., None]
         frames = selected.sum(2, keepdim=True).clamp(min=1)
         still = error.sum(2, keepdim=True) / frames[..., None]  # (V, P, 1, C)
         square = (error - still).square() + 0.1 * still.square()
-        moved, counted = displacement(position, selected)
+        moved, counted = displacement(target, selected)
         guess = self.displacement(pool_person(encoded)).float()
         guess = guess.unflatten(-1, (len(mean), -1)).transpose(0, 1)  # (V, P, 4 C)
         return (selected_mean(square.sum(-1), selected)
                 + 0.1 * selected_mean((guess - moved).square(), counted))
 
     def forward(self, x, present=None, mask=None, seen=None, target=None):
-        """x: (N, M, T, V, C), or C + 1 with the joint score last where that is an input; present:
-        bool (N, M) on the CPU or a Packing, by default the persons who are not all zero; mask: bool
-        (N, V), True is masked, in all frames, drawn where not given; seen: bool (N, M, T, V), the
-        joints that count in the loss, by default those of the persons who are not all zero in a
-        frame; target: what to put back, of the shape of x, by default x.
-
+        """x: (N, M, T, V, C); present: bool (N, M) on the CPU or a Packing, by default the persons
+        who are not all zero; mask: bool (N, V), True is masked, in all frames, drawn where not
+        given; seen: bool (N, M, T, V), the joints that count in the loss, by default those of the
+        persons who are not all zero in a frame; target: what to put back, by default x.
         Returns (loss, prediction, mask): a scalar; homogeneous coordinates (N, M, T, V, C + 1), as
         the target has them, float32, zero for absent persons; the mask (N, V)."""
         packing = packing_of(x, self.embedding, present)
         N, _, T = x.shape[:3]
         if seen is None:
-            seen = x[..., :self.channels].any(-1).any(3, keepdim=True).expand(x.shape[:4])
-        mask = self.draw(N) if mask is None else mask
-        if mask.dtype != torch.bool or mask.shape != (N, len(self.mean)):
-            raise ValueError(f"expected a bool mask ({N}, {len(self.mean)}), got {mask.dtype} "
-                             f"{tuple(mask.shape)}")
-        mask = mask.to(x.device, non_blocking=True)
+            seen = x.any(-1).any(3, keepdim=True).expand(x.shape[:4])
+        mask = (self.draw(N) if mask is None else mask).to(x.device, non_blocking=True)
         packed = packing.pack(x)            # (V, P, T, C)
         masked = mask[packing.sequence].T   # (V, P)
         encoded = self.encode(packed, packing, masked)
@@ -557,12 +525,11 @@ class SkeletonMAE(nn.Module):
         _, prediction, mask = self(x, packing, mask)
         whitened = prediction[..., :C] / prediction[..., C:].clamp(min=1e-2)
         position = self.mean + self.spread[:, None] * whitened
-        visible = (x if target is None else target)[..., :C]
+        visible = x if target is None else target
         joints = torch.where(mask[:, None, None, :, None], position, visible)
         return packing.unpack(packing.pack(joints)), mask  # packing leaves absent persons zero
 
 # ------------------------------------------------------------------------------------- fine-tuning
-
 def concat_linear(g, h, weight):
     """Concat(Repeat(g; V), h) W of paper Eq. 3 and 4 without the repeated tensor: g W_g, broadcast
     over joints, + h W_h. g: (P, T, H), h: (V, P, T, D), weight: (out, H + D) -> (V, P, T, out)."""
@@ -578,12 +545,12 @@ class STRL(nn.Module):
     (not the paper's; stochastic depth, Huang et al. 2016): the share of persons who in training
     pass by the residual alone."""
     def __init__(self, adjacency, width, hidden, persons, stride, layers=3, blocks=2, heads=4,
-                 ratio=4, dropout=0.2, attention_dropout=0.1, drop_path=0.0):
+                 dropout=0.2, attention_dropout=0.1, drop_path=0.0):
         super().__init__()
         self.drop_path = drop_path
         self.encoder = GraphEncoder(adjacency, width, hidden, layers, dropout)
         self.token_norm = nn.LayerNorm(hidden)
-        self.attention = nn.Sequential(*(AttentionBlock(hidden, heads, ratio, attention_dropout)
+        self.attention = nn.Sequential(*(AttentionBlock(hidden, heads, attention_dropout)
                                          for _ in range(blocks)))
         self.own = nn.Linear(hidden + width, width, bias=False)
         self.other = nn.Linear(hidden + width, width, bias=False) if persons == 2 else None
@@ -607,16 +574,10 @@ class STRL(nn.Module):
         stride = self.pool.stride
         return out, (tokens[:, ::stride], h[:, :, ::stride])
 
-def at_frames(table, T):
-    """A learnable table of frames (frames, D) at T frames, interpolated linearly, ends on ends."""
-    if len(table) == T:
-        return table
-    return F.interpolate(table.T[None], T, mode="linear", align_corners=True)[0].T
-
 class STRLStack(nn.Module):
     """A learnable temporal position, then M_l STRL layers with a temporal stride after each but
-    the last. persons: M, 1 or 2; frames: T of the position table, see at_frames; layer: further
-    keywords of STRL. `stride` becomes that of all layers together.
+    the last. persons: M, 1 or 2; frames: T; layer: further keywords of STRL. `stride` becomes that
+    of all layers together.
     Shape: (V, P, T, D) -> (V, P, T / stride, D)."""
     def __init__(self, adjacency, width, hidden, persons, frames, strl_layers=3, stride=2, **layer):
         super().__init__()
@@ -624,14 +585,14 @@ class STRLStack(nn.Module):
             raise ValueError(f"{persons} persons a sequence; expected 1 or 2")
         self.stride = stride ** (strl_layers - 1)
         if self.stride > frames:
-            raise ValueError(f"these STRL layers leave one of {self.stride} frames, and there are "
+            raise ValueError(f"these STRL layers leave one of {self.stride} frames, there are "
                              f"{frames}; expected fewer layers or a smaller stride")
         self.position = nn.Parameter(0.02 * torch.randn(frames, width))
         self.layers = nn.ModuleList(STRL(adjacency, width, hidden, persons, each, **layer)
                                     for each in [stride] * (strl_layers - 1) + [1])
 
     def forward(self, h, packing: Packing):
-        h, previous = h + at_frames(self.position, h.shape[2]), None
+        h, previous = h + self.position, None
         for layer in self.layers:
             h, previous = layer(h, previous, packing)
         return h
@@ -641,11 +602,11 @@ class SkeletonClassifier(nn.Module):
     an MLP of one hidden layer, 2 H wide; about 1.5 M parameters (S A) for 60 classes. Further
     keywords: see STRLStack and STRL."""
     def __init__(self, skeleton, channels, classes, persons=1, frames=64, width=64, hidden=128,
-                 motion=False, bone=False, score=False, **strl):
+                 motion=False, bone=False, **strl):
         super().__init__()
         self.persons = persons
         adjacency = normalized_adjacency(skeleton)
-        self.embedding = JointEmbedding(skeleton, channels, width, motion, bone, score)
+        self.embedding = JointEmbedding(skeleton, channels, width, motion, bone)
         self.embedding.mask_token.requires_grad_(False)  # nothing is masked here
         self.strl = STRLStack(adjacency, width, hidden, persons, frames, **strl)
         self.hidden_layer = nn.Sequential(nn.Linear(2 * width, 2 * hidden), nn.ReLU())
@@ -674,9 +635,8 @@ class SkeletonClassifier(nn.Module):
                        if name.startswith(("embedding.", *targets))}
                       for tensors in (self.state_dict(), loaded))
         for name, _ in sorted(own.items() ^ their.items()):
-            raise ValueError(f"the pre-trained weights do not fit: {name} is {own.get(name)} here "
-                             f"and {their.get(name)} there; expected the same skeleton, streams, "
-                             "widths and layers, of STRL layers the same persons and frames")
+            raise ValueError(f"the pre-trained weights do not fit: {name} is {own.get(name)} here, "
+                             f"{their.get(name)} there; expected the settings of pre-training")
         self.load_state_dict(loaded, strict=False)
         return sorted(loaded)
 

@@ -29,12 +29,10 @@ import torch.nn.functional as F
 @dataclass
 class Settings(shared.CommonSettings):
     """Fine-tuning."""
-    ckpt: str = option("", "checkpoint to start from; without a value the newest in runs; "
-                       "left out: random weights", nargs="?", const="newest")
+    ckpt: str = option("", "checkpoint to start from; bare: newest", nargs="?", const="newest")
     out: str = option("runs/finetune", "folder for checkpoint, log and test outputs")
     eval_only: bool = option(False, "test a fine-tuned --ckpt, train nothing")
-    predict: str = option("", "print the classes of the sequences in this file, by a fine-tuned "
-                          "--ckpt, as lines of name,class,probability")
+    predict: str = option("", "file whose classes a fine-tuned --ckpt predicts, as CSV on stdout")
     epochs: int = option(110, "supplement A: 110", low=1)
     batch_size: int = option(128, "supplement A: 128", small=16, low=2)
     optimizer: str = option("sgd", "supplement A: sgd", small="adamw", choices=("sgd", "adamw"))
@@ -43,7 +41,7 @@ class Settings(shared.CommonSettings):
     nesterov: bool = option(False, "Nesterov's momentum in SGD")
     weight_decay: float = option(0.005, "supplement A: 0.005", small=0.05)
     warmup: int = option(5, "epochs of linear warm-up, supplement A: 5")
-    milestones: tuple = option((90, 100), "epochs at which the rate falls to a tenth, as 90,100")
+    milestones: tuple[int, ...] = option(None, "epochs where the rate falls to a tenth (90,100)")
     clip: float = option(0.0, "largest gradient norm; 0: none", small=5.0)
     label_smoothing: float = option(0.1, "supplement A: 0.1", high=1)
     encoder_lr_scale: float = option(1.0, "learning-rate multiplier of the pre-trained weights")
@@ -52,8 +50,7 @@ class Settings(shared.CommonSettings):
     linear_probe: bool = option(False, "train one linear layer on frozen pre-trained features")
     strl_layers: int = option(3, "M_l, STRL layers", low=1)
     attention_dropout: float = option(0.1, "supplement A: 0.1", high=0.99)
-    drop_path: float = option(0.0, "share of persons whom an STRL layer passes by its residual "
-                              "alone, in training", high=0.99)
+    drop_path: float = option(0.0, "share of persons that skip an STRL layer", high=0.99)
 
 def main(argv=None):
     settings, source, path = start(shared.parse(Settings, __doc__, argv))
@@ -69,7 +66,7 @@ def main(argv=None):
         data.train = data.train.subset(subset)
         print(f"{len(data.train)} labelled sequences, label seed {settings.label_seed}")
     settings = shared.suit(settings, data)
-    data = shared.to_device(data, device, settings)
+    data = shared.to_device(data, device)
     train = shared.loader(settings, data, data.train, settings.batch_size, True, rank, world)
     test = shared.loader(settings, data, data.test, settings.batch_size)
 
@@ -127,9 +124,8 @@ def main(argv=None):
         print(f"saved {path}")
 
 # ---------------------------------------------------------------------------------------- starting
-
 DATA = ("data", "split", "layout", "test_fraction", "synthetic_size")
-SHAPE = ("width", "hidden", "layers", "motion", "bone", "score", "box", "center", "up")
+SHAPE = ("width", "hidden", "layers", "motion", "bone", "box", "center", "up")
 STRL_SHAPE = ("frames", "blocks", "stride")
 
 def start(typed):
@@ -137,8 +133,7 @@ def start(typed):
     checkpoint decides the shape of the model and, where nothing else is typed, the data."""
     ckpt, tests = typed.get("ckpt"), typed.get("eval_only") or typed.get("predict")
     if tests and not ckpt:
-        raise DataError("--eval-only and --predict need --ckpt, as in --ckpt "
-                        "runs/finetune/finetune.pt")
+        raise DataError("--eval-only and --predict need a --ckpt of fine-tuning")
     kinds = ("finetune",) if tests else ("pretrain", "finetune")
     if typed.get("resume") or not ckpt:
         if ckpt == "newest":
@@ -160,14 +155,12 @@ def start(typed):
         if not source["settings"]["amp"]:
             typed.setdefault("amp", False)
     kept = {name: source["settings"][name] for name in (*fixed, *brought)}
-    kept["score"] = source["model_settings"]["score"]  # False where its data had none
     settings = shared.settle(Settings, typed, kept, brought)
     return settings, source, f"{settings.out}/finetune.pt"
 
 def check_start(settings, source, data: Dataset):
     """The data must fit the checkpoint; sequences without a label are left out. What may be a
-    mistake is noted: classes without training, an unfinished checkpoint, a rate that does not fall
-    or falls too early."""
+    mistake is noted: classes without training, an unfinished checkpoint."""
     if (settings.resume or settings.eval_only) and source["classes"] != data.classes:
         raise DataError(f"the checkpoint knows the classes {str(source['classes']):.80}, the data "
                         f"have {str(data.classes):.80}; expected the same")
@@ -181,19 +174,12 @@ def check_start(settings, source, data: Dataset):
         setattr(data, name, labelled)
     unknown = ~torch.isin(data.test.label, data.train.label)
     if unknown.any():
-        print(f"note: {int(unknown.sum())} test sequences are of classes without a training "
-              "sequence; they count as wrong")
+        print(f"note: {unknown.sum()} test sequences are of classes without a training sequence")
     if source and not settings.resume and source["epoch"] + 1 < source["settings"]["epochs"]:
         print(f"note: {settings.ckpt} is of an unfinished run")
-    early, late = (round(settings.epochs * epoch / 110) for epoch in (90, 100))
-    falls = settings.epochs / 2 < max(settings.milestones) < settings.epochs
-    if early < settings.epochs and not falls:  # else it is a try of an epoch or two
-        print(f"note: the rate falls at epochs {settings.milestones} of {settings.epochs}; try "
-              f"--milestones {early},{late}")
 
 def label_subset(labels, fraction, seed):
-    """Indices of a stratified share of the sequences: of every class round(fraction x its size),
-    at least one."""
+    """Indices of a stratified share: of every class round(fraction x its size), at least one."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     classes = [order[labels[order] == c] for c in labels.unique()]
     kept = [members[:max(1, round(fraction * len(members)))] for members in classes]
@@ -207,8 +193,7 @@ def new_model(arguments, classes):
     return LinearProbe(encoder, classes)
 
 def make_model(settings, data: Dataset, source):
-    """The model asked for, with the weights of a checkpoint where there is one. Returns (model, its
-    arguments, names of the loaded tensors)."""
+    """(the model asked for, its arguments, names of the tensors loaded from a checkpoint)."""
     arguments = shared.encoder_arguments(settings, data)
     if settings.linear_probe:
         if source and "strl" in source["model_settings"]:
@@ -249,11 +234,9 @@ def learning_rate(epoch, base, warmup, milestones):
     return base * 0.1 ** sum(epoch >= milestone for milestone in milestones)
 
 # ----------------------------------------------------------------------------------------- testing
-
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Loader, device, amp):
-    """Logits (N, K), features before the classifier and labels of every sequence, in the order of
-    the data, on the CPU."""
+    """Logits (N, K), features before the classifier and labels in the data's order, on the CPU."""
     model.eval()
     parts = []
     for batch in batches.epoch():
@@ -264,8 +247,7 @@ def evaluate(model: nn.Module, batches: Loader, device, amp):
     return dict(zip(("logits", "features", "labels"), map(torch.cat, zip(*parts))))
 
 def metrics(outputs):
-    """Top-1, mean class accuracy (over the classes in the test set) and, of more than five classes,
-    top-5, in percent."""
+    """Top-1, mean class accuracy and, of more than five classes, top-5, in percent."""
     logits, labels = outputs["logits"], outputs["labels"]
     best = logits.topk(min(5, logits.shape[1]), 1).indices  # (N, 5 or K)
     hit = (best == labels[:, None]).float()
@@ -288,16 +270,14 @@ def report(outputs, settings, data: Dataset, what):
     shared.save_torch(outputs, f"{settings.out}/test_outputs.pt")
 
 # -------------------------------------------------------------------------------------- predicting
-
 def load_classifier(path, device="cpu", amp=None):
     """A checkpoint of fine-tuning as a function: names, probabilities = classify(arrays). arrays:
     one a sequence, (T, V, C) or (M, T, V, C), numpy's or torch's, C + 1 with the joint score last,
-    or Sequences of a file; names: the class of each; probabilities: (N, K). amp: bfloat16, by
+    or Sequences of a file; names: the class of each; probabilities: (N, K); amp: bfloat16, by
     default as in training where the device has instructions for it."""
     saved = shared.read_checkpoint(path, ("finetune",))
     device = torch.device(device)
-    C, view = saved["channels"], saved["normalisation"]
-    frames, marks, score = (view.pop(name) for name in ("frames", "marks", "score"))
+    C, form = saved["channels"], saved["normalisation"]
     model = new_model(saved["model_settings"], len(saved["classes"]))
     model.load_state_dict(saved["model"])
     model.to(device)
@@ -308,13 +288,13 @@ def load_classifier(path, device="cpu", amp=None):
         half = arrays
         if not isinstance(half, Sequences):
             with reading("arrays"):
-                data = from_annotations(list(arrays), score, C, saved["persons"])
-                half = complete(data, marks).train
-        shape = saved["persons"], len(saved["skeleton"]["joints"]), C + score
+                data = from_annotations(list(arrays), C, saved["persons"])
+                half = complete(data, form["marks"]).train
+        shape = saved["persons"], len(saved["skeleton"]["joints"]), C
         if half.frames.shape[1:] != shape:
-            raise DataError(f"{tuple(half.frames.shape[1:])} persons, joints and coordinates (and "
-                            f"the score); expected {shape}")
-        batches = Loader(half, saved["skeleton"], C, 64, frames, view=view)
+            raise DataError(f"(persons, joints, coordinates) {tuple(half.frames.shape[1:])}; "
+                            f"expected {shape}")
+        batches = Loader(half, saved["skeleton"], 64, form["frames"], view=form["view"])
         probabilities = evaluate(model, batches, device, amp)["logits"].softmax(1)
         return [saved["classes"][k] for k in probabilities.argmax(1).tolist()], probabilities
 
@@ -322,11 +302,10 @@ def load_classifier(path, device="cpu", amp=None):
 
 def predict(settings, source):
     """A line of name,class,probability a sequence on stdout, what was mended on stderr."""
-    form = source["normalisation"]
     classify = load_classifier(settings.ckpt, shared.find_device(settings.device), settings.amp)
     with reading(settings.predict):
-        data = read(settings.predict, form["score"], source["skeleton"], source["channels"],
-                    source["persons"], form["marks"])
+        data = read(settings.predict, source["skeleton"], source["channels"], source["persons"],
+                    source["normalisation"]["marks"])
     rows = [("name", "class", "probability")]
     for half in filter(None, (data.train, data.test)):
         classes, found = classify(half)

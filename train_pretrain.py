@@ -8,7 +8,6 @@
     python train_pretrain.py --resume                            # goes on where it stopped
 
 Leaves in --out (runs/pretrain) pretrain.pt, which train_finetune.py --ckpt reads, and log.csv.
-The file in order: settings, main, what it measures, what both scripts share.
 """
 import argparse
 import contextlib
@@ -23,9 +22,10 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
+from typing import get_args
 
 from data import Augmentation, DataError, Dataset, Loader, load, reading
-from skeletonmae import Packing, SkeletonMAE, normalized_adjacency
+from skeletonmae import Packing, SkeletonMAE
 import torch
 
 def option(default, help, **extra):
@@ -37,10 +37,10 @@ def option(default, help, **extra):
 class CommonSettings:
     """What both scripts take. The defaults are supplement A where it says."""
     recipe: str = option("paper", "or small: for little data", choices=("paper", "small"))
-    data: str = option("", "CTR-GCN's .npz, PYSKL's .pkl, a .pt dict; without it stick figures")
+    data: str = option("", "CTR-GCN's .npz, PYSKL's .pkl or .pt; without it stick figures")
     split: str = option("", "xsub for a pickle's xsub_train and xsub_val, or train_name,test_name")
     layout: str = option("", "skeleton layout, if the guess is wrong, or a JSON file with your own")
-    test_fraction: float = option(0.2, "test share where a file has no split", high=1)
+    test_fraction: float = option(0.2, "test share where a file has no split", low=0.01, high=0.99)
     synthetic_size: int = option(1600, "number of stick figures", low=20, high=20_000)
     frames: int = option(64, "T, frames sampled from each sequence", small=16, low=2)
     box: bool = option(None, "stretch each axis to -1 to 1, without turning (small 3D: on)")
@@ -48,7 +48,6 @@ class CommonSettings:
     up: str = option("y", "vertical axis of 3D data", choices=("y", "z"))
     motion: bool = option(False, "motion as further input channels", small=True)
     bone: bool = option(False, "bones as further input channels", small=True)
-    score: bool = option(False, "joint score as a further input channel")
     rotation: float = option(None, "random rotation, degrees (2D: 0; 3D: 30, small 60)", high=180)
     scaling: float = option(None, "random scaling of each axis (0.1; box: 0)", high=0.9)
     shift: float = option(None, "random shift in body units (0.1; box: 0)")
@@ -61,9 +60,7 @@ class CommonSettings:
     dropout: float = option(0.2, "input feature dropout, supplement A: 0.2", high=0.99)
     blocks: int = option(2, "attention blocks in each STRL layer", small=1)
     stride: int = option(2, "temporal stride between STRL layers", low=1)
-    repeat: int = option(None, "passes an epoch (1; small: for 4,000 steps or more in all, "
-                         "stack 100 passes at most)", low=1)
-    workers: int = option(0, "loader processes (supplement A: 4; measured slower)")
+    repeat: int = option(None, "passes an epoch (1; small: 4,000 steps; stack: 100 passes)", low=1)
     eval_every: int = option(10, "epochs between measurements on the test split", low=1)
     seed: int = option(0, "of weights, order, masks and augmentation", high=2**31)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
@@ -76,14 +73,13 @@ class CommonSettings:
 class Settings(CommonSettings):
     """Pre-training."""
     out: str = option("runs/pretrain", "folder for checkpoint and log")
-    pretrain: str = option("encoder", "encoder: the paper's; stack: ours, the classifier's whole "
-                           "STRL layers", choices=("encoder", "stack"))
+    pretrain: str = option("encoder", "or stack: ours, STRL layers", choices=("encoder", "stack"))
     epochs: int = option(50, "supplement A: 50", low=1)
     batch_size: int = option(1024, "sequences a step, supplement A: 1024", small=32, low=2)
     micro_batch: int = option(256, "sequences a forward pass, which batch norm sees", low=2)
     lr: float = option(1.5e-4, "Adam's learning rate, supplement A: 1.5e-4", small=1e-3)
     beta: float = option(2.0, "power of the encoder's cosine error (paper Eq. 2)", low=1)
-    mask_parts: tuple = option(("right_arm", "right_leg"), "body parts to mask, as head,torso")
+    mask_parts: tuple[str, ...] = option(("right_arm", "right_leg"), "masked, as head,torso")
     mask_num_parts: int = option(0, "or: mask this many parts, drawn per sequence")
     mask_ratio: float = option(0.0, "or: mask this share of the joints", stack=0.2, high=1)
 
@@ -93,7 +89,7 @@ def main(argv=None):
     data = read_data(settings, checkpoint)
     keep_unfinished(settings, path)
     settings = suit(settings, data)
-    data = to_device(data, device, settings)
+    data = to_device(data, device)
     train = loader(settings, data, data.train, settings.batch_size, True, rank, world)
     forward_size = min(settings.batch_size, settings.micro_batch)
     held_out = loader(settings, data, data.test, forward_size)
@@ -158,14 +154,13 @@ def pretraining_arguments(settings, data: Dataset):
     return arguments
 
 # --------------------------------------------------------------------------------------- measuring
-
 def measure_target(batches: Loader):
     """What whitens the target, over the seen joints: each joint's mean (V, C) and spread (V,), the
     root mean square distance from it, 0.01 at least; and each person's mean pose (M, V, C)."""
     square = pose = count = 0
     for batch in batches.epoch():
         seen = batch.seen[..., None]
-        joints = batch.target[..., :batches.channels].double() * seen
+        joints = batch.target.double() * seen
         square += joints.square().sum((0, 1, 2, 4))
         pose += joints.sum((0, 2))
         count += seen.sum((0, 2))  # (M, V, 1)
@@ -174,45 +169,26 @@ def measure_target(batches: Loader):
     spread = (square / total[:, 0] - mean.square().sum(-1)).clamp(min=1e-4).sqrt()
     return mean.float(), spread.float(), (pose / count.clamp(min=1)).float()
 
-def joint_distances(skeleton):
-    """Edges on the shortest path between every two joints, (V, V); V where there is none."""
-    adjacency = normalized_adjacency(skeleton)
-    reached = torch.eye(len(adjacency))
-    distance = torch.zeros_like(reached)
-    for _ in adjacency:
-        distance += reached == 0  # by paths of so many edges
-        reached = (adjacency @ reached).sign()
-    return distance
-
-def neighbour_mean(x, mask, distance):
-    """For every joint the mean of its nearest visible joints. x: (N, M, T, V, C), mask: (N, V),
-    True is masked -> (N, M, T, V, C)."""
-    distance = distance.to(x.device).masked_fill(mask[:, None], math.inf)
-    nearest = (distance == distance.amin(2, keepdim=True)).to(x.dtype)  # (N, V to, V from)
-    return (nearest / nearest.sum(2, keepdim=True))[:, None, None] @ x
-
 @torch.no_grad()
 def reconstruction_error(model: SkeletonMAE, batches: Loader, mean_pose):
     """Mean distance of the masked joints from the target, in the units of the file: of the
-    reconstruction, of the training set's mean pose, and of each joint's nearest visible joints."""
+    reconstruction, and of the training set's mean pose."""
     model.eval()
-    C, device, distance = model.channels, model.mean.device, joint_distances(model.skeleton)
-    sums = 0
+    device, sums = model.mean.device, 0
+    pose = mean_pose.to(device)[:, None]
     for step, batch in enumerate(batches.epoch()):
         x, target = batch.x.to(device), batch.target.to(device)
         unit = batch.unit.to(device).view(len(x), 1, 1, 1, -1)
         mask = model.draw(len(x), torch.Generator().manual_seed(step)).to(device)
         counted = batch.seen.to(device) & mask[:, None, None]  # (N, M, T, V)
-        true = target[..., :C]
-        guesses = (model.reconstruct(x, batch.present, mask, target)[0],
-                   mean_pose.to(device)[:, None],
-                   neighbour_mean(true, mask, distance))
-        errors = [(((guess - true) * unit).norm(dim=-1) * counted).sum() for guess in guesses]
+        guesses = model.reconstruct(x, batch.present, mask, target)[0], pose
+        errors = [(((guess - target) * unit).norm(dim=-1) * counted).sum() for guess in guesses]
         sums += torch.stack([*errors, counted.sum()]).cpu().double()
-    means = (sums[:3] / sums[3].clamp(min=1)).tolist()
-    return dict(zip(("joint_error", "mean_pose_error", "neighbour_error"), means))
+    means = (sums[:2] / sums[2].clamp(min=1)).tolist()
+    return dict(zip(("joint_error", "mean_pose_error"), means))
 
 # -------------------------------------------------------------------------------- shared: settings
+VIEW = "box", "center", "up"  # of normalise_frames
 
 def pick(settings, *names: str):
     return {name: getattr(settings, name) for name in names}
@@ -221,7 +197,6 @@ def parse(settings_type, doc, argv):
     """The flags that were typed, as setting -> value; `doc` heads --help."""
     def refuse(message):
         raise DataError(f"{message}; --help lists all flags")
-
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, usage="%(prog)s [flags]")
@@ -244,8 +219,7 @@ def flag(name):
 
 def convert(f, text):
     """The text of a flag as its value; a setting of several values takes them with commas."""
-    several = f.type is tuple
-    kind = type(f.default[0]) if several else f.type
+    kind, *several = get_args(f.type) or [f.type]
     low, high = f.metadata.get("low", 0), f.metadata.get("high", math.inf)
     parts = text.split(",") if several else [text]
     try:
@@ -278,14 +252,9 @@ def begin(settings_type, typed, kind):
     if not typed.get("resume"):
         return settle(settings_type, typed), None, path
     checkpoint = read_checkpoint(path, (kind,))
-    free = ("epochs", "eval_every", "workers", "device", "amp", "graphs", "resume", "out",
-            "overwrite", "data")  # data may have moved: check_fit compares the sequences' names
-    settings = settle(settings_type, typed, checkpoint["settings"], free)
-    done = checkpoint["epoch"] + 1
-    if settings.epochs < done:
-        raise DataError(f"--epochs {settings.epochs}: {path} has {done} behind it; expected as "
-                        "many or more")
-    return settings, checkpoint, path
+    free = ("epochs", "eval_every", "device", "amp", "graphs", "resume", "out", "overwrite",
+            "data")  # data may have moved: check_fit compares the sequences' names
+    return settle(settings_type, typed, checkpoint["settings"], free), checkpoint, path
 
 def keep_unfinished(settings, path):
     """A new run does not replace an unfinished one unasked."""
@@ -310,22 +279,19 @@ def suit(settings, data: Dataset):
     suiting = {"rotation": (60.0 if small else 30.0) if is_3d else 0.0, "box": box,
                "scaling": reach, "shift": reach, "noise": 0.0 if is_3d else 0.01,
                "flip": 0.5 if data.skeleton["pairs"] and not is_3d else 0.0,
-               "repeat": repeat}
+               "repeat": repeat,
+               "milestones": tuple(round(settings.epochs * share / 110) for share in (90, 100))}
     return replace(settings, **{name: value for name, value in suiting.items()
-                                if getattr(settings, name) is None})
-
-def view(settings):
-    return pick(settings, "box", "center", "up")
+                                if getattr(settings, name, "") is None})
 
 def build(make, *arguments, **keywords):
-    """Makes a model. What it refuses is the user's settings: one line, no traceback."""
+    """Calls make. What it refuses is the user's settings: one line, no traceback."""
     try:
         return make(*arguments, **keywords)
     except ValueError as error:
         raise DataError(str(error)) from None
 
 # --------------------------------------------------------------------------- shared: machine, data
-
 def run(main):
     """Calls main. Bad input is one line and exit status 2, Ctrl-C 130; a bug has its traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -339,28 +305,20 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on after the last whole epoch, if "
-              "there is one", file=sys.stderr)
+        print("\nstopped; the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)
 
 def set_up(settings):
-    """(device, this process among those of torchrun, their number), and fills in settings.amp.
-    Process 0 alone prints."""
+    """(device, rank, number of processes), and fills in settings.amp. Process 0 alone prints."""
     os.makedirs(settings.out, exist_ok=True)
     tempfile.TemporaryFile(dir=settings.out).close()  # a folder that cannot be written fails now
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     device = find_device(settings.device)
-    if settings.batch_size < 2 * world:
-        raise DataError(f"--batch-size {settings.batch_size} for {world} processes; expected two "
-                        "sequences each")
     if world > 1:
-        try:
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except (RuntimeError, ValueError) as error:
-            raise DataError(f"WORLD_SIZE is {world}, and there are no processes ({error}); start "
-                            "with torchrun, or unset WORLD_SIZE") from None
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        build(torch.distributed.init_process_group, backend)  # refuses where it is not torchrun's
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -378,7 +336,7 @@ def find_device(name):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {name} cannot be used here ({str(error).splitlines()[0]:.100}); "
+        raise DataError(f"--device {name} cannot be used here ({str(error):.100}); "
                         "expected auto, cpu or a device that torch finds") from None
 
 def has_bfloat16(device):
@@ -414,72 +372,59 @@ def read_data(settings, source, tests=False):
         if settings.layout == source["settings"]["layout"]:
             layout, skeleton = source["layout"], source["skeleton"]
     data = load(settings.data, settings.split, layout, settings.test_fraction,
-                settings.synthetic_size, settings.score, skeleton, pair, marks)
+                settings.synthetic_size, skeleton, pair, marks)
     print(f"{settings.data or 'stick figures'}: {data}")
     if source:
         check_fit(source, data, settings)
-    if settings.score and not data.scored:
-        print("note: these data have no joint scores; --score has no effect")
     return data
 
-def to_device(data: Dataset, device, settings):
+def to_device(data: Dataset, device):
     """Frames that fit into half of a GPU's free memory move there, and batches are built there."""
-    if device.type != "cuda" or settings.workers:  # workers cannot use a GPU
+    size = data.train.frames.nbytes + data.test.frames.nbytes
+    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
         return data
-    train, test = data.train, data.test
-    shared = test.frames is train.frames  # of a pickle both halves are one tensor
-    size = train.frames.nbytes if shared else train.frames.nbytes + test.frames.nbytes
-    if size > torch.cuda.mem_get_info(device)[0] / 2:
-        return data
-    train = train.to(device)
-    if shared:
-        test = replace(test, frames=train.frames, seen=train.seen)
-    return replace(data, train=train, test=test.to(device))
+    return replace(data, train=data.train.to(device), test=data.test.to(device))
 
 def loader(settings, data: Dataset, half, batch_size, training=False, rank=0, world=1):
     augmentation = Augmentation(**pick(settings, *(f.name for f in fields(Augmentation))))
-    return Loader(half, data.skeleton, data.channels, batch_size, settings.frames, training,
-                  settings.seed, augmentation, view(settings), settings.repeat,
-                  settings.workers * training, rank, world,  # measuring starts no processes
+    return Loader(half, data.skeleton, batch_size, settings.frames, training, settings.seed,
+                  augmentation, pick(settings, *VIEW), settings.repeat, rank, world,
                   pose=getattr(settings, "pretrain", "") == "stack")
 
 def encoder_arguments(settings, data: Dataset):
     """What SkeletonMAE and SkeletonClassifier both take."""
-    shape = pick(settings, "width", "hidden", "layers", "dropout", "motion", "bone")
-    return {"skeleton": data.skeleton, "channels": data.channels,
-            "score": settings.score and data.scored, **shape}
+    return pick(data, "skeleton", "channels") | pick(settings, "width", "hidden", "layers",
+                                                     "dropout", "motion", "bone")
 
 def introduce(settings, data: Dataset, model, train: Loader, device):
     """Says what is trained how, and what may be a mistake in the data or the settings for them."""
     steps = train.steps * settings.epochs
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}"
           f"{' in bfloat16' * settings.amp}, {steps} steps in all, {train.augmentation}")
-    joints = data.skeleton["joints"]
     if settings.data and not settings.layout:
+        joints = data.skeleton["joints"]
         print(f"note: {data.layout} is a guess from {len(joints)} joints in {data.channels}D; if "
               f"yours are not {', '.join(joints)}, in this order, give their --layout")
-    for doubt in doubts(data, view(settings) | {"box": False}):
+    for doubt in doubts(data, pick(settings, "center", "up")):
         print(f"note: {doubt}")
     if steps < 2000 and settings.recipe != "small":
         print(f"note: {steps} steps are little training; for a small set try --recipe small")
 
 def doubts(data: Dataset, shown):
     """What may be a mistake in the data, by 300 training sequences."""
-    C, hips = data.channels, data.skeleton["centre"]
-    batch = next(Loader(data.train, data.skeleton, C, 300, 32, view=shown).epoch())
-    place = batch.x[..., :C].mean(3)  # (N, M, T, C)
+    hips = data.skeleton["centre"]
+    batch = next(Loader(data.train, data.skeleton, 300, 32, view=shown).epoch())
+    place = batch.x.mean(3)  # (N, M, T, C)
     path = place.amax(2) - place.amin(2)
     if path[:, 0].norm(dim=-1).median() > 2.6:  # in units of body and path
-        yield ("people travel far beyond their size; where the path is not the action, try "
-               "--center frame")
-    if C == 3:
-        raw = data.train.frames[:10_000, ..., :3]
-        pose = batch.x[:, 0, ..., :3].mean((0, 1))  # of the first person, (V, 3)
+        yield "people travel far; where the path is not the action, try --center frame"
+    if data.channels == 3:
+        raw = data.train.frames[:10_000]
+        pose = batch.x[:, 0].mean((0, 1))  # of the first person, (V, 3)
         head = data.skeleton["parts"].get("head", hips)
         height = (pose[head].mean(0) - pose[hips[0]]).abs()
         if 0 <= raw[..., 2].min() and raw[..., 2].max() <= 1 and raw.max() > 10:
-            yield ("the third coordinate lies between 0 and 1, the others do not: a score is no "
-                   "coordinate; in a pickle it is the keypoint_score")
+            yield "the third coordinate lies between 0 and 1: is it a score, the keypoint_score?"
         elif height[2] > 2 * height[1]:
             yield "head and hips differ along z; where z is vertical, give --up z"
     if data.persons == 2:
@@ -488,11 +433,9 @@ def doubts(data: Dataset, shown):
         swap = (both.flip(1)[:, :, 1:] - both[:, :, :-1]).norm(dim=3).sum(1)
         share = (swap < stay / 2).double().mean()
         if share > 0.02:
-            yield (f"the two persons change places in {100 * share:.0f} % of the frames; give each "
-                   "the same place in all frames of a sequence")
+            yield f"the two persons change places in {100 * share:.0f} % of the frames"
 
 # ----------------------------------------------------------- shared: checkpoints, progress, graphs
-
 def write_atomically(path, content: bytes):
     """Into a new file beside path, synced, then renamed: path is whole at every moment."""
     beside = f"{path}.{os.getpid()}.tmp"
@@ -511,21 +454,16 @@ def save_torch(value, path):
     torch.save(value, content)  # in memory first: on a full disk torch.save raises a RuntimeError
     write_atomically(path, content.getbuffer())
 
-FORMAT = 2  # of a checkpoint; rises when those before no longer fit the model
+FORMAT = 3  # of a checkpoint; rises when those before no longer fit the model
 
 def save(path, kind, model, optimizer, epoch, log, settings, arguments, data: Dataset, **more):
     """A plain dict of tensors and settings, and its log as log.csv beside it."""
-    state = model.state_dict()
-    if not all(value.isfinite().all() for value in state.values()):
-        raise DataError(f"weights are not finite after epoch {epoch + 1}; the checkpoint before is "
-                        "kept, try a lower --lr")
-    save_torch({"kind": kind, "format": FORMAT, "model": state, "epoch": epoch, "log": log,
-                "optimizer": optimizer.state_dict(), "settings": asdict(settings),
-                "model_settings": arguments,
-                **pick(data, "skeleton", "layout", "channels", "persons", "classes", "pair",
-                       "digest"),
-                "normalisation": {"frames": settings.frames, "marks": data.marks,
-                                  "score": arguments["score"], **view(settings)}, **more}, path)
+    form = {"frames": settings.frames, "marks": data.marks, "view": pick(settings, *VIEW)}
+    known = pick(data, "skeleton", "layout", "channels", "persons", "classes", "pair", "digest")
+    save_torch({"kind": kind, "format": FORMAT, "epoch": epoch, "log": log, **known, **more,
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "settings": asdict(settings), "model_settings": arguments,
+                "normalisation": form}, path)
     text = io.StringIO()
     writer = csv.DictWriter(text, dict.fromkeys(name for row in log for name in row))
     writer.writeheader()
@@ -534,8 +472,6 @@ def save(path, kind, model, optimizer, epoch, log, settings, arguments, data: Da
 
 def read_checkpoint(path, kinds):
     """A checkpoint of one of these kinds ("pretrain", "finetune"), on the CPU."""
-    if not os.path.exists(path):
-        raise DataError(f"there is no {path} yet; expected one by train_{kinds[0]}.py")
     expected = f"a {' or '.join(kinds)} checkpoint of this version"
     with reading(path, expected):
         checkpoint = torch.load(path, "cpu", weights_only=True)
@@ -552,15 +488,13 @@ def restore(checkpoint, model, optimizer):
     return checkpoint["epoch"] + 1, checkpoint["log"]
 
 def check_fit(checkpoint, data: Dataset, settings):
-    """The data must have the skeleton, persons and scores of the checkpoint, and to resume the
-    same sequences; others are noted."""
+    """The data must have the skeleton and persons of the checkpoint, and to resume the same
+    sequences; others are noted."""
     shape = checkpoint["model_settings"]
     persons = (shape.get("strl") or shape).get("persons", data.persons)
-    theirs = checkpoint["skeleton"], persons, shape["score"]
-    ours = data.skeleton, data.persons, shape["score"] and data.scored
-    if theirs != ours:
-        raise DataError(f"the checkpoint is of {checkpoint['layout']} {theirs[1:]} (persons, "
-                        f"scores), got {data.layout} {ours[1:]}; expected the same")
+    if (checkpoint["skeleton"], persons) != (data.skeleton, data.persons):
+        raise DataError(f"the checkpoint is of {checkpoint['layout']} and {persons} persons, got "
+                        f"{data.layout} and {data.persons}; expected the same")
     if checkpoint["digest"] != data.digest:
         found = "other data"
         if sum(checkpoint["digest"]) == sum(data.digest):
@@ -593,8 +527,7 @@ class Progress:
         finite = losses.isfinite()
         if not finite.all():
             raise DataError(f"loss is not finite in epoch {self.row['epoch']}, step "
-                            f"{int(finite.int().argmin()) + 1}; the checkpoint before is kept, try "
-                            "a lower --lr")
+                            f"{int(finite.int().argmin()) + 1}; try a lower --lr")
         self.row["loss"] = float(losses.mean())
         return self.row
 
@@ -609,10 +542,9 @@ class Progress:
 
 def replayed(step, settings, device, world, sequences):
     """A step, forward and backward on (packing, *tensors), as a CUDA graph on one GPU, where asked
-    for or where passes are so small that it pays: its hundreds of small kernels start as one. A
-    graph has fixed shapes: each number of sequences and persons is recorded when it comes for the
-    second time; the first time warms up. It writes where it was recorded: parameters, buffers and
-    gradients must stay the same tensors."""
+    for or where passes are so small that it pays: its hundreds of kernels start as one. Each set of
+    shapes is recorded when it comes for the second time; the first time warms up. Parameters,
+    buffers and gradients must stay the same tensors."""
     wanted = sequences <= 128 if settings.graphs is None else settings.graphs
     if not wanted or device.type != "cuda" or world > 1:
         return step

@@ -117,7 +117,7 @@ def p4(sequences: int = 1024):
         ntu = data.load(f"{folder}/ntu.npz")
         augment = data.Augmentation(rotation=30, scaling=0.1, shift=0.1)
         for batch in (sequences, sequences // 8):
-            loader = data.Loader(ntu.train, ntu.skeleton, 3, batch, 64, True, augmentation=augment)
+            loader = data.Loader(ntu.train, ntu.skeleton, batch, 64, True, augmentation=augment)
             taken = seconds(lambda: sum(1 for _ in loader.epoch())) / sequences
             yield (f"a training sample of NTU's shape, augmented, batch {batch}: "
                    f"{1000 * taken:.4f} ms")
@@ -129,7 +129,7 @@ begin = time.perf_counter()
 import data, train_pretrain
 train_pretrain.keep_freed_memory()
 ntu = data.load(sys.argv[1])
-next(iter(data.Loader(ntu.train, ntu.skeleton, 3, 256, 64, True).epoch()))
+next(iter(data.Loader(ntu.train, ntu.skeleton, 256, 64, True).epoch()))
 print(f"{time.perf_counter() - begin:.1f} s", end=", ")
 anonymous = [line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")]
 print(f"{int(anonymous[0]) / 1e6:.2f} GB of anonymous memory")

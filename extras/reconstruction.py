@@ -14,7 +14,7 @@ def moving(loader: Loader) -> int:
     middle of the body, in the units of the model's input."""
     motions = []
     for batch in loader.epoch():
-        x = batch.x[..., :loader.channels]
+        x = batch.x
         spread = (x - x.mean(3, keepdim=True)).std(2).norm(dim=-1).mean(2)   # (N, M)
         motions.append((spread * batch.seen.float().mean((2, 3))).amax(1))   # (N,)
     order = torch.cat(motions).argsort()
@@ -26,12 +26,12 @@ def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str
     """Of a test sequence: its name, the target x, what the pre-trained model makes of it and the
     mean pose, (M, T, V, C) in the units of the data, which are known (M, T, V) and which masked
     (V,), and whether y grows upwards."""
-    settings, skeleton, C = checkpoint["settings"], checkpoint["skeleton"], checkpoint["channels"]
-    form = {"view": shared.view(shared.Settings(**settings)), "pose": model.stacked}
+    settings, skeleton = checkpoint["settings"], checkpoint["skeleton"]
+    form = {"view": shared.pick(shared.Settings(**settings), *shared.VIEW), "pose": model.stacked}
     generator = torch.Generator().manual_seed(seed)
 
     def loader(half, kept: list) -> Loader:
-        return Loader(half.subset(kept), skeleton, C, 100, settings["frames"], **form)
+        return Loader(half.subset(kept), skeleton, 100, settings["frames"], **form)
 
     def draw(half, count: int) -> list:
         return torch.randperm(len(half), generator=generator)[:count].tolist()
@@ -52,9 +52,10 @@ def reconstruct(checkpoint: dict, model: SkeletonMAE, data: Dataset, wanted: str
     head, leg = (float(mean[0, skeleton["parts"].get(part, [0]), 1].mean())
                  for part in ("head", "left_leg"))
     return SimpleNamespace(
-        name=names[chosen], x=batch.target[0, ..., :C] * batch.unit,
+        name=names[chosen], x=batch.target[0] * batch.unit,
         guess=guess * batch.unit, mean=mean[:, None] * batch.unit, known=batch.seen[0],
-        masked=mask[0], upwards=head > leg or head == leg and C == 3)  # equal: no such parts
+        masked=mask[0],
+        upwards=head > leg or head == leg and data.channels == 3)  # equal: no such parts
 
 
 def stick(places: Tensor, edges: Tensor, joints: Tensor, style: str) -> str:

@@ -38,8 +38,10 @@ TINY = "--synthetic-size 40 --device cpu --width 8 --hidden 8 --layers 1 --frame
 
 def write_pt(path: str):
     """4 + 2 sequences of 6 to 9 frames of 17 joints in 2D."""
-    train = [torch.arange(1.0, 34 * T + 1).view(T, 1, 17, 2) for T in range(6, 10)]
-    torch.save(dict(x_train=train, y_train=[0, 1, 0, 1], x_test=train[:2], y_test=[0, 1]), path)
+    x = [torch.arange(1.0, 34 * T + 1).view(T, 17, 2) for T in (6, 7, 8, 9, 6, 7)]
+    annotations = [{"keypoint": keypoint, "label": i % 2} for i, keypoint in enumerate(x)]
+    split = {"train": [0, 1, 2, 3], "test": [4, 5]}
+    torch.save({"annotations": annotations, "split": split}, path)
 
 
 def write_npz(path: str, compression: int):
@@ -166,7 +168,7 @@ def read(path: str):
         return
     found = data.load(path)
     for half in (found.train, found.test):
-        for batch in data.Loader(half, found.skeleton, found.channels, 8, 4, False).epoch():
+        for batch in data.Loader(half, found.skeleton, 8, 4, False).epoch():
             assert batch.x.isfinite().all()
             assert 0 <= batch.label.min() and batch.label.max() < len(found.classes)
 
@@ -212,7 +214,7 @@ def memory(steps: int) -> str:
     figures = data.load(synthetic_size=320)
     model = SkeletonMAE(figures.skeleton, figures.channels, 16, 16)
     optimizer = torch.optim.Adam(model.parameters())
-    loader = data.Loader(figures.train, figures.skeleton, figures.channels, 8, 16, True,
+    loader = data.Loader(figures.train, figures.skeleton, 8, 16, True,
                          augmentation=data.Augmentation(scaling=0.1))
     batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
     taken = []  # pages

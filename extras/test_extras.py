@@ -389,7 +389,7 @@ class FigureTest(Case):
         four is found among others that stand still."""
         checkpoint = load(self.pretrained)
         data_set = data.load(synthetic_size=60)
-        loader = Loader(data_set.train, checkpoint["skeleton"], 2, 100, 8)
+        loader = Loader(data_set.train, checkpoint["skeleton"], 100, 8)
         expected = train_pretrain.measure_target(loader)[2]
         found = self.reconstruct(checkpoint)
         unit = (found.mean / expected[:, None]).flatten()
@@ -402,7 +402,7 @@ class FigureTest(Case):
             test.frames[own] = middle + share * (test.frames[own] - middle)
             if i > 6:  # out of sight in every other frame: that is no movement
                 test.seen[own][::2] = False
-        slow = Loader(test, checkpoint["skeleton"], 2, 100, 8)
+        slow = Loader(test, checkpoint["skeleton"], 100, 8)
         self.assertEqual(reconstruction.moving(slow), 5)  # three of twelve move more
 
     def test_sequences_named_by_numbers(self):
@@ -663,7 +663,7 @@ class GpuTest(ScriptCase):
         results = []
         for device in ("cpu", "cuda"):
             models.to(device).zero_grad()
-            batch, = Loader(train.to(device), FIVE, 3, 25, 8, False).epoch()
+            batch, = Loader(train.to(device), FIVE, 25, 8, False).epoch()
             packing = Packing(batch.present, device)
             loss = mae(batch.x, packing, mask)[0]
             loss = loss + F.cross_entropy(classifier(batch.x, packing), batch.label)

@@ -189,7 +189,7 @@ def command_line(checkpoint: dict) -> str:
     words = ["python", f"train_{kind}.py"]
     for name in usual:
         value = saved[name]
-        technical = name in ("resume", "overwrite", "device", "amp", "graphs", "workers")
+        technical = name in ("resume", "overwrite", "device", "amp", "graphs")
         if technical or value == usual[name] and name not in decisive:
             continue
         words.append(shared.flag(f"no_{name}" if value is False else name))
@@ -262,8 +262,7 @@ def curves(runs: list, pretraining: dict | None) -> Figure:
             ("finetune-rate", finetuned, "learning rate", {"lr": ""}, "y"),
             ("pretrain-loss", pretrained, "pre-training loss", {"loss": ""}, ""),
             ("pretrain-error", pretrained, "joint error",
-             {"joint_error": "model", "mean_pose_error": "mean pose",
-              "neighbour_error": "neighbours"}, "")):
+             {"joint_error": "model", "mean_pose_error": "mean pose"}, "")):
         series = []
         for title, rows in logs:
             for column, word in columns.items():
@@ -282,8 +281,8 @@ def curves(runs: list, pretraining: dict | None) -> Figure:
     caption = "Numbers in legends: last values. Learning rate: of the new layers." * bool(panels)
     if panels and panels[-1].name == "pretrain-error":
         caption += (" Joint error: mean distance of masked test joints from their true places, in "
-                    "the units of the data, as predicted by the model, by the mean pose of the "
-                    "training set, and by the mean of their nearest visible neighbours.")
+                    "the units of the data, as predicted by the model and by the mean pose of the "
+                    "training set.")
     return Figure("Training", "", caption, panels)
 
 
