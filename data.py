@@ -1,6 +1,6 @@
 """Skeleton data without numpy: one flat form for every data set, batches, readers, stick figures.
 
-    data = load("ntu60.npz")      # or PYSKL's .pkl, the same as .pt, or None: the stick figures
+    data = load("ntu60.npz")      # or PYSKL's .pkl or .pt; nothing: the stick figures
     batches = Loader(data.train, data.skeleton, batch_size=128, frames=64)
     for batch in batches.epoch():
         batch.x                   # (N, M, T, V, C)
@@ -73,7 +73,7 @@ class Dataset:
     pair: list | tuple = ()      # the names of the two splits, or empty
     layout: str = ""             # name of the skeleton layout
     skeleton: dict | None = None
-    digest: list | None = None   # of names and lengths in either half; their sum is of both
+    digest: list | None = None   # checksums of names and lengths, training half and test half
 
     @property
     def persons(self):
@@ -81,7 +81,6 @@ class Dataset:
 
     @property
     def channels(self):
-        """C, 2 or 3."""
         return self.train.frames.shape[3]
 
     def __str__(self):
@@ -361,7 +360,7 @@ def tidy(data: Sequences, marks, repairs):
         steps = in_frame.any(1).nonzero()
         length = int(steps[-1]) + 1 if len(steps) else 1
         if not seen[:length, present].all():
-            x, whole, there, kept, filled = make_whole(frames[:length], seen[:length], marks)
+            x, sighted, there, kept, filled = make_whole(frames[:length], seen[:length], marks)
             ghosts = present & ~there
             present = there
             repairs["frames without anyone dropped"] += int((~kept).sum())
@@ -369,7 +368,7 @@ def tidy(data: Sequences, marks, repairs):
             repairs["missing joints filled in"] += filled
             length = int(kept.sum())
             frames[:length] = x[kept]
-            seen[:length] = whole[kept]
+            seen[:length] = sighted[kept]
         repairs["sequences without anyone"] += int(not present.any())
         present[0] |= not present.any()  # an empty first person
         data.length[i] = length
@@ -535,19 +534,19 @@ def read_annotation(annotation, channels, persons, repairs):
     sizes = (channels, channels + 1) if channels else (2, 3)
     if (x.dim() != 4 or x.shape[3] not in sizes or 0 in x.shape
             or len(x) > 5 and len(x) > x.shape[1]):  # frames before persons
-        raise DataError(f"keypoint {tuple(x.shape)}; expected (M, T, V, {channels or '2 or 3'}), "
+        raise DataError(f"keypoint {tuple(x.shape)}; expected ([M,] T, V, {channels or '2 or 3'}), "
                         "persons before frames, none of them 0; a score belongs in keypoint_score")
     score = annotation.get("keypoint_score")
     if channels and x.shape[3] > channels:
         x, score = x[..., :channels], x[..., channels]
-        if (score < 0).any():
-            raise DataError(f"{channels + 1} coordinates, the last below 0; expected {channels}")
+        if score.min() < 0 or score.max() > 2:
+            raise DataError(f"{channels + 1} numbers a joint, no score last; expected {channels}")
     if score is None:
         score = x.any(3)
     else:
         score = numbers(score, "keypoint_score", 3)
         if score.shape != x.shape[:3] or not score.isfinite().all():
-            raise DataError(f"keypoint_score {tuple(score.shape)}; expected finite (M, T, V)")
+            raise DataError(f"keypoint_score {tuple(score.shape)}; expected finite {x.shape[:3]}")
     if len(x) > persons:
         rank = (score * x.any(3)).float().mean((1, 2))
         if score.dtype == torch.bool:
@@ -560,9 +559,9 @@ def read_annotation(annotation, channels, persons, repairs):
     return x.transpose(0, 1), score.transpose(0, 1)
 
 def from_annotations(annotations, channels, persons, splits=None, classes=None):
-    """The sequences of PYSKL's annotations, or of arrays; persons: M, else the most, at most 2."""
+    """The sequences of PYSKL's annotations, or of arrays; persons: M, or None: 2 at most."""
     if not annotations:
-        raise DataError("no sequences; expected a list `annotations`, or that list alone")
+        raise DataError("no sequences; expected a list of them, alone or as `annotations`")
     sequences, labels, names, repairs, shape = [], [], [], Counter(), None
     for i, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
@@ -575,7 +574,7 @@ def from_annotations(annotations, channels, persons, splits=None, classes=None):
             x, scores = read_annotation(annotation, channels, persons or 2, repairs)
             shape = shape or tuple(x.shape[2:])
             if x.shape[2:] != shape:
-                raise DataError(f"(joints, coordinates) {tuple(x.shape[2:])}; expected {shape}")
+                raise DataError(f"(V, C) is {tuple(x.shape[2:])}; in the first it is {shape}")
         except DataError as error:
             raise DataError(f"annotation {name!r}: {error}") from None
         sequences.append((x, scores))
@@ -588,7 +587,7 @@ def from_annotations(annotations, channels, persons, splits=None, classes=None):
 
 def from_pyskl(content, channels, persons):
     """PYSKL's dict, {"split": {name: [frame_dir]}, "annotations": [...]}, the bare list of
-    annotations, or one of them: a dict (docs/data.md) or an array."""
+    annotations, one of them (docs/data.md), or an array of sequences."""
     content = getattr(content, "tensor", content)
     if isinstance(content, Tensor) and content.dim() > 3:
         content = list(content)  # as many sequences, as a caller's array would be
@@ -681,12 +680,12 @@ def reading(path, expected="CTR-GCN's npz, PYSKL's dict as pickle or .pt"):
     except Exception as error:  # a damaged file can make its reader raise almost anything
         if isinstance(error, MemoryError) or isinstance(error, OSError) and error.filename:
             raise
-        told = str(error).rpartition("WeightsUnpickler error:")[2].split("\n\n")[-2:][0]
+        told = str(error).rpartition("Unpickler error:")[2].split("\n\n")[-2:][0].split(". ")[0]
         told = f"{type(error).__name__}: {told:.200}"
         raise DataError(f"{path} is damaged or not {expected} ({told})") from None
 
 def read(path, skeleton, channels=None, persons=None, marks=None):
-    """The sequences of a file, by the ending of its name. The rest is of a checkpoint, or None."""
+    """The sequences of a file, by the ending of its name. The rest: as known before, or None."""
     if path.endswith(".npz"):
         return complete(from_npz(path, skeleton, persons), marks, skeleton)
     if path.endswith((".pt", ".pth")):
@@ -760,9 +759,9 @@ def number_labels(data: Dataset):
         label = torch.where(label < 0, -1, torch.searchsorted(values, label))
         data.classes = values.tolist()
     elif not isinstance(data.classes, (list, tuple)):
-        raise DataError(f"classes is {type(data.classes).__name__}; expected a list of names")
+        raise DataError(f"classes is {type(data.classes).__name__}; expected a list, name 0 first")
     elif int(label.max()) >= len(data.classes):
-        raise DataError(f"label {label.max()} for {len(data.classes)} `classes`, numbered from 0")
+        raise DataError(f"label {label.max()}; expected 0 to {len(data.classes) - 1} of `classes`")
     data.train.label, data.test.label = label.split([len(data.train), len(data.test)])
     data.classes = list(map(str, data.classes))
 

@@ -46,8 +46,8 @@ def make_skeleton(joints, edges, parts, centre, pairs=None):
     inside = all(type(j) is int and j in range(len(names))
                  for group in (*edges, *parts.values(), *pairs, centre) for j in group)
     if repeats or not inside or not parts or not all(parts.values()) or not centre:
-        raise ValueError(f"expected {len(names)} names that differ, indices below that, edges and "
-                         "pairs of two joints, no joint in two pairs, parts and centre not empty")
+        raise ValueError(f"expected {len(names)} different names, indices 0 to {len(names) - 1}, "
+                         "edges and pairs of two joints, no joint in two pairs, no empty part")
     return {"joints": names, "edges": edges, "pairs": pairs, "centre": centre,
             "parts": {name: list(part) for name, part in parts.items()}}
 
@@ -592,6 +592,8 @@ class STRLStack(nn.Module):
                                     for each in [stride] * (strl_layers - 1) + [1])
 
     def forward(self, h, packing: Packing):
+        if h.shape[2] != len(self.position):
+            raise ValueError(f"{h.shape[2]} frames; expected {len(self.position)}")
         h, previous = h + self.position, None
         for layer in self.layers:
             h, previous = layer(h, previous, packing)
@@ -619,7 +621,7 @@ class SkeletonClassifier(nn.Module):
         return self.hidden_layer(packing.pool(h))
 
     def forward(self, x, present=None):
-        """x and present as in SkeletonMAE.forward. Returns logits (N, K)."""
+        """x, of T = frames, and present as in SkeletonMAE.forward. Returns logits (N, K)."""
         return self.head(self.features(x, present)).float()
 
     def load_pretrained(self, state):

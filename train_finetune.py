@@ -29,7 +29,7 @@ import torch.nn.functional as F
 @dataclass
 class Settings(shared.CommonSettings):
     """Fine-tuning."""
-    ckpt: str = option("", "checkpoint to start from; bare: newest", nargs="?", const="newest")
+    ckpt: str = option("", "where to start; no value: the newest", nargs="?", const="newest")
     out: str = option("runs/finetune", "folder for checkpoint, log and test outputs")
     eval_only: bool = option(False, "test a fine-tuned --ckpt, train nothing")
     predict: str = option("", "file whose classes a fine-tuned --ckpt predicts, as CSV on stdout")
@@ -247,7 +247,7 @@ def evaluate(model: nn.Module, batches: Loader, device, amp):
     return dict(zip(("logits", "features", "labels"), map(torch.cat, zip(*parts))))
 
 def metrics(outputs):
-    """Top-1, mean class accuracy and, of more than five classes, top-5, in percent."""
+    """Top-1, the mean over the classes that occur, of more than five classes top-5, in percent."""
     logits, labels = outputs["logits"], outputs["labels"]
     best = logits.topk(min(5, logits.shape[1]), 1).indices  # (N, 5 or K)
     hit = (best == labels[:, None]).float()
@@ -273,7 +273,7 @@ def report(outputs, settings, data: Dataset, what):
 def load_classifier(path, device="cpu", amp=None):
     """A checkpoint of fine-tuning as a function: names, probabilities = classify(arrays). arrays:
     one a sequence, (T, V, C) or (M, T, V, C), numpy's or torch's, C + 1 with the joint score last,
-    or Sequences of a file; names: the class of each; probabilities: (N, K); amp: bfloat16, by
+    or Sequences of a file; names: the class of each; probabilities: (N, K). amp: bfloat16, by
     default as in training where the device has instructions for it."""
     saved = shared.read_checkpoint(path, ("finetune",))
     device = torch.device(device)
@@ -287,7 +287,7 @@ def load_classifier(path, device="cpu", amp=None):
     def classify(arrays):
         half = arrays
         if not isinstance(half, Sequences):
-            with reading("arrays"):
+            with reading("arrays", "a list of arrays"):
                 data = from_annotations(list(arrays), C, saved["persons"])
                 half = complete(data, form["marks"]).train
         shape = saved["persons"], len(saved["skeleton"]["joints"]), C

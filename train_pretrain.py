@@ -36,7 +36,7 @@ def option(default, help, **extra):
 @dataclass
 class CommonSettings:
     """What both scripts take. The defaults are supplement A where it says."""
-    recipe: str = option("paper", "or small: for little data", choices=("paper", "small"))
+    recipe: str = option("paper", "small: for little data", choices=("paper", "small"))
     data: str = option("", "CTR-GCN's .npz, PYSKL's .pkl or .pt; without it stick figures")
     split: str = option("", "xsub for a pickle's xsub_train and xsub_val, or train_name,test_name")
     layout: str = option("", "skeleton layout, if the guess is wrong, or a JSON file with your own")
@@ -60,7 +60,7 @@ class CommonSettings:
     dropout: float = option(0.2, "input feature dropout, supplement A: 0.2", high=0.99)
     blocks: int = option(2, "attention blocks in each STRL layer", small=1)
     stride: int = option(2, "temporal stride between STRL layers", low=1)
-    repeat: int = option(None, "passes an epoch (1; small: 4,000 steps; stack: 100 passes)", low=1)
+    repeat: int = option(None, "passes an epoch (1; small: 4,000 steps; stack: max. 100)", low=1)
     eval_every: int = option(10, "epochs between measurements on the test split", low=1)
     seed: int = option(0, "of weights, order, masks and augmentation", high=2**31)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
@@ -73,13 +73,13 @@ class CommonSettings:
 class Settings(CommonSettings):
     """Pre-training."""
     out: str = option("runs/pretrain", "folder for checkpoint and log")
-    pretrain: str = option("encoder", "or stack: ours, STRL layers", choices=("encoder", "stack"))
+    pretrain: str = option("encoder", "stack: ours, STRL layers", choices=("encoder", "stack"))
     epochs: int = option(50, "supplement A: 50", low=1)
     batch_size: int = option(1024, "sequences a step, supplement A: 1024", small=32, low=2)
     micro_batch: int = option(256, "sequences a forward pass, which batch norm sees", low=2)
     lr: float = option(1.5e-4, "Adam's learning rate, supplement A: 1.5e-4", small=1e-3)
     beta: float = option(2.0, "power of the encoder's cosine error (paper Eq. 2)", low=1)
-    mask_parts: tuple[str, ...] = option(("right_arm", "right_leg"), "masked, as head,torso")
+    mask_parts: tuple[str, ...] = option(("right_arm", "right_leg"), "parts, as head,torso")
     mask_num_parts: int = option(0, "or: mask this many parts, drawn per sequence")
     mask_ratio: float = option(0.0, "or: mask this share of the joints", stack=0.2, high=1)
 
@@ -252,8 +252,8 @@ def begin(settings_type, typed, kind):
     if not typed.get("resume"):
         return settle(settings_type, typed), None, path
     checkpoint = read_checkpoint(path, (kind,))
-    free = ("epochs", "eval_every", "device", "amp", "graphs", "resume", "out", "overwrite",
-            "data")  # data may have moved: check_fit compares the sequences' names
+    free = ("epochs", "milestones", "eval_every", "device", "amp", "graphs", "resume", "out",
+            "overwrite", "data")  # data may have moved: check_fit compares the sequences' names
     return settle(settings_type, typed, checkpoint["settings"], free), checkpoint, path
 
 def keep_unfinished(settings, path):
@@ -280,7 +280,7 @@ def suit(settings, data: Dataset):
                "scaling": reach, "shift": reach, "noise": 0.0 if is_3d else 0.01,
                "flip": 0.5 if data.skeleton["pairs"] and not is_3d else 0.0,
                "repeat": repeat,
-               "milestones": tuple(round(settings.epochs * share / 110) for share in (90, 100))}
+               "milestones": tuple(round(settings.epochs * epoch / 110) for epoch in (90, 100))}
     return replace(settings, **{name: value for name, value in suiting.items()
                                 if getattr(settings, name, "") is None})
 
@@ -288,7 +288,7 @@ def build(make, *arguments, **keywords):
     """Calls make. What it refuses is the user's settings: one line, no traceback."""
     try:
         return make(*arguments, **keywords)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise DataError(str(error)) from None
 
 # --------------------------------------------------------------------------- shared: machine, data
@@ -305,7 +305,7 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on", file=sys.stderr)
+        print("\nstopped; --resume goes on after the last whole epoch", file=sys.stderr)
         sys.exit(130)
 
 def set_up(settings):
@@ -318,7 +318,7 @@ def set_up(settings):
     device = find_device(settings.device)
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        build(torch.distributed.init_process_group, backend)  # refuses where it is not torchrun's
+        build(torch.distributed.init_process_group, backend)  # in torchrun's environment
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -433,7 +433,7 @@ def doubts(data: Dataset, shown):
         swap = (both.flip(1)[:, :, 1:] - both[:, :, :-1]).norm(dim=3).sum(1)
         share = (swap < stay / 2).double().mean()
         if share > 0.02:
-            yield f"the two persons change places in {100 * share:.0f} % of the frames"
+            yield f"persons change places in {100 * share:.0f} % of the frames; each needs one"
 
 # ----------------------------------------------------------- shared: checkpoints, progress, graphs
 def write_atomically(path, content: bytes):
@@ -472,11 +472,12 @@ def save(path, kind, model, optimizer, epoch, log, settings, arguments, data: Da
 
 def read_checkpoint(path, kinds):
     """A checkpoint of one of these kinds ("pretrain", "finetune"), on the CPU."""
-    expected = f"a {' or '.join(kinds)} checkpoint of this version"
+    expected = f"a {' or '.join(kinds)} checkpoint of format {FORMAT}"
     with reading(path, expected):
         checkpoint = torch.load(path, "cpu", weights_only=True)
         if checkpoint["kind"] not in kinds or checkpoint["format"] != FORMAT:
-            raise DataError(f"it holds a {checkpoint['kind']} run; expected {expected}")
+            raise DataError(f"it holds a {checkpoint['kind']} run, format "
+                            f"{checkpoint['format']}; expected {expected}")
     return checkpoint
 
 def restore(checkpoint, model, optimizer):
@@ -491,7 +492,7 @@ def check_fit(checkpoint, data: Dataset, settings):
     """The data must have the skeleton and persons of the checkpoint, and to resume the same
     sequences; others are noted."""
     shape = checkpoint["model_settings"]
-    persons = (shape.get("strl") or shape).get("persons", data.persons)
+    persons = (shape.get("strl") or shape).get("persons", data.persons)  # an encoder: any
     if (checkpoint["skeleton"], persons) != (data.skeleton, data.persons):
         raise DataError(f"the checkpoint is of {checkpoint['layout']} and {persons} persons, got "
                         f"{data.layout} and {data.persons}; expected the same")
@@ -522,7 +523,6 @@ class Progress:
             self.show(end="")
 
     def end(self):
-        """The epoch's row of the log."""
         losses = torch.stack(self.losses)
         finite = losses.isfinite()
         if not finite.all():
