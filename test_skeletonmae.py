@@ -1191,9 +1191,11 @@ class BatchTest(Case):
         for other in (epochs(0, seed=1)[0], expected[1]):
             self.assertFalse(torch.equal(other[0]["label"], expected[0][0]["label"]))
             self.assertFalse(torch.equal(other[0]["x"], expected[0][0]["x"]))
-        one = Loader(sequences([9]), FIVE, 2, 6, True, augmentation=Augmentation(noise=1))
-        first, second = (next(iter(one.epoch(epoch))).x for epoch in (0, 1))
-        self.assertFalse(first.equal(second))
+        one = Loader(sequences([9]), FIVE, 2, 6, True, repeat=4,
+                     augmentation=Augmentation(noise=1))
+        drawn = [batch.x for epoch in (0, 1) for batch in one.epoch(epoch)]
+        for first, second in combinations(drawn, 2):
+            self.assertFalse(first.equal(second))
 
     def test_no_sequence_is_dropped(self):
         """Each pass holds every sequence once; a last batch of one joins its neighbour."""
@@ -1230,7 +1232,9 @@ class BatchTest(Case):
             seen[:, 0, 1] = True
             seen[T // 2:, 1] = False
             seen[0, 1, 2] = True
+            seen[:, 0, 4] = False
             placed = ~seen & (torch.rand(seen.shape) < 0.6)
+            placed[:, 0, 4] = True  # nowhere known
             x[placed] = torch.tensor(marks["places"])[torch.randint(2, (int(placed.sum()),))]
             y, ours, present, kept, filled = data.make_whole(x.clone(), seen, marks)
             self.assertTrue(present.all() and kept.all() and ours.equal(seen))
