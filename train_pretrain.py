@@ -141,7 +141,7 @@ def main(argv=None):
         progress.show()
     flags = f" --recipe {settings.recipe}"
     if settings.recipe == "small" and settings.pretrain == "stack":
-        flags += " --lr 1e-3 --encoder-lr-scale 0.1 --drop-path 0.3"
+        flags += " --lr 1e-3 --encoder-lr-scale 0.3"
     print(f"saved {path}; fine-tune with: python train_finetune.py --ckpt {path}{flags}")
 
 def pretraining_arguments(settings, data: Dataset):
