@@ -55,9 +55,9 @@ class Sequences:
         return replace(self, **{field: getattr(self, field)[index] for field in fields},
                        names=[self.names[i] for i in index.tolist()])
 
-    def to(self, device):
+    def to(self, device, move=Tensor.to):
         fields = "frames", "seen", "start", "length", "label"
-        return replace(self, **{field: getattr(self, field).to(device) for field in fields})
+        return replace(self, **{field: move(getattr(self, field), device) for field in fields})
 
 @dataclass
 class Dataset:

@@ -1431,7 +1431,8 @@ def figures(C=2):
     """80 + 20 stick figures; C 3: a third coordinate of zeros."""
     dataset = data.load(synthetic_size=100)
     frames = F.pad(dataset.train.frames, (0, C - 2))
-    return replace(dataset, train=replace(dataset.train, frames=frames))
+    return replace(dataset, train=replace(dataset.train, frames=frames),
+                   test=replace(dataset.test, frames=frames))
 
 class MeasureTest(Case):
     def test_defaults_are_supplement_a(self):
@@ -1489,6 +1490,18 @@ class MeasureTest(Case):
             strl |= dict(persons=2, strl_layers=3)
             self.assertEqual(found, plain | dict(mask_ratio=ratio, strl=strl))
             SkeletonMAE(**found)
+
+    def test_a_gpu_holds_a_pickle_once(self):
+        """Both halves are one tensor, on a device too; more than half of its memory stays here."""
+        dataset = figures()
+        size = dataset.train.frames.nbytes
+        for free, moves in ((2 * size, True), (2 * size - 2, False)):
+            with (patch.object(torch.cuda, "mem_get_info", lambda device: (free, 0)),
+                  patch.object(torch.Tensor, "to", lambda x, device: x.clone())):
+                moved = train_pretrain.to_device(dataset, torch.device("cuda"))
+            self.assertEqual(moved.train.frames is not dataset.train.frames, moves)
+            self.assertIs(moved.test.seen, moved.train.seen)
+            self.assertIs(moved.test.frames, moved.train.frames)
 
     def test_learning_rate_of_all_epochs(self):
         expected = [0.02, 0.04, 0.06, 0.08, 0.1] + [0.1] * 85 + [0.01] * 10 + [0.001] * 10

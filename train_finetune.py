@@ -73,16 +73,15 @@ def main(argv=None):
     torch.manual_seed(settings.seed)
     model, arguments, loaded = shared.build(make_model, settings, data, source)
     model.to(device)
-    described = "linear probe, " * settings.linear_probe
-    described += f"from {settings.ckpt or 'random weights'}"
+    what = "linear probe, " * settings.linear_probe + f"from {settings.ckpt or 'random weights'}"
     if settings.eval_only:
-        return report(evaluate(model, test, device, settings.amp), settings, data, described)
+        return report(evaluate(model, test, device, settings.amp), settings, data, what)
 
     pretrained = source["pretrained"] if settings.resume else loaded
     optimizer = shared.build(make_optimizer, settings, model, pretrained)
     first_epoch, log = shared.restore(source if settings.resume else None, model, optimizer)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    print(f"{described}: {len(pretrained)} of {len(model.state_dict())} tensors loaded")
+    print(f"{what}: {len(pretrained)} of {len(model.state_dict())} tensors loaded")
     shared.introduce(settings, data, model, train, device)
 
     def step(packing: Packing, x, label):
@@ -120,7 +119,7 @@ def main(argv=None):
         progress.show()
     if rank == 0:
         outputs = outputs or evaluate(model, test, device, settings.amp)
-        report(outputs, settings, data, f"last epoch ({len(log)}), {described}")
+        report(outputs, settings, data, f"last epoch ({len(log)}), {what}")
         print(f"saved {path}")
 
 # ---------------------------------------------------------------------------------------- starting

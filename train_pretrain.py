@@ -21,7 +21,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from typing import get_args
 
 from data import Augmentation, DataError, Dataset, Loader, load, reading
@@ -380,10 +380,11 @@ def read_data(settings, source, tests=False):
 
 def to_device(data: Dataset, device):
     """Frames that fit into half of a GPU's free memory move there, and batches are built there."""
-    size = data.train.frames.nbytes + data.test.frames.nbytes
+    size = sum(frames.nbytes for frames in {data.train.frames, data.test.frames})
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
         return data
-    return replace(data, train=data.train.to(device), test=data.test.to(device))
+    move = cache(torch.Tensor.to)  # both halves of a pickle hold the same tensors
+    return replace(data, train=data.train.to(device, move), test=data.test.to(device, move))
 
 def loader(settings, data: Dataset, half, batch_size, training=False, rank=0, world=1):
     augmentation = Augmentation(**pick(settings, *(f.name for f in fields(Augmentation))))
