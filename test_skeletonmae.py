@@ -856,6 +856,7 @@ class ReaderTest(Case):
             loaded = self.read("a.pkl", content)
             self.assertEqual((loaded.layout, loaded.split), ("penn13", "train / val"))
             self.assertTrue(loaded.scored)
+            self.assertTrue(loaded.train.seen.all())  # by scores of 0.5
             labels = [loaded.train.label.tolist(), loaded.test.label.tolist()]
             self.assertEqual(labels, [[1, 0], [2]])
             train = loaded.train.frames
